@@ -1,0 +1,114 @@
+"""Pass: one method as data plus two functions. Plan: what it will cost. Job: what it is given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from compress.core.events import Listener, silent
+
+if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.scheme import Scheme
+    from compress.core.services import Latency, Sampler, TeacherWriter
+    from compress.core.statistics import Statistic
+    from compress.core.walk import Block, BlockSink
+
+WeightKind = Literal["dense", "masked", "quantized"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What happens to one linear layer: its scheme, or the reason why it stays as it is."""
+
+    name: str
+    shape: tuple[int, int]
+    bytes_in: int
+    bytes_out: int
+    scheme: Scheme | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a stage will do and cost, known before it starts. Bytes, bytes, bytes, minutes."""
+
+    layers: tuple[LayerPlan, ...]
+    bytes_out: int
+    peak_memory_bytes: int
+    disk_bytes: int
+    minutes: float
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage's surroundings. Methods read from here and write through `walk`; they open no files themselves."""
+
+    checkpoint: Checkpoint
+    calibration: Tokens | None
+    sink: BlockSink
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "auto"
+    micro_batch: int = 1
+    spill_folder: str | None = None
+    spill_above_bytes: int = 256 << 20
+    events: Listener = silent
+    sampler: Sampler | None = None
+    latency: Latency | None = None
+    teacher_writer: TeacherWriter | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def walk(
+        self,
+        collect: frozenset[type[Statistic]] = frozenset(),
+        order: Literal["block", "groups"] = "block",
+        keep: frozenset[str] = frozenset(),
+        calibrate: bool = True,
+    ) -> Iterator[Block]:
+        """The calibration generator bound to this job; `calibrate=False` walks the weights without any forward."""
+        from compress.core.walk import walk
+
+        return walk(
+            self.checkpoint,
+            self.calibration if calibrate else None,
+            collect=collect,
+            order=order,
+            keep=keep,
+            sink=self.sink,
+            device=self.device,
+            dtype=self.dtype,
+            micro_batch=self.micro_batch,
+            spill_folder=self.spill_folder,
+            spill_above_bytes=self.spill_above_bytes,
+            events=self.events,
+        )
+
+
+class Pass(BaseModel, ABC):
+    """One method. Its fields are its settings (the words of the recipe); unknown keys are refused.
+
+    `takes` are the kinds of checkpoint it accepts, `gives` the kind it leaves (None: the kind it took).
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    kind: ClassVar[Literal["prune", "distill", "quantize", "kv_cache"]]
+    takes: ClassVar[frozenset[WeightKind]]
+    gives: ClassVar[WeightKind | None]
+    paper: ClassVar[str]
+    needs_calibration: ClassVar[bool]
+
+    @abstractmethod
+    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
+        """What `run` will touch, write and take. Reads headers only; raises CompressError for what cannot work."""
+
+    @abstractmethod
+    def run(self, job: Job) -> None:
+        """Do it, block by block, through `job.walk`."""

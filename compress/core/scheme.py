@@ -1,0 +1,60 @@
+"""Scheme: what a quantized weight looks like. One vocabulary for quantize, export and runtime. Needs no torch."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from compress.core.errors import UsageError
+
+_NAME = re.compile(r"w(?P<weight>\d+)a(?P<activation>\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Integer codes of `bits` bits with one scale (and zero point, if not symmetric) per group of input channels.
+
+    group_size -1 means one group per output channel. Codes are signed: -2^(bits-1) … 2^(bits-1)-1, and the weight is
+    (code - zero) * scale. activation_bits 16 leaves activations alone; 8 is dynamic int8 per token.
+    """
+
+    bits: int
+    group_size: int = -1
+    symmetric: bool = True
+    dtype: Literal["int"] = "int"
+    activation_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise UsageError(f"weights of {self.bits} bits are not supported: choose 2 to 8")
+        if self.group_size != -1 and self.group_size < 1:
+            raise UsageError(f"group_size {self.group_size} makes no sense: use -1 (per channel) or a positive size")
+        if self.activation_bits not in (8, 16):
+            raise UsageError(f"activations of {self.activation_bits} bits are not supported: choose 8 or 16")
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def strategy(self) -> Literal["channel", "group"]:
+        return "channel" if self.group_size == -1 else "group"
+
+    @property
+    def name(self) -> str:
+        return f"w{self.bits}a{self.activation_bits}"
+
+    def groups_in(self, width: int) -> int:
+        """Number of groups in a row of `width` input channels; the last may be ragged."""
+        return 1 if self.group_size == -1 else -(-width // self.group_size)
+
+    @classmethod
+    def parse(cls, name: str, *, group_size: int = -1, symmetric: bool = True) -> "Scheme":
+        """Scheme from its name: w4a16, w8a8 …"""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise UsageError(f"unknown scheme {name!r}: a scheme is written like w4a16 or w8a8")
+        return cls(int(match["weight"]), group_size, symmetric, activation_bits=int(match["activation"]))
