@@ -5,7 +5,7 @@ Exit codes: 1 our bug, 2 usage or recipe, 3 input refused, 4 resources or lock, 
 
 
 class CompressError(Exception):
-    """The root. `message` is one sentence; `where` is a file, `file:line:column` or tensor name; `hint` says what to do."""
+    """The root: one sentence, `where` it applies (file, `file:line:column`, tensor) and, as `hint`, what to do."""
 
     exit_code = 1
 
