@@ -1,0 +1,127 @@
+"""QuantTensor: the only form in which packed weights travel in memory.
+
+Shape suffixes: O output channels, K input channels, G groups, W 32-bit words of a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from compress.core.errors import ArtifactError
+from compress.core.scheme import Scheme
+
+_RUN = 8  # codes that are combined at once: 8 codes of b bits are exactly b bytes
+# (integer type that holds twice as much, its bits): two neighbours are seen as one integer of the next type
+_WIDER = ((torch.int16, 16), (torch.int32, 32), (torch.int64, 64))
+
+
+def words_in(width: int, bits: int) -> int:
+    """32-bit words that hold `width` codes of `bits` bits."""
+    return -(-width * bits // 32)
+
+
+def pack_rows(codes_OK: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned codes [O, K] -> int32 [O, ceil(K*bits/32)]: each row one bit stream, least significant bit first."""
+    rows, width = codes_OK.shape
+    runs = -(-width // _RUN)
+    joined = codes_OK.to(torch.uint8)
+    if width % _RUN:
+        joined = torch.nn.functional.pad(joined, (0, runs * _RUN - width))
+    joined = joined.contiguous()
+    held = bits
+    for dtype, size in _WIDER:  # neighbours (a, b) of `held` bits each -> a | b << held
+        pair = joined.view(dtype)
+        half = size // 2
+        joined = (pair & ((1 << half) - 1)) | ((pair >> half) << held) if held < half else pair
+        held *= 2
+    stream = joined.view(torch.uint8).view(rows, runs, _RUN)[:, :, :bits].reshape(rows, runs * bits)
+    words = words_in(width, bits)
+    padded = torch.zeros((rows, words * 4), dtype=torch.uint8, device=codes_OK.device)
+    used = min(stream.shape[1], words * 4)
+    padded[:, :used] = stream[:, :used]
+    return padded.view(torch.int32)
+
+
+def unpack_rows(words_OW: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+    """Inverse of `pack_rows`: int32 [O, W] -> uint8 codes [O, width]."""
+    rows = words_OW.shape[0]
+    runs = -(-width // _RUN)
+    stream = words_OW.contiguous().view(torch.uint8)
+    spaced = torch.zeros((rows, runs, _RUN), dtype=torch.uint8, device=words_OW.device)
+    missing = runs * bits - stream.shape[1]
+    if missing > 0:
+        stream = torch.nn.functional.pad(stream, (0, missing))
+    spaced[:, :, :bits] = stream[:, : runs * bits].view(rows, runs, bits)
+    joined = spaced.view(torch.int64).view(rows, runs)
+    held = _RUN * bits
+    for dtype, size in reversed(_WIDER):  # a | b << held/2 -> neighbours (a, b)
+        held //= 2
+        mask = (1 << held) - 1
+        pair = (joined & mask) | (((joined >> held) & mask) << (size // 2)) if held < size // 2 else joined
+        narrower = {torch.int64: torch.int32, torch.int32: torch.int16, torch.int16: torch.uint8}[dtype]
+        joined = pair.view(narrower)
+    return joined[:, :width].contiguous()
+
+
+def spread(values_OG: torch.Tensor, group_size: int, width: int) -> torch.Tensor:
+    """Per-group values [O, G] -> per-weight values [O, width]; the last group may be ragged."""
+    if group_size == -1:
+        return values_OG.expand(-1, width)
+    return values_OG.repeat_interleave(group_size, dim=1)[:, :width]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantTensor:
+    """A linear layer's weight [out, in] as integer codes, scales and zero points.
+
+    packed int32 [out, ceil(in*bits/32)] holds code + 2^(bits-1); scale [out, groups] in its storage dtype;
+    zero int8 [out, groups] in the signed domain, None if symmetric. weight = (code - zero) * scale.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    scheme: Scheme
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        rows, width = self.shape
+        groups = (rows, self.scheme.groups_in(width))
+        wanted = (rows, words_in(width, self.scheme.bits))
+        if tuple(self.packed.shape) != wanted:
+            raise ArtifactError(f"packed codes have shape {tuple(self.packed.shape)}, the scheme needs {wanted}")
+        if tuple(self.scale.shape) != groups:
+            raise ArtifactError(f"scales have shape {tuple(self.scale.shape)}, the scheme needs {groups}")
+        if (self.zero is None) != self.scheme.symmetric:
+            raise ArtifactError("zero points belong to an asymmetric scheme, and only to that")
+        if self.zero is not None and tuple(self.zero.shape) != groups:
+            raise ArtifactError(f"zero points have shape {tuple(self.zero.shape)}, the scheme needs {groups}")
+
+    @classmethod
+    def from_codes(
+        cls, codes_OK: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None, scheme: Scheme
+    ) -> "QuantTensor":
+        """Pack signed codes int8 [out, in]."""
+        unsigned = (codes_OK.to(torch.int16) - scheme.lowest).to(torch.uint8)
+        rows, width = codes_OK.shape
+        return cls(pack_rows(unsigned, scheme.bits), scale_OG, zero_OG, scheme, (rows, width))
+
+    def codes(self) -> torch.Tensor:
+        """Signed codes, int8 [out, in]."""
+        unsigned = unpack_rows(self.packed, self.scheme.bits, self.shape[1])
+        return (unsigned.to(torch.int16) + self.scheme.lowest).to(torch.int8)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [out, in], computed in fp32 and rounded once to `dtype`."""
+        width, size = self.shape[1], self.scheme.group_size
+        weight = self.codes().float()
+        if self.zero is not None:
+            weight -= spread(self.zero.float(), size, width)
+        weight *= spread(self.scale.float(), size, width)
+        return weight.to(dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of codes, scales and zero points in memory."""
+        parts = [self.packed, self.scale] + ([] if self.zero is None else [self.zero])
+        return sum(part.numel() * part.element_size() for part in parts)
