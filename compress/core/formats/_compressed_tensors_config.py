@@ -1,0 +1,232 @@
+"""`quantization_config` of compressed-tensors: writing the smallest one every reader takes, and reading what others wrote.
+
+Only keys that the oldest readers know are written: no actorder, no nulls inside the arguments. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compress.core.errors import InputError, UsageError
+from compress.core.scheme import Scheme
+
+_PACKED, _INT, _MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+_VERSION = "0.18.0"
+_ARGUMENTS = frozenset(
+    "num_bits type symmetric group_size strategy block_structure dynamic actorder scale_dtype zp_dtype observer"
+    " observer_kwargs".split()
+)
+_GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
+_PRESET = re.compile(r"W(?P<bits>[2-8])A(?P<inputs>8|16)(?P<asymmetric>_ASYM)?")
+_LINEAR = "Linear"
+_MAX_PATTERN = 1000
+
+
+def is_int_quantized(scheme: Scheme) -> bool:
+    """Whether the scheme is stored as plain int8 (W8A8) instead of packed words."""
+    return scheme.bits == 8 and scheme.activation_bits == 8
+
+
+def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of an artifact.
+
+    `schemes` gives the scheme of every quantized module; `unquantized` are the linear modules that stay as they are and
+    become the `ignore` list. One scheme gives one group of target Linear; several give a group each with exact names.
+    """
+    by_scheme: dict[Scheme, list[str]] = {}
+    for module, scheme in schemes.items():
+        by_scheme.setdefault(scheme, []).append(module)
+    if not by_scheme:
+        raise UsageError("no module is quantized: there is no quantization_config to write")
+    ordered = sorted(by_scheme, key=lambda scheme: (-len(by_scheme[scheme]), repr(scheme)))
+    formats = {_format(scheme) for scheme in ordered}
+    groups = {}
+    for index, scheme in enumerate(ordered):
+        targets = [_LINEAR] if len(ordered) == 1 else sorted(by_scheme[scheme], key=_natural)
+        groups[f"group_{index}"] = _group(scheme, targets)
+        if len(formats) > 1:
+            groups[f"group_{index}"]["format"] = _format(scheme)
+    return {
+        "quant_method": "compressed-tensors",
+        "version": _VERSION,
+        "format": _MIXED if len(formats) > 1 else formats.pop(),
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(unquantized, key=_natural),
+    }
+
+
+def _format(scheme: Scheme) -> str:
+    return _INT if is_int_quantized(scheme) else _PACKED
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    weights: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": scheme.strategy,
+        "dynamic": False,
+    }
+    if scheme.strategy == "group":
+        weights["group_size"] = scheme.group_size
+    group: dict[str, Any] = {"targets": targets, "weights": weights}
+    if scheme.activation_bits == 8:
+        group["input_activations"] = {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+    return group
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def scheme_of(module: str, config: Mapping[str, Any], *, class_name: str = _LINEAR) -> Scheme | None:
+    """Scheme of `module` under a model's `quantization_config`, None if it is not quantized.
+
+    Targets are exact names, `re:` patterns (matched at the start) and class names, in this order of precedence;
+    `class_name` is the module's class. InputError names what we cannot read.
+    """
+    check_config(config)
+    if any(_matches(module, class_name, entry) for entry in config.get("ignore") or ()):
+        return None
+    found: tuple[int, str] | None = None
+    for key, group in config["config_groups"].items():
+        for target in _targets(key, group):
+            if _matches(module, class_name, target):
+                rank = 0 if target == module else 1 if target.startswith("re:") else 2
+                found = (rank, key) if found is None or rank < found[0] else found
+    return None if found is None else group_scheme(config, found[1])
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse, by name, a `quantization_config` that is not well formed."""
+    where = "config.json: quantization_config"
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise InputError("config_groups is missing or empty", where=where)
+    if config.get("quantization_status", "compressed") != "compressed":
+        raise InputError(f"quantization_status {config['quantization_status']!r} is not a finished model", where=where)
+    if config.get("sparsity_config"):
+        raise InputError("sparsity_config is not supported: save the model without sparse compression", where=where)
+    if config.get("transform_config"):
+        raise InputError("transform_config (online rotations) is not supported", where=where)
+    ignore = config.get("ignore") or []
+    if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
+        raise InputError("ignore is not a list of names", where=where)
+    for key, group in groups.items():
+        _targets(key, group)
+
+
+def _targets(key: str, group: Any) -> list[str]:
+    targets = group.get("targets") if isinstance(group, Mapping) else group
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        where = f"config.json: quantization_config.config_groups.{key}"
+        raise InputError("targets is not a list of names", where=where)
+    return targets
+
+
+def _matches(module: str, class_name: str, entry: str) -> bool:
+    if not entry.startswith("re:"):
+        return entry in (module, class_name)
+    try:
+        if len(entry) > _MAX_PATTERN:
+            raise re.error("the pattern is too long")
+        return re.match(entry[3:], module) is not None
+    except re.error as error:
+        raise InputError(
+            f"{entry!r} is not a valid pattern: {error}", where="config.json: quantization_config"
+        ) from None
+
+
+def group_scheme(config: Mapping[str, Any], key: str) -> Scheme | None:
+    """Scheme of one config group (None: the group leaves weights alone); InputError for what we cannot read."""
+    where = f"config.json: quantization_config.config_groups.{key}"
+    group = config["config_groups"][key]
+    if not isinstance(group, Mapping):
+        return _preset(key, where)
+    unknown = sorted(set(group) - _GROUP_KEYS)
+    if unknown:
+        raise InputError(f"unknown key {unknown[0]!r}", where=where)
+    if group.get("weights") is None:
+        return None
+    if group.get("output_activations") is not None:
+        raise InputError("quantized outputs are not supported", where=f"{where}.output_activations")
+    scheme = _weights(group["weights"], _activation_bits(group.get("input_activations"), where), f"{where}.weights")
+    written = group.get("format") or config.get("format")
+    if written not in (_PACKED, _INT):
+        hint = "pack-quantized and int-quantized are read"
+        raise InputError(f"format {written!r} is not supported", where=where, hint=hint)
+    if written != _format(scheme):
+        raise InputError(f"{scheme.name} as {written} is not supported", where=where)
+    return scheme
+
+
+def _preset(key: str, where: str) -> Scheme:
+    match = _PRESET.fullmatch(key.upper())
+    if match is None:
+        raise InputError(f"preset {key!r} is not supported", where=where)
+    bits, inputs = int(match["bits"]), int(match["inputs"])
+    size = -1 if bits == inputs == 8 else 128
+    return Scheme(bits, size, symmetric=match["asymmetric"] is None, activation_bits=inputs)
+
+
+def _weights(arguments: Any, activation_bits: int, where: str) -> Scheme:
+    _check_arguments(arguments, where)
+    kind = str(arguments.get("type", "int")).lower()
+    bits, size = arguments.get("num_bits", 8), arguments.get("group_size")
+    if kind != "int":
+        raise InputError(f"{kind}{bits} weights are not supported: only integers are read", where=where)
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise InputError(f"num_bits {bits!r} is not supported: 2 to 8 are read", where=where)
+    if arguments.get("dynamic", False) is not False:
+        raise InputError("dynamic weights make no sense", where=where)
+    if arguments.get("actorder") not in (None, False, "static", "weight"):
+        hint = "activation order with a group index was removed from readers; use static order"
+        raise InputError(f"actorder {arguments['actorder']!r} is not supported", where=where, hint=hint)
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size == 0 or size < -1):
+        raise InputError(f"group_size {size!r} makes no sense", where=where)
+    strategy = arguments.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    if strategy not in ("channel", "group"):
+        raise InputError(f"strategy {strategy!r} is not supported: channel and group are read", where=where)
+    if strategy == "group" and (size is None or size < 1):
+        raise InputError("strategy group needs a positive group_size", where=where)
+    if strategy == "channel" and size is not None and size > 0:
+        raise InputError(f"group_size {size} contradicts strategy channel", where=where)
+    symmetric = arguments.get("symmetric", True)
+    if not isinstance(symmetric, bool):
+        raise InputError(f"symmetric {symmetric!r} is neither true nor false", where=where)
+    return Scheme(
+        bits, int(size) if strategy == "group" and size else -1, symmetric=symmetric, activation_bits=activation_bits
+    )
+
+
+def _activation_bits(arguments: Any, where: str) -> int:
+    if arguments is None:
+        return 16
+    where = f"{where}.input_activations"
+    _check_arguments(arguments, where)
+    kind, bits = str(arguments.get("type", "int")).lower(), arguments.get("num_bits", 8)
+    if (kind, bits) != ("int", 8):
+        raise InputError(f"{kind}{bits} inputs are not supported: only dynamic int8 per token is read", where=where)
+    if arguments.get("dynamic") is not True or arguments.get("strategy") != "token":
+        raise InputError("only inputs that are dynamic per token are read", where=where)
+    if arguments.get("symmetric", True) is not True:
+        raise InputError("asymmetric inputs are not supported", where=where)
+    return 8
+
+
+def _check_arguments(arguments: Any, where: str) -> None:
+    if not isinstance(arguments, Mapping):
+        raise InputError("is not a mapping", where=where)
+    unknown = sorted(str(key) for key in set(arguments) - _ARGUMENTS)
+    if unknown:
+        raise InputError(f"unknown key {unknown[0]!r}", where=where)

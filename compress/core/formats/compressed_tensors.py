@@ -1,0 +1,130 @@
+"""compressed-tensors on disk: pack-quantized (2 to 8 bits) and int-quantized (8-bit weights, dynamic 8-bit inputs).
+
+Format: https://github.com/neuralmagic/compressed-tensors. Below, O is output channels, K input channels, G groups, b bits.
+
+pack-quantized   weight_packed     int32 [O, ceil(K*b/32)]   code + 2^(b-1), one dense bit stream per row
+                 weight_scale      [O, G] in the source's dtype
+                 weight_shape      int64 [2] = (O, K)
+                 weight_zero_point int32 [ceil(O*b/32), G]   zero + 2^(b-1), one bit stream per column; asymmetric only
+int-quantized    weight            int8 [O, K]
+                 weight_scale      [O, G]
+                 weight_zero_point int8 [O, G]               asymmetric only
+
+weight = (code - zero) * scale, code and zero both in the signed domain -2^(b-1) … 2^(b-1)-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from compress.core.errors import ArtifactError
+from compress.core.formats._compressed_tensors_config import is_int_quantized, quantization_config, scheme_of
+from compress.core.scheme import Scheme
+from compress.core.tensors import QuantTensor, pack_rows, unpack_rows, words_in
+
+__all__ = ["decode", "dequantize", "encode", "encoded_bytes", "quantization_config", "scheme_of", "stored_names"]
+
+METHOD = "compressed-tensors"
+_SHAPE_BYTES = 16
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Read = Callable[[str], torch.Tensor]
+
+
+def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
+    """The tensors that hold `tensor` on disk, by disk name."""
+    scheme = tensor.scheme
+    if is_int_quantized(scheme):
+        parts = {"weight": tensor.codes(), "weight_scale": tensor.scale}
+        if tensor.zero is not None:
+            parts["weight_zero_point"] = tensor.zero
+    else:
+        shape = torch.tensor(tensor.shape, dtype=torch.int64)
+        parts = {"weight_packed": tensor.packed, "weight_scale": tensor.scale, "weight_shape": shape}
+        if tensor.zero is not None:
+            unsigned_OG = (tensor.zero.to(torch.int16) - scheme.lowest).to(torch.uint8)
+            parts["weight_zero_point"] = pack_rows(unsigned_OG.T.contiguous(), scheme.bits).T.contiguous()
+    return {f"{module}.{suffix}": part.contiguous() for suffix, part in parts.items()}
+
+
+def stored_names(module: str, scheme: Scheme) -> tuple[str, ...]:
+    """Disk names of the tensors that hold `module` under `scheme`: all of them and no others."""
+    suffixes = (
+        ["weight", "weight_scale"] if is_int_quantized(scheme) else ["weight_packed", "weight_scale", "weight_shape"]
+    )
+    if not scheme.symmetric:
+        suffixes.append("weight_zero_point")
+    return tuple(f"{module}.{suffix}" for suffix in suffixes)
+
+
+def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> int:
+    """Exact bytes of all tensors that `encode` gives for a weight [out, in] of `shape`, headers apart."""
+    rows, width = shape
+    groups = scheme.groups_in(width)
+    total = rows * groups * scale_dtype.itemsize
+    if is_int_quantized(scheme):
+        return total + rows * width + (0 if scheme.symmetric else rows * groups)
+    total += rows * words_in(width, scheme.bits) * 4 + _SHAPE_BYTES
+    return total + (0 if scheme.symmetric else words_in(rows, scheme.bits) * groups * 4)
+
+
+def decode(module: str, read: Read, scheme: Scheme) -> QuantTensor:
+    """Read one module back. `read` gives a tensor by disk name; ArtifactError names the tensor that does not fit."""
+    scale = read(f"{module}.weight_scale")
+    if scale.dtype not in _FLOATS or scale.dim() != 2:
+        raise _misfit(module, "weight_scale", scale, "a 2-dimensional float tensor")
+    if is_int_quantized(scheme):
+        codes = read(f"{module}.weight")
+        if codes.dtype != torch.int8 or codes.dim() != 2:
+            raise _misfit(module, "weight", codes, "int8 [out, in]")
+        rows, width = codes.shape
+        _check(module, "weight_scale", scale, (rows, scheme.groups_in(width)))
+        zero = None if scheme.symmetric else read(f"{module}.weight_zero_point")
+        if zero is not None:
+            _check(module, "weight_zero_point", zero, tuple(scale.shape), torch.int8)
+        return QuantTensor.from_codes(codes, scale, zero, scheme)
+    packed = read(f"{module}.weight_packed")
+    rows, width = _stored_shape(module, read(f"{module}.weight_shape"), packed)
+    _check(module, "weight_packed", packed, (rows, words_in(width, scheme.bits)), torch.int32)
+    _check(module, "weight_scale", scale, (rows, scheme.groups_in(width)))
+    zero = None if scheme.symmetric else _zero_points(module, read(f"{module}.weight_zero_point"), scale, scheme)
+    return QuantTensor(packed, scale, zero, scheme, (rows, width))
+
+
+def dequantize(module: str, read: Read, scheme: Scheme, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The module's weight [out, in], computed in fp32 and rounded once to `dtype`."""
+    return decode(module, read, scheme).dequantize(dtype)
+
+
+def _stored_shape(module: str, shape: torch.Tensor, packed: torch.Tensor) -> tuple[int, int]:
+    if shape.dtype not in (torch.int64, torch.int32) or tuple(shape.shape) != (2,):
+        raise _misfit(module, "weight_shape", shape, "int64 [2]")
+    rows, width = (int(value) for value in shape.tolist())
+    if packed.dim() != 2 or rows != packed.shape[0] or not 1 <= width <= packed.shape[1] * 16:
+        raise ArtifactError(
+            f"says [{rows}, {width}], which does not fit weight_packed {list(packed.shape)}",
+            where=f"{module}.weight_shape",
+        )
+    return rows, width
+
+
+def _zero_points(module: str, packed: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    rows, groups = scale.shape
+    _check(module, "weight_zero_point", packed, (words_in(rows, scheme.bits), groups), torch.int32)
+    unsigned_GO = unpack_rows(packed.T.contiguous(), scheme.bits, rows)
+    return (unsigned_GO.T.to(torch.int16) + scheme.lowest).to(torch.int8).contiguous()
+
+
+def _check(
+    module: str, suffix: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> None:
+    if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
+        wanted = f"{'' if dtype is None else str(dtype).removeprefix('torch.') + ' '}{list(shape)}"
+        raise _misfit(module, suffix, tensor, wanted)
+
+
+def _misfit(module: str, suffix: str, tensor: torch.Tensor, wanted: str) -> ArtifactError:
+    found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return ArtifactError(f"is {found}, the scheme needs {wanted}", where=f"{module}.{suffix}")
