@@ -1,0 +1,233 @@
+"""What is asked: model, calibration data, stages, export, evaluation and gate. A recipe names no machine and no output.
+
+Frozen, strict and closed: a wrong type is an error and so is an unknown key. Reading one imports neither torch nor
+transformers; each stage's settings are checked by the Pass of its method.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, ValidationError, model_serializer
+
+from compress.core.errors import RecipeError
+from compress.core.passes import Pass
+from compress.core.quantities import Fraction, Size
+from compress.core.recipe_checks import CHECKS, apply_overrides, reserved_problem
+from compress.core.recipe_stages import Kind, read_stages
+from compress.core.recipe_words import problems_of
+from compress.core.yaml_source import ROOT, Problem, YamlSource, parse_yaml, read_yaml
+
+Text = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+DEMO = "demo"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class Calibration(_Section):
+    """Text (or token ids) that calibrated methods look at. `dataset` is a hub id, a folder, .jsonl, .txt, .parquet,
+    token ids in .safetensors, or demo/calibration; relative paths start at the recipe's folder."""
+
+    dataset: Text
+    field: Text = "text"
+    split: Text = "train"
+    samples: Positive = 128
+    length: Annotated[int, Field(ge=2)] = 2048
+    seed: Annotated[int, Field(ge=0)] = 0
+    pack: bool = True
+    special_tokens: Literal["auto", True, False] = "auto"
+    prefix: str = ""
+    chat_template: bool = False
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+
+
+class Export(_Section):
+    """How the result is stored on disk."""
+
+    format: Literal["compressed-tensors"] = "compressed-tensors"
+
+
+class Perplexity(_Section):
+    """Perplexity and KL divergence over a text, in windows of `window` tokens that advance by `stride`.
+
+    `documents: true` scores each document by itself; `samples` bounds how many documents are read.
+    """
+
+    dataset: Text
+    field: Text = "text"
+    split: Text = "test"
+    window: Annotated[int, Field(ge=2)] = 2048
+    stride: Positive | None = None
+    samples: Positive | None = None
+    prefix: str = ""
+    special_tokens: Literal["auto", True, False] = "auto"
+    documents: bool = False
+
+
+class Evaluation(_Section):
+    """What is measured on the original and on the artifact. Tasks are lm-eval's, by name or from `task_folder`."""
+
+    perplexity: Perplexity | None = None
+    tasks: tuple[Text, ...] = ()
+    task_folder: Text | None = None
+    fewshot: Annotated[int, Field(ge=0)] | None = None
+    limit: Positive | None = None
+    chat_template: bool = False
+    through: Literal["transformers"] = "transformers"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Gate(_Section):
+    """Bounds that the artifact must keep, else the command ends with exit code 5. Each needs its measurement."""
+
+    max_perplexity_increase: Fraction | None = None
+    max_perplexity: Annotated[float, Field(gt=0)] | None = None
+    max_kl: Annotated[float, Field(ge=0)] | None = None
+    max_size: Size | None = None
+    min_accuracy: dict[Text, Fraction] = Field(default_factory=dict)
+    max_accuracy_drop: Fraction | None = None
+
+
+class Stage(_Section):
+    """One step: its kind, its method, and the method's settings. Written as `- quantize: {method: gptq, bits: 4}`."""
+
+    kind: Kind
+    method: Text
+    settings: SerializeAsAny[Pass]
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {self.kind: {"method": self.method, **self.settings.model_dump(mode="json")}}
+
+
+class _WithoutStages(_Section):
+    model: Text
+    revision: Text | None = None
+    calibration: Calibration | None = None
+    export: Export = Export()
+    evaluate: Evaluation | None = None
+    gate: Gate | None = None
+
+
+class Recipe(_WithoutStages):
+    """A whole recipe. `model_dump(mode="json")` gives data that `parse_recipe` reads back to an equal recipe."""
+
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+
+    _base_folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @property
+    def base_folder(self) -> Path:
+        """Where relative paths in the recipe start: the folder of its file."""
+        return self._base_folder
+
+    def located(self) -> "Recipe":
+        """This recipe with every name of bundled data and every relative path that exists made an absolute path.
+
+        For working with; the recipe as written is what gets recorded, since it is the same on every machine.
+        """
+        data = self.model_dump(mode="json")
+        update: dict[str, Any] = {"model": self._locate(self.model, "model")}
+        if self.calibration:
+            dataset = self._locate(data["calibration"]["dataset"], "calibration")
+            update["calibration"] = self.calibration.model_copy(update={"dataset": dataset})
+        if self.evaluate:
+            update["evaluate"] = self._located_evaluation(self.evaluate)
+        copy = self.model_copy(update=update)
+        copy._base_folder = self._base_folder
+        return copy
+
+    def _located_evaluation(self, evaluate: Evaluation) -> Evaluation:
+        update: dict[str, Any] = {}
+        if evaluate.task_folder:
+            update["task_folder"] = self._locate(evaluate.task_folder, "tasks")
+        if evaluate.perplexity:
+            dataset = self._locate(evaluate.perplexity.dataset, "evaluation")
+            update["perplexity"] = evaluate.perplexity.model_copy(update={"dataset": dataset})
+        return evaluate.model_copy(update=update)
+
+    def _locate(self, text: str, place: str) -> str:
+        if text == DEMO or text.startswith(f"{DEMO}/"):
+            return str(demo_path(text, place))
+        path = self._base_folder / Path(text).expanduser()
+        return str(path.absolute()) if path.exists() else text
+
+
+def demo_path(text: str, place: str) -> Path:
+    """Path of bundled data: `demo` means what its place in the recipe suggests, demo/model and the like name it."""
+    from compress import demo
+
+    paths = {
+        "model": demo.MODEL_DIR,
+        "calibration": demo.CALIBRATION,
+        "evaluation": demo.EVALUATION,
+        "tasks": demo.TASKS_DIR,
+    }
+    name = place if text == DEMO else text.removeprefix(f"{DEMO}/")
+    if name not in paths:
+        raise RecipeError(f"there is no bundled data {text!r}: there are {', '.join(f'demo/{key}' for key in paths)}")
+    return Path(paths[name])
+
+
+def load_recipe(
+    path: Path | str, overrides: Sequence[str] = (), model: str | None = None, allow_code: Sequence[str] = ()
+) -> Recipe:
+    """Read a recipe file. `overrides` are "stages[0].quantize.bits=3"; `model` replaces the recipe's model.
+
+    RecipeError names file, line and column, the path of the key, and the likely spelling.
+    """
+    return build_recipe(read_yaml(Path(path)), overrides, model, allow_code, Path(path).absolute().parent)
+
+
+def parse_recipe(
+    data: dict[str, Any] | str, name: str = "recipe", base_folder: Path | None = None, allow_code: Sequence[str] = ()
+) -> Recipe:
+    """A recipe from YAML text, or from plain data such as `Recipe.model_dump(mode="json")` gave."""
+    source = parse_yaml(data, name) if isinstance(data, str) else YamlSource(name, [], data)
+    return build_recipe(source, (), None, allow_code, base_folder)
+
+
+def build_recipe(
+    source: YamlSource,
+    overrides: Sequence[str] = (),
+    model: str | None = None,
+    allow_code: Sequence[str] = (),
+    base_folder: Path | None = None,
+) -> Recipe:
+    """The recipe in `source`, or its first problem as a RecipeError."""
+    recipe, problems = check_recipe(source, overrides, model, allow_code)
+    if problems or recipe is None:
+        raise problems[0]
+    if base_folder is not None:
+        recipe._base_folder = base_folder
+    return recipe
+
+
+def check_recipe(
+    source: YamlSource, overrides: Sequence[str] = (), model: str | None = None, allow_code: Sequence[str] = ()
+) -> tuple[Recipe | None, list[RecipeError]]:
+    """The recipe if it is sound, else None, and all its problems in the order of the file."""
+    apply_overrides(source, overrides, model)
+    data = source.data
+    if not isinstance(data, dict):
+        what = "is empty" if data is None else "should be a mapping of keys to values"
+        return None, source.errors([Problem(ROOT, f"the recipe {what}", "start with model: and stages:")])
+    reserved = reserved_problem(data)
+    if reserved:
+        return None, source.errors([reserved])
+    stages, problems = read_stages(data, tuple(allow_code))
+    rest = {key: value for key, value in data.items() if key != "stages"}
+    try:
+        shell = _WithoutStages.model_validate_json(json.dumps(rest))
+    except ValidationError as error:
+        return None, source.errors(problems + problems_of(error, data, ROOT, _WithoutStages, "stages"))
+    if problems:
+        return None, source.errors(problems)
+    fields = {name: getattr(shell, name) for name in shell.model_fields_set}
+    recipe = Recipe(stages=tuple(Stage(kind=k, method=m, settings=s) for k, m, s in stages), **fields)
+    problems = [problem for check in CHECKS if (problem := check(recipe))]
+    return (None if problems else recipe), source.errors(problems)

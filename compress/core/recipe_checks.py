@@ -1,0 +1,139 @@
+"""What a recipe must be beyond its types: overrides, reserved words, stages that fit together, gates measured."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from compress.core.errors import RecipeError
+from compress.core.yaml_source import NodePath, Problem, YamlSource, nested, parse_value
+
+if TYPE_CHECKING:
+    from compress.core.recipe import Recipe
+
+_STEP = re.compile(r"(?:^|\.)([A-Za-z_][A-Za-z0-9_-]*)|\[([0-9]{1,4})\]")
+
+
+def apply_overrides(source: YamlSource, overrides: Sequence[str], model: str | None) -> None:
+    """Put `--set path=value` and `--model` into the data, and remember that they came from the command line."""
+    for text in overrides:
+        _apply(source, text)
+    if model is not None and isinstance(source.data, dict):
+        source.data["model"] = model
+        source.overrides[("model",)] = "--model"
+
+
+def _apply(source: YamlSource, text: str) -> None:
+    label = f"--set {text}"
+    target, equals, value = text.partition("=")
+    path = _parse_path(target.strip())
+    if not equals or not path:
+        raise RecipeError("should look like stages[0].quantize.bits=3", where=label)
+    parent = source.data
+    for depth, step in enumerate(path[:-1]):
+        child = _child(parent, step, path[: depth + 1], label)
+        if child is None:
+            child = {}
+            _put(parent, step, child)
+            source.overrides[path[: depth + 1]] = label
+        parent = child
+    _child(parent, path[-1], path, label)
+    _put(parent, path[-1], parse_value(value, label))
+    source.overrides[path] = label
+
+
+def _parse_path(target: str) -> NodePath:
+    path: list[str | int] = []
+    end = 0
+    while end < len(target):
+        match = _STEP.match(target, end)
+        if match is None:
+            return ()
+        path.append(match[1] if match[1] is not None else int(match[2]))
+        end = match.end()
+    return tuple(path)
+
+
+def _child(parent: Any, step: str | int, path: NodePath, label: str) -> Any:
+    """The value at one step; None where a mapping lacks it. RecipeError where the recipe has no such place."""
+    if isinstance(step, int):
+        if not isinstance(parent, list) or step >= len(parent):
+            count = len(parent) if isinstance(parent, list) else 0
+            raise RecipeError(f"there is no entry [{step}]: the recipe has {count} there", where=label)
+        return parent[step]
+    if not isinstance(parent, dict):
+        hint = "entries of a list are written stages[0]" if isinstance(parent, list) else None
+        raise RecipeError(f"the recipe has no mapping that could hold {step!r}", where=label, hint=hint)
+    if len(path) == 3 and path[0] == "stages" and step not in parent:
+        kinds = ", ".join(parent)
+        raise RecipeError(f"stages[{path[1]}] is not a {step} stage", where=label, hint=f"it is {kinds}")
+    return parent.get(step)
+
+
+def _put(parent: Any, step: str | int, value: Any) -> None:
+    parent[step] = value
+
+
+def reserved_problem(data: dict[str, Any]) -> Problem | None:
+    """Words that mean something to come: refused by name, so that nobody believes that they work."""
+    if "budget" in data:
+        return Problem(
+            ("budget",), "reserved for a later version, which will search settings for a budget", at_key=True
+        )
+    if nested(data, ("evaluate", "through")) == "runtime":
+        message = "the runtime is not part of this version; use transformers"
+        return Problem(("evaluate", "through"), message)
+    return None
+
+
+def composition_problem(recipe: "Recipe") -> Problem | None:
+    """A stage that does not take what the one before it gives, or lacks its calibration data."""
+    state, left_by = "dense", "the model's"
+    for index, stage in enumerate(recipe.stages):
+        settings, path = stage.settings, ("stages", index, stage.kind)
+        if state not in settings.takes:
+            wanted = " or ".join(sorted(settings.takes))
+            return Problem(path, f"{stage.method} takes {wanted} weights, but {left_by} are {state}", at_key=True)
+        if settings.needs_calibration and recipe.calibration is None:
+            message = f"{stage.method} needs calibration data"
+            return Problem(path, message, "add calibration: {dataset: …}", at_key=True)
+        if settings.gives is not None:
+            state, left_by = settings.gives, f"those that stages[{index}] leaves"
+    return None
+
+
+def gate_problem(recipe: "Recipe") -> Problem | None:
+    """A gate whose measurement the recipe does not ask for."""
+    gate, evaluate = recipe.gate, recipe.evaluate
+    if gate is None:
+        return None
+    needs_text = ("max_perplexity_increase", "max_perplexity", "max_kl")
+    for name in needs_text:
+        if getattr(gate, name) is not None and (evaluate is None or evaluate.perplexity is None):
+            return Problem(
+                ("gate", name), "needs a measurement", "add evaluate: {perplexity: {dataset: …}}", at_key=True
+            )
+    tasks = evaluate.tasks if evaluate else ()
+    if gate.max_accuracy_drop is not None and not tasks:
+        return Problem(("gate", "max_accuracy_drop"), "needs a measurement", "add evaluate: {tasks: […]}", at_key=True)
+    for task in gate.min_accuracy:
+        if task not in tasks:
+            message = f"needs a measurement: evaluate.tasks has no {task!r}"
+            return Problem(("gate", "min_accuracy", task), message, at_key=True)
+    return None
+
+
+def evaluation_problem(recipe: "Recipe") -> Problem | None:
+    """An evaluation that measures nothing, or in strides that skip tokens."""
+    evaluate = recipe.evaluate
+    if evaluate is None:
+        return None
+    if evaluate.perplexity is None and not evaluate.tasks:
+        return Problem(("evaluate",), "measures nothing", "add perplexity: {dataset: …} or tasks: […]", at_key=True)
+    text = evaluate.perplexity
+    if text is not None and text.stride is not None and text.stride > text.window:
+        message = f"should be at most the window of {text.window}, not {text.stride}: tokens would be skipped"
+        return Problem(("evaluate", "perplexity", "stride"), message)
+    return None
+
+
+CHECKS = (composition_problem, evaluation_problem, gate_problem)
