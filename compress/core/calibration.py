@@ -218,11 +218,13 @@ def check_vocabulary(tokens: Tokens, checkpoint: Checkpoint, where: str) -> None
 
 
 def _take(tokens: Tokens, calibration: Calibration, path: Path) -> Tokens:
-    """The first `samples` × `length` of a token file; settings left at their default take all that is there."""
+    """The first `samples` × `length` of a token file; settings left at their default take what is there, if less."""
     rows, width = tokens.ids.shape
-    chosen = calibration.model_fields_set
-    samples = calibration.samples if "samples" in chosen else rows
-    length = calibration.length if "length" in chosen else width
+    default = type(calibration).model_fields
+    samples = (
+        min(rows, calibration.samples) if calibration.samples == default["samples"].default else calibration.samples
+    )
+    length = min(width, calibration.length) if calibration.length == default["length"].default else calibration.length
     if samples > rows or length > width:
         raise InputError(
             f"the file holds {rows} samples of {width} tokens, but {samples} of {length} are asked for", where=str(path)

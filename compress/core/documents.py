@@ -1,14 +1,15 @@
 """Documents: texts or message lists from a hub dataset, a folder, .jsonl, .txt or .parquet.
 
-A .txt file is split at `<|endoftext|>` where that occurs, else at blank lines. Blank documents are left out unless asked
-for. Nothing here downloads unless the dataset is a hub id and `offline` is false; no dataset code is ever executed.
+A .txt file is split at `<|endoftext|>` where that occurs, else at blank lines. Blank documents are left out unless
+asked for. Only hub ids are ever downloaded, and not when `offline`; no dataset's code is executed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -144,20 +145,31 @@ def _read_parquet(path: Path, field: str) -> list[Document]:
 def _read_hub(dataset: str, field: str, split: str | None, offline: bool) -> list[Document]:
     """`owner/name` or `owner/name:configuration`, e.g. Salesforce/wikitext:wikitext-2-raw-v1."""
     import datasets
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     name, _, configuration = HUB_SHORTHANDS.get(dataset, dataset).partition(":")
     try:
-        rows = datasets.load_dataset(
-            name,
-            configuration or None,
-            split=split or "train",
-            download_config=datasets.DownloadConfig(local_files_only=offline, disable_tqdm=True),
-        )
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError, datasets.exceptions.DatasetsError) as error:
+        with hub_offline() if offline else nullcontext():
+            rows = datasets.load_dataset(name, configuration or None, split=split or "train")
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError, DatasetsError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         hint = "offline: only datasets already in the cache can be used" if offline else None
         raise InputError(f"the hub dataset cannot be loaded: {reason}", where=dataset, hint=hint) from error
     if field not in rows.column_names:
         raise _no_field(field, rows.column_names, dataset)
     return [_field({field: value}, field, f"{dataset} row {row}") for row, value in enumerate(rows[field])]
+
+
+@contextmanager
+def hub_offline() -> Iterator[None]:
+    """No request to the hub inside: both libraries read these switches at each call, and offer no argument for it."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
