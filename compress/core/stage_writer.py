@@ -1,0 +1,222 @@
+"""StageWriter: where a stage's blocks go. One safetensors shard per block, durable before the journal says so."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.core.errors import ArtifactError
+from compress.core.files import Written, atomic_write, copy_file, make_folder, sha256_file, write_entries
+from compress.core.formats import compressed_tensors
+from compress.core.journal import Journal
+from compress.core.safetensors_io import load_tensor, raw_bytes, read_header, torch_dtype
+from compress.core.safetensors_layout import Entry, dtype_name, tensor_entry
+from compress.core.scheme import Scheme
+from compress.core.tensors import QuantTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.safetensors_io import TensorInfo
+    from compress.core.walk import BlockRecord
+
+INDEX_NAME = "model.safetensors.index.json"
+SHARD_METADATA = {"format": "pt"}
+
+
+class StageWriter:
+    """The BlockSink of one stage: writes a checkpoint folder block by block and gives finished blocks back.
+
+    `source` is what the stage reads, `original` what the run started from. A quantizing stage (`rounds`) is the last
+    that touches weights: what it keeps is rounded once to the original's dtype; other stages keep what they are given.
+    `after_commit` is called when a block is durable and recorded.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        journal: Journal,
+        stage: int,
+        source: Checkpoint,
+        original: Checkpoint,
+        rounds: bool,
+        after_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder = make_folder(folder)
+        self._journal = journal
+        self._stage = stage
+        self._source = source
+        self._original = original
+        self._rounds = rounds
+        self._after_commit = after_commit
+        self._since = time.monotonic()
+        self._blocks = [data for data in journal.of("block") if data["stage"] == stage]
+        for index, data in enumerate(self._blocks):
+            self._require_intact(index, data)
+
+    # ------------------------------------------------------------------ BlockSink
+    def finished(self) -> int:
+        """Leading blocks that are durable."""
+        return len(self._blocks)
+
+    def load(self, index: int) -> dict[str, torch.Tensor | QuantTensor]:
+        """Block `index` as stored: QuantTensors under their module names, other tensors under their disk names."""
+        data = self._blocks[index]
+        infos = read_header(self.folder / data["file"])
+        schemes = {module: Scheme(**fields) for module, fields in data["schemes"].items()}
+        found: dict[str, torch.Tensor | QuantTensor] = {}
+        for module, scheme in schemes.items():
+            found[module] = compressed_tensors.decode(module, lambda name: load_tensor(infos[name]), scheme)
+        for name, info in infos.items():
+            if name.rpartition(".")[0] not in schemes or name.endswith(".bias"):
+                found[name] = load_tensor(info)
+        return found
+
+    def record(self, index: int) -> BlockRecord:
+        """What the walk noted about finished block `index`."""
+        from compress.core.walk import BlockRecord, SiteRecord
+
+        fields = dict(self._blocks[index]["record"])
+        sites = tuple(SiteRecord(**site) for site in fields.pop("sites"))
+        return BlockRecord(**fields, sites=sites)
+
+    def commit(self, index: int, tensors: Mapping[str, torch.Tensor | QuantTensor], record: BlockRecord) -> None:
+        """Write block `index`: `tensors` where given, the source's own bytes for the rest of the block."""
+        if index != len(self._blocks):
+            raise ArtifactError(f"block {index} was committed where block {len(self._blocks)} is due")
+        quantized = {name: value for name, value in tensors.items() if isinstance(value, QuantTensor)}
+        name = self._shard_name(index)
+        written = write_entries(
+            self.folder / name,
+            [*self._changed(tensors), *self._kept(self._source.block_tensors(index), tensors)],
+            SHARD_METADATA,
+        )
+        data = {
+            "stage": self._stage,
+            "index": index,
+            "file": name,
+            **asdict(written),
+            "schemes": {module: asdict(value.scheme) for module, value in quantized.items()},
+            "record": asdict(record),
+            "seconds": self._lap(),
+        }
+        self._journal.add("block", data)
+        self._blocks.append(data)
+        self._after_commit()
+
+    # ------------------------------------------------------------------ the rest of the folder
+    def finish(self) -> dict[str, Written]:
+        """Write what lies outside the blocks, config, index and auxiliary files; record the stage. Gives all files."""
+        if len(self._blocks) != self._source.num_blocks:
+            raise ArtifactError(f"{len(self._blocks)} of {self._source.num_blocks} blocks are written")
+        files = {data["file"]: Written(data["bytes"], data["sha256"]) for data in self._blocks}
+        rest = self._shard_name(self._source.num_blocks)
+        files[rest] = write_entries(self.folder / rest, self._kept(self._source.rest_tensors(), {}), SHARD_METADATA)
+        for relative in self._source.aux_files:
+            make_folder((self.folder / relative).parent)
+            copy_file(self._source.folder / relative, self.folder / relative)
+            files[str(relative)] = self._written(relative)
+        files["config.json"] = self._write_json("config.json", self._config())
+        files[INDEX_NAME] = self._write_json(INDEX_NAME, self._index(files))
+        data = {"stage": self._stage, "files": {name: asdict(file) for name, file in files.items()}}
+        self._journal.add("stage", {**data, "seconds": self._lap()})
+        return files
+
+    def schemes(self) -> dict[str, Scheme]:
+        """Module -> scheme of everything this stage quantized so far."""
+        return {module: Scheme(**fields) for data in self._blocks for module, fields in sorted(data["schemes"].items())}
+
+    # ------------------------------------------------------------------ entries
+    def _changed(self, tensors: Mapping[str, torch.Tensor | QuantTensor]) -> Iterator[Entry]:
+        for name, value in tensors.items():
+            if isinstance(value, QuantTensor):
+                encoded = compressed_tensors.encode(name, value)
+                yield from (tensor_entry(disk_name, tensor) for disk_name, tensor in encoded.items())
+            else:
+                yield tensor_entry(name, self._rounded(name, value))
+
+    def _kept(self, names: list[str], replaced: Mapping[str, object]) -> list[Entry]:
+        """Entries for the source's tensors of `names` that nobody replaced, byte for byte where the dtype stays."""
+        return [
+            self._kept_entry(self._source.tensors[name])
+            for name in names
+            if name not in replaced and name.removesuffix(".weight") not in replaced
+        ]
+
+    def _kept_entry(self, info: TensorInfo) -> Entry:
+        wanted = self._wanted_dtype(info.name)
+        if wanted is None or wanted == info.dtype:
+            return Entry(info.name, info.dtype, tuple(info.shape), lambda: raw_bytes(info))
+        return tensor_entry(info.name, self._rounded(info.name, load_tensor(info)))
+
+    def _rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        wanted = self._wanted_dtype(name)
+        return tensor if wanted is None else tensor.to(torch_dtype(wanted))
+
+    def _wanted_dtype(self, name: str) -> str | None:
+        """The file dtype that tensor `name` must have here; None: whatever it comes in."""
+        if not self._rounds:
+            return None
+        info = self._original.tensors.get(name)
+        return info.dtype if info else dtype_name(self._original.dtype)
+
+    # ------------------------------------------------------------------ JSON
+    def _config(self) -> dict[str, Any]:
+        config = dict(self._source.config)
+        schemes = self.schemes()
+        if schemes:
+            config["quantization_config"] = compressed_tensors.quantization_config(schemes, self._unquantized(schemes))
+        return config
+
+    def _unquantized(self, schemes: Mapping[str, Scheme]) -> list[str]:
+        """Linear modules that stay as they are: every matrix but the embedding, and the head even where it is tied."""
+        embedding = f"{self._source.architecture.embedding}.weight"
+        matrices = [
+            name.removesuffix(".weight")
+            for name, info in self._source.tensors.items()
+            if name.endswith(".weight") and len(info.shape) == 2 and name != embedding
+        ]
+        return sorted({*matrices, self._source.architecture.head} - schemes.keys())
+
+    def _index(self, files: Mapping[str, Written]) -> dict[str, Any]:
+        weight_map: dict[str, str] = {}
+        total_bytes = 0
+        for name in files:
+            if name.endswith(".safetensors"):
+                for tensor, info in read_header(self.folder / name).items():
+                    weight_map[tensor] = name
+                    total_bytes += info.bytes
+        return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+    def _write_json(self, name: str, data: Mapping[str, Any]) -> Written:
+        atomic_write(self.folder / name, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        return self._written(Path(name))
+
+    # ------------------------------------------------------------------ small things
+    def _shard_name(self, index: int) -> str:
+        """Shards are numbered before the first is written: one per block, then one for the rest."""
+        return f"model-{index + 1:05d}-of-{self._source.num_blocks + 1:05d}.safetensors"
+
+    def _written(self, relative: Path) -> Written:
+        path = self.folder / relative
+        return Written(path.stat().st_size, sha256_file(path))
+
+    def _lap(self) -> float:
+        now = time.monotonic()
+        seconds, self._since = now - self._since, now
+        return round(seconds, 3)
+
+    def _require_intact(self, index: int, data: Mapping[str, Any]) -> None:
+        path = self.folder / data["file"]
+        if data["index"] != index or not path.is_file() or path.stat().st_size != data["bytes"]:
+            raise ArtifactError(
+                f"finished block {data['index']} is not as the journal says",
+                where=str(path),
+                hint="--fresh starts over",
+            )
