@@ -13,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, 
 
 from compress.core.errors import RecipeError
 from compress.core.passes import Pass
+from compress.core.positions import ROOT, Problem, YamlSource
 from compress.core.quantities import Fraction, Size
 from compress.core.recipe_checks import CHECKS, apply_overrides, reserved_problem
 from compress.core.recipe_stages import Kind, read_stages
 from compress.core.recipe_words import problems_of
-from compress.core.yaml_source import ROOT, Problem, YamlSource, parse_yaml, read_yaml
+from compress.core.yaml_source import parse_yaml, read_yaml
 
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]

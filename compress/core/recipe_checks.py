@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import RecipeError
-from compress.core.yaml_source import NodePath, Problem, YamlSource, nested, parse_value
+from compress.core.positions import NodePath, Problem, YamlSource, nested
+from compress.core.yaml_source import parse_value
 
 if TYPE_CHECKING:
     from compress.core.recipe import Recipe

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from compress.core.errors import UsageError
 from compress.core.methods import FOLDERS, available_kinds, find_pass, suggestion
 from compress.core.passes import Pass
+from compress.core.positions import NodePath, Problem
 from compress.core.recipe_words import problems_of, shown
-from compress.core.yaml_source import NodePath, Problem
 
 MAX_STAGES = 32
 

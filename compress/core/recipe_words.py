@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from compress.core.methods import suggestion
-from compress.core.yaml_source import NodePath, Problem, nested
+from compress.core.positions import NodePath, Problem, nested
 
 _WORDS = {
     "missing": "is missing",

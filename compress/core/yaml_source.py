@@ -7,8 +7,7 @@ NUL bytes, non-UTF-8 text and anything over the limits below are refused, each w
 
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,11 @@ from ruamel.yaml.events import (
 )
 
 from compress.core.errors import RecipeError
+from compress.core.positions import ROOT, UNPRINTABLE, Mark, NodePath, YamlSource
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_NODES = 20_000
-
-NodePath = tuple[str | int, ...]
-ROOT: NodePath = ()
 
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _TRUE = frozenset({"true", "True", "TRUE"})
@@ -41,90 +38,7 @@ _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 _HEX = re.compile(r"0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 _INT64 = 1 << 63
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A position in the text, counted from 1."""
-
-    line: int
-    column: int
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something wrong with the node at `path`; `missing` if it is not there at all."""
-
-    path: NodePath
-    message: str
-    hint: str | None = None
-    at_key: bool = False
-    missing: bool = False
-
-
-@dataclass
-class YamlSource:
-    """Parsed text: its data, and where each key and value stands. `name` is what messages call the file."""
-
-    name: str
-    lines: list[str]
-    data: Any = None
-    keys: dict[NodePath, Mark] = field(default_factory=dict)
-    values: dict[NodePath, Mark] = field(default_factory=dict)
-    overrides: dict[NodePath, str] = field(default_factory=dict)
-
-    def errors(self, problems: Iterable[Problem]) -> list[RecipeError]:
-        """The problems as errors, in the order of the file; what is missing comes last, since it may be misspelt."""
-        return [self.error(problem) for problem in sorted(problems, key=self._order)]
-
-    def error(self, problem: Problem) -> RecipeError:
-        """A RecipeError at the problem's node, or at its nearest ancestor that has a position."""
-        path = problem.path
-        label = f"{dotted(path)}: {problem.message}" if path else problem.message
-        for end in range(len(path), 0, -1):
-            if path[:end] in self.overrides:
-                return RecipeError(label, where=self.overrides[path[:end]], hint=problem.hint)
-        return self.error_at(self._mark(problem), label, problem.hint)
-
-    def _mark(self, problem: Problem) -> Mark | None:
-        path = problem.path
-        if problem.at_key and path in self.keys:
-            return self.keys[path]
-        if problem.missing and path[:-1] in self.keys:
-            return self.keys[path[:-1]]
-        return next((self.values[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.values), None)
-
-    def _order(self, problem: Problem) -> tuple[bool, int, int]:
-        mark = self._mark(problem) or Mark(0, 0)
-        return problem.missing, mark.line, mark.column
-
-    def error_at(self, mark: Mark | None, message: str, hint: str | None = None) -> RecipeError:
-        """A RecipeError at a position, with the line and a caret under it."""
-        if mark is None:
-            return RecipeError(message, where=self.name, hint=hint)
-        where = f"{self.name}:{mark.line}:{mark.column}"
-        return RecipeError(message, where=where, hint=hint, excerpt=self._excerpt(mark))
-
-    def _excerpt(self, mark: Mark) -> str | None:
-        if not 1 <= mark.line <= len(self.lines):
-            return None
-        line = self.lines[mark.line - 1].replace("\t", " ").rstrip()
-        first = max(0, min(mark.column - 1, len(line)) - 60)
-        shown = _UNPRINTABLE.sub("?", line[first : first + 100])
-        return f"{shown}\n{' ' * (mark.column - 1 - first)}^"
-
-
-def dotted(path: NodePath) -> str:
-    """("stages", 2, "quantize") -> "stages[2].quantize"."""
-    text = ""
-    for part in path:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        else:
-            text += f".{part}" if text else part
-    return text
 
 
 def read_yaml(path: Path) -> YamlSource:
@@ -153,7 +67,7 @@ def parse_yaml(text: str, name: str) -> YamlSource:
     source = YamlSource(name, text.splitlines())
     if len(text) > MAX_BYTES:
         raise RecipeError(f"the text is larger than {MAX_BYTES} bytes", where=name)
-    bad = _UNPRINTABLE.search(text)
+    bad = UNPRINTABLE.search(text)
     if bad:
         raise source.error_at(_mark_at(text, bad.start()), f"the character U+{ord(bad[0]):04X} is not allowed in YAML")
     try:
@@ -288,13 +202,3 @@ class _Builder:
 
 def _mark(event: Any) -> Mark:
     return Mark(event.start_mark.line + 1, event.start_mark.column + 1)
-
-
-def nested(data: Any, path: NodePath, default: Any = None) -> Any:
-    """The value at `path`, or `default` where the path leaves the data."""
-    for part in path:
-        inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
-        if not inside or isinstance(data, list) and part not in range(len(data)):
-            return default
-        data = data[part]
-    return data
