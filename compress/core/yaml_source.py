@@ -29,7 +29,7 @@ from compress.core.positions import ROOT, UNPRINTABLE, Mark, NodePath, YamlSourc
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
-MAX_NODES = 20_000
+MAX_NODES = 2_000
 
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _TRUE = frozenset({"true", "True", "TRUE"})
