@@ -1,0 +1,158 @@
+"""Scales and zero points: where the grid of a scheme lies, and rounding to it.
+
+Shape suffixes: O output channels, K input channels, G groups, S channels of one group (the last group is padded).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from compress.core.scheme import Scheme
+from compress.core.tensors import QuantTensor, spread
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Scale [O, G] in its storage dtype and zero point int8 [O, G] (None: symmetric) of every group."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    scheme: Scheme
+
+    def round(self, weight_OK: torch.Tensor) -> QuantTensor:
+        """Nearest codes: round-to-nearest (RTN)."""
+        width, size = weight_OK.shape[1], self.scheme.group_size
+        codes = weight_OK.float() / spread(self.scale.float(), size, width)
+        codes.round_()
+        if self.zero is not None:
+            codes += spread(self.zero.float(), size, width)
+        codes.clamp_(self.scheme.lowest, self.scheme.highest)
+        return QuantTensor.from_codes(codes.to(torch.int8), self.scale, self.zero, self.scheme)
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """How the span of a grid is searched: `steps` spans from the widest useful down to `floor` of minimum-to-maximum,
+    then `refinements` between the best and its neighbours, each group for itself.
+
+    signed: symmetric scales may be negative, so that the side with one more level (-2^(bits-1)) is the side that needs
+    it, as in ggml's Q4_0. Matters the more the fewer bits there are.
+    """
+
+    steps: int = 16
+    refinements: int = 2
+    floor: float = 0.4
+    signed: bool = True
+
+
+def fit_grid(
+    weight_OK: torch.Tensor,
+    scheme: Scheme,
+    *,
+    scale_dtype: torch.dtype,
+    clip: Clip | None = None,
+    importance_K: torch.Tensor | None = None,
+) -> Grid:
+    """Choose scale and zero point of every group of `weight_OK` (fp32).
+
+    Without `clip` the grid spans minimum to maximum. With it each group takes the span with the least squared rounding
+    error, weighted by `importance_K` (the mean square of each input channel, say). Scales are rounded to `scale_dtype`
+    before they are judged: what is chosen is what is stored.
+    """
+    rows_at_once = max(1, _CACHED_WEIGHTS // weight_OK.shape[1]) if clip else len(weight_OK)
+    parts = [
+        _fit(_grouped(rows_OK, scheme), scheme, scale_dtype, clip, importance_K)
+        for rows_OK in weight_OK.split(rows_at_once)
+    ]
+    scale = torch.cat([scale for scale, _ in parts]).to(scale_dtype)
+    zero = None if scheme.symmetric else torch.cat([zero for _, zero in parts if zero is not None]).to(torch.int8)
+    return Grid(scale, zero, scheme)
+
+
+_CACHED_WEIGHTS = 1 << 17  # rows are searched in pieces that stay in a core's cache
+
+
+def _fit(
+    groups_OGS: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    clip: Clip | None,
+    importance_K: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    low_OG = groups_OGS.amin(-1).clamp_(max=0)
+    high_OG = groups_OGS.amax(-1).clamp_(min=0)
+    if clip is None:
+        return _span(low_OG, high_OG, 1.0, scheme, scale_dtype)
+    weights_GS = None if importance_K is None else _grouped(importance_K[None], scheme)[0]
+    search = _Search(groups_OGS, low_OG, high_OG, scheme, scale_dtype, weights_GS)
+    widest = (scheme.highest - scheme.lowest) / (2 * scheme.highest) if scheme.symmetric else 1.0
+    stride = (widest - clip.floor) / clip.steps
+    signs = (1.0, -1.0) if clip.signed and scheme.symmetric else (1.0,)
+    for step in range(clip.steps + 1):
+        for sign in signs:
+            search.try_shrink(torch.full_like(low_OG, sign * (widest - step * stride)))
+    for _ in range(clip.refinements):
+        stride /= 2
+        centre = search.shrink.clone()
+        for shift in (-stride, stride):
+            search.try_shrink(centre + centre.sign() * shift)
+    return search.scale, search.zero
+
+
+class _Search:
+    """The best span so far of every group of `groups_OGS`."""
+
+    def __init__(
+        self,
+        groups_OGS: torch.Tensor,
+        low_OG: torch.Tensor,
+        high_OG: torch.Tensor,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        importance_GS: torch.Tensor | None,
+    ) -> None:
+        self.groups_OGS, self.low_OG, self.high_OG = groups_OGS, low_OG, high_OG
+        self.scheme, self.scale_dtype, self.importance_GS = scheme, scale_dtype, importance_GS
+        self.error = torch.full_like(low_OG, torch.inf)
+        self.shrink = torch.ones_like(low_OG)
+        self.scale, self.zero = _span(low_OG, high_OG, 1.0, scheme, scale_dtype)
+
+    def try_shrink(self, shrink_OG: torch.Tensor) -> None:
+        scale, zero = _span(self.low_OG, self.high_OG, shrink_OG, self.scheme, self.scale_dtype)
+        error = self._rounding_error(scale, zero)
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.shrink = torch.where(better, shrink_OG, self.shrink)
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero = None if zero is None or self.zero is None else torch.where(better, zero, self.zero)
+
+    def _rounding_error(self, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None) -> torch.Tensor:
+        exact = self.groups_OGS * (1 / scale_OG)[..., None]
+        if zero_OG is not None:
+            exact += zero_OG[..., None]
+        residual = exact.round().clamp_(self.scheme.lowest, self.scheme.highest).sub_(exact).square_()
+        if self.importance_GS is not None:
+            residual *= self.importance_GS
+        return residual.sum(-1).mul_(scale_OG).mul_(scale_OG)
+
+
+def _grouped(weight_OK: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """[O, K] -> [O, G, S], zeros behind a ragged tail (they never widen a span)."""
+    rows, width = weight_OK.shape
+    size = width if scheme.group_size == -1 else scheme.group_size
+    missing = -width % size
+    padded = torch.nn.functional.pad(weight_OK, (0, missing)) if missing else weight_OK
+    return padded.reshape(rows, -1, size)
+
+
+def _span(
+    low_OG: torch.Tensor, high_OG: torch.Tensor, shrink: torch.Tensor | float, scheme: Scheme, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale (fp32, rounded to its storage dtype) and zero point of the grid that spans `shrink` of low … high."""
+    steps = scheme.highest - scheme.lowest
+    reach = torch.maximum(-low_OG, high_OG) * 2 if scheme.symmetric else high_OG - low_OG
+    scale = (reach * shrink / steps).to(scale_dtype).float()
+    scale = torch.where(scale.abs() > 0, scale, torch.ones_like(scale))  # an all-zero group: any scale will do
+    if scheme.symmetric:
+        return scale, None
+    return scale, (scheme.lowest - low_OG * shrink / scale).round_().clamp_(scheme.lowest, scheme.highest)

@@ -1,0 +1,146 @@
+"""GPTQ's maths for the layers that share an input. Shape suffixes: O outputs, K inputs, R rows of one chunk, G groups."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from compress.core.events import Notice
+from compress.core.grid import Grid, fit_grid
+from compress.core.passes import Job
+from compress.core.scheme import Scheme
+from compress.core.solve import Factor, factorise, sweep
+from compress.core.statistics import Hessian
+from compress.core.tensors import QuantTensor
+from compress.core.walk import Group, Site
+from quantize._rounding import CLIPS, round_site
+
+_CHUNK_BYTES = 64 << 20  # weights solved at once; the sweep holds two such buffers
+_SAMPLED_ROWS = 64  # rows on which a layer's output power is measured
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    damping: float
+    activation_order: bool
+    tokens_per_channel: float
+    clip: str
+
+
+def solve_group(group: Group, sites: list[Site], scheme: Scheme, settings: Settings, job: Job) -> None:
+    """Quantize `sites`, which share the group's input: one Hessian, one factorisation, rows stacked."""
+    width = sites[0].shape[1]
+    scale_dtype = job.checkpoint.dtype
+    if group.tokens < settings.tokens_per_channel * width:
+        reason = f"saw {group.tokens} tokens, fewer than {settings.tokens_per_channel:g} per input channel ({width})"
+        return _fall_back(sites, scheme, settings, job, reason)
+    hessian_KK = group.statistics[Hessian]
+    importance_K = hessian_KK.diagonal().clone()
+    power = {site.name: _output_power(site.weight, hessian_KK) for site in sites}
+    factor = factorise(hessian_KK, damping=settings.damping, activation_order=settings.activation_order)
+    if factor is None:
+        return _fall_back(sites, scheme, settings, job, "the Hessian could not be factorised at any damping")
+    if factor.retries:
+        job.events(Notice(f"needed damping {factor.damping:g} after {factor.retries} retries", sites[0].name))
+    results = {site.name: _Result(site.shape, scheme, scale_dtype) for site in sites}
+    for pieces in _chunks(sites, max(1, _CHUNK_BYTES // (4 * width))):
+        weight_RK = torch.cat([site.weight[rows] for site, rows in pieces])
+        grid = fit_grid(
+            weight_RK, scheme, scale_dtype=scale_dtype, clip=CLIPS[settings.clip], importance_K=importance_K
+        )
+        codes_RK, loss_R = quantize_rows(weight_RK, grid, factor)
+        start = 0
+        for site, rows in pieces:
+            end = start + rows.stop - rows.start
+            results[site.name].put(rows, codes_RK[start:end], grid, loss_R[start:end], slice(start, end))
+            start = end
+    for site in sites:
+        result = results[site.name]
+        site.replace(result.tensor())
+        site.note(
+            method="gptq",
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            error=result.loss / max(power[site.name], 1e-30),
+            damping=factor.damping,
+            retries=factor.retries,
+            tokens=group.tokens,
+        )
+    return None
+
+
+def quantize_rows(weight_RK: torch.Tensor, grid: Grid, factor: Factor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [R, K] of the sweep over `weight_RK` (overwritten), and each row's weighted squared error [R]."""
+    rows, width = weight_RK.shape
+    scheme = grid.scheme
+    scale_GR = grid.scale.float().t().contiguous()
+    inverse_GR = 1 / scale_GR
+    zero_GR = None if grid.zero is None else grid.zero.float().t().contiguous()
+    codes_KR = torch.empty((width, rows), dtype=torch.int8, device=weight_RK.device)
+    size = width if scheme.group_size == -1 else scheme.group_size
+
+    def choose(k: int, target_R: torch.Tensor) -> torch.Tensor:
+        g = k // size
+        code_R = (target_R * inverse_GR[g]).round_()
+        if zero_GR is None:
+            codes_KR[k] = code_R.clamp_(scheme.lowest, scheme.highest)
+        else:
+            codes_KR[k] = code_R.add_(zero_GR[g]).clamp_(scheme.lowest, scheme.highest)
+            code_R.sub_(zero_GR[g])
+        return code_R.mul_(scale_GR[g])
+
+    loss_R = sweep(weight_RK, factor, choose)
+    return codes_KR.t().contiguous(), loss_R
+
+
+class _Result:
+    """A site's codes and grid, filled row chunk by row chunk."""
+
+    def __init__(self, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> None:
+        groups = (shape[0], scheme.groups_in(shape[1]))
+        self.scheme = scheme
+        self.codes_OK = torch.empty(shape, dtype=torch.int8)
+        self.scale_OG = torch.empty(groups, dtype=scale_dtype)
+        self.zero_OG = None if scheme.symmetric else torch.empty(groups, dtype=torch.int8)
+        self.loss = 0.0
+
+    def put(self, rows: slice, codes_RK: torch.Tensor, grid: Grid, loss_R: torch.Tensor, chunk: slice) -> None:
+        self.codes_OK[rows] = codes_RK
+        self.scale_OG[rows] = grid.scale[chunk]
+        if self.zero_OG is not None and grid.zero is not None:
+            self.zero_OG[rows] = grid.zero[chunk]
+        self.loss += float(loss_R.sum())
+
+    def tensor(self) -> QuantTensor:
+        return QuantTensor.from_codes(self.codes_OK, self.scale_OG, self.zero_OG, self.scheme)
+
+
+def _chunks(sites: list[Site], rows_at_once: int) -> Iterator[list[tuple[Site, slice]]]:
+    """The rows of all sites, stacked, in chunks of at most `rows_at_once`."""
+    pieces: list[tuple[Site, slice]] = []
+    room = rows_at_once
+    for site in sites:
+        start = 0
+        while start < site.shape[0]:
+            end = min(site.shape[0], start + room)
+            pieces.append((site, slice(start, end)))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield pieces
+                pieces, room = [], rows_at_once
+    if pieces:
+        yield pieces
+
+
+def _output_power(weight_OK: torch.Tensor, hessian_KK: torch.Tensor) -> float:
+    """tr(W H Wᵀ), from evenly spaced rows: what the layer's error is relative to."""
+    step = max(1, len(weight_OK) // _SAMPLED_ROWS)
+    sampled = weight_OK[::step]
+    return float(((sampled @ hessian_KK) * sampled).sum()) * len(weight_OK) / len(sampled)
+
+
+def _fall_back(sites: list[Site], scheme: Scheme, settings: Settings, job: Job, reason: str) -> None:
+    for site in sites:
+        job.events(Notice(f"rounded to nearest: it {reason}", site.name, level="warning"))
+        round_site(site, scheme, job.checkpoint.dtype, settings.clip, fallback=reason)

@@ -1,0 +1,136 @@
+"""What every weight quantization has in common: its scheme, what it leaves alone, and the plan that follows from both."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from compress.core.errors import UsageError
+from compress.core.passes import LayerPlan, Pass, Plan
+from compress.core.scheme import Scheme
+
+if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+
+DEFAULT_GROUP_SIZE = 128
+
+
+class WeightQuantization(Pass):
+    """Settings shared by the methods that give every linear layer of the blocks integer codes."""
+
+    kind: ClassVar = "quantize"
+    takes: ClassVar = frozenset({"dense"})
+    gives: ClassVar = "quantized"
+
+    scheme: str = Field("w4a16", description="weight and activation bits: w2a16 … w8a16, w8a8")
+    group_size: int | None = Field(
+        None, description="input channels that share a scale; -1: one scale per output channel. Default 128, w8a8: -1"
+    )
+    symmetric: bool = Field(
+        True, description="no zero points; asymmetric artifacts need dequantize=True in transformers"
+    )
+    clip: Literal["mse", "minmax"] = Field("mse", description="search each group's span, or take minimum to maximum")
+    uneven: Literal["refuse", "channel", "smaller"] = Field(
+        "refuse", description="layers whose width the group size does not divide: refuse, per channel, smaller groups"
+    )
+    ignore: tuple[str, ...] = Field(
+        (), description="layers left alone, by name pattern: '*.down_proj', 'model.layers.0.*'"
+    )
+
+    @field_validator("scheme")
+    @classmethod
+    def _known_scheme(cls, name: str) -> str:
+        try:
+            Scheme.parse(name)
+        except UsageError as error:
+            raise ValueError(error.message) from None
+        return name
+
+    @field_validator("group_size")
+    @classmethod
+    def _sane_group_size(cls, size: int | None) -> int | None:
+        if size is not None and size != -1 and size < 8:
+            raise ValueError("use -1 (per channel) or at least 8")
+        return size
+
+    def model_post_init(self, context: object) -> None:
+        wanted = self.wanted
+        if wanted.activation_bits == 8 and (wanted.group_size != -1 or not wanted.symmetric or wanted.bits != 8):
+            raise ValueError(f"{self.scheme} needs 8-bit symmetric weights with one scale per channel (group_size: -1)")
+
+    @cached_property
+    def wanted(self) -> Scheme:
+        """The scheme that layers get where their width allows it."""
+        parsed = Scheme.parse(self.scheme)
+        default = -1 if parsed.activation_bits == 8 else DEFAULT_GROUP_SIZE
+        size = default if self.group_size is None else self.group_size
+        return Scheme(parsed.bits, size, self.symmetric, activation_bits=parsed.activation_bits)
+
+    def scheme_for(self, name: str, width: int) -> Scheme | None:
+        """The scheme of the layer `name` with `width` input channels, None if it is left alone."""
+        if any(fnmatchcase(name, pattern) for pattern in self.ignore):
+            return None
+        size = self.wanted.group_size
+        if size == -1 or width % size == 0:
+            return self.wanted
+        if self.uneven == "refuse":
+            return self.wanted  # refused by name in `plan`, before any work
+        smaller = max((s for s in range(8, size) if width % s == 0), default=-1) if self.uneven == "smaller" else -1
+        return Scheme(self.wanted.bits, smaller, self.symmetric)
+
+    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
+        """Exact bytes from headers; memory and minutes from the shapes."""
+        from compress.core.memory import estimate
+
+        from compress.core.formats.compressed_tensors import encoded_bytes
+
+        layers = []
+        for name, shape in self._layers(checkpoint):
+            info = checkpoint.tensors[f"{name}.weight"]
+            scheme = self.scheme_for(name, shape[1])
+            size = info.bytes if scheme is None else encoded_bytes(shape, scheme, checkpoint.dtype)
+            layers.append(LayerPlan(name, shape, info.bytes, size, scheme, "" if scheme else "ignored by the recipe"))
+        self._refuse_ragged(layers)
+        if not any(layer.scheme for layer in layers):
+            raise UsageError("every layer is ignored: there is nothing to quantize", hint="shorten `ignore`")
+        unused = [p for p in self.ignore if not any(fnmatchcase(layer.name, p) for layer in layers)]
+        source_bytes = sum(info.bytes for info in checkpoint.tensors.values())
+        bytes_out = source_bytes + sum(layer.bytes_out - layer.bytes_in for layer in layers)
+        cost = estimate(checkpoint, calibration if self.needs_calibration else None, true_sequential=self.sequential)
+        return Plan(
+            layers=tuple(layers),
+            bytes_out=bytes_out,
+            peak_memory_bytes=cost.memory_bytes,
+            disk_bytes=bytes_out + cost.spill_bytes,
+            minutes=cost.minutes,
+            notices=tuple(f"ignore pattern {pattern!r} matches no layer" for pattern in unused),
+        )
+
+    @property
+    def sequential(self) -> bool:
+        """Whether statistics are gathered group by group (true-sequential) instead of once a block."""
+        return False
+
+    def _layers(self, checkpoint: Checkpoint) -> list[tuple[str, tuple[int, int]]]:
+        names = [name for index in range(checkpoint.num_blocks) for name in checkpoint.sites(index)]
+        shapes = [checkpoint.tensors[f"{name}.weight"].shape for name in names]
+        return [(name, (shape[0], shape[1])) for name, shape in zip(names, shapes, strict=True)]
+
+    def _refuse_ragged(self, layers: list[LayerPlan]) -> None:
+        size = self.wanted.group_size
+        ragged = [layer for layer in layers if layer.scheme and size != -1 and layer.shape[1] % size]
+        ragged = [layer for layer in ragged if layer.scheme == self.wanted]
+        if not ragged:
+            return
+        widths = sorted({layer.shape[1] for layer in layers})
+        working = [s for s in (256, 128, 96, 64, 48, 32, 16, 8) if all(width % s == 0 for width in widths)]
+        raise UsageError(
+            f"group_size {size} does not divide the width of {len(ragged)} layers, e.g. {ragged[0].name} "
+            f"({ragged[0].shape[1]} input channels)",
+            where="quantize.group_size",
+            hint=f"sizes that work: {', '.join(map(str, [*working, -1]))}; or set uneven: channel or smaller",
+        )

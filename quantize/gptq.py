@@ -1,0 +1,42 @@
+"""GPTQ (Frantar et al., 2022, arXiv:2210.17323): round column by column, later columns make up for the error."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from compress.core.passes import Job
+from quantize._settings import WeightQuantization
+
+
+class GPTQ(WeightQuantization):
+    """GPTQ with static activation order, searched spans and one factorisation per common input."""
+
+    paper: ClassVar = "Frantar et al., 2022, arXiv:2210.17323"
+    needs_calibration: ClassVar = True
+
+    damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
+    activation_order: bool = Field(True, description="round the channels with the largest inputs first (static groups)")
+    order: Literal["auto", "block", "groups"] = Field(
+        "auto", description="gather statistics once a block, or again for each group; auto: groups below 4 bits"
+    )
+    tokens_per_channel: float = Field(
+        1.0, ge=0, description="a layer that saw fewer tokens than this times its width is rounded to nearest"
+    )
+
+    @property
+    def sequential(self) -> bool:
+        return self.wanted.bits < 4 if self.order == "auto" else self.order == "groups"
+
+    def run(self, job: Job) -> None:
+        from compress.core.statistics import Hessian
+        from quantize._gptq import Settings, solve_group
+
+        settings = Settings(self.damping, self.activation_order, self.tokens_per_channel, self.clip)
+        order = "groups" if self.sequential else "block"
+        for block in job.walk(collect=frozenset({Hessian}), order=order):
+            for group in block.groups:
+                schemes = {site.name: self.scheme_for(site.name, site.shape[1]) for site in group.sites}
+                sites = [site for site in group.sites if schemes[site.name] is not None]
+                if sites:
+                    solve_group(group, sites, schemes[sites[0].name], settings, job)
+                group.release()

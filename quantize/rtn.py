@@ -1,0 +1,23 @@
+"""Round to nearest: every weight goes to the closest point of its group's grid. Needs no calibration data."""
+
+from typing import ClassVar
+
+from compress.core.passes import Job
+from quantize._settings import WeightQuantization
+
+
+class RTN(WeightQuantization):
+    """Round-to-nearest with the span of each group searched for the least squared error (clip: mse)."""
+
+    paper: ClassVar = "baseline; span search as in Nagel et al., 2021, arXiv:2106.08295, section 3.1"
+    needs_calibration: ClassVar = False
+
+    def run(self, job: Job) -> None:
+        from quantize._rounding import round_site
+
+        for block in job.walk(calibrate=False):
+            for group in block.groups:
+                for site in group.sites:
+                    scheme = self.scheme_for(site.name, site.shape[1])
+                    if scheme is not None:
+                        round_site(site, scheme, job.checkpoint.dtype, self.clip)
