@@ -1,4 +1,4 @@
-"""GPTQ's maths for the layers that share an input. Shape suffixes: O outputs, K inputs, R rows of one chunk, G groups."""
+"""GPTQ's maths for layers that share an input. Shape suffixes: O outputs, K inputs, R rows of a chunk, G groups."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

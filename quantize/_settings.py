@@ -1,4 +1,4 @@
-"""What every weight quantization has in common: its scheme, what it leaves alone, and the plan that follows from both."""
+"""What every weight quantization has in common: its scheme, what it leaves alone, and the plan that follows."""
 
 from __future__ import annotations
 
@@ -84,9 +84,8 @@ class WeightQuantization(Pass):
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         """Exact bytes from headers; memory and minutes from the shapes."""
-        from compress.core.memory import estimate
-
         from compress.core.formats.compressed_tensors import encoded_bytes
+        from compress.core.memory import estimate
 
         layers = []
         for name, shape in self._layers(checkpoint):
