@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from compress.core.errors import RecipeError
 from compress.core.passes import Pass
@@ -44,6 +53,14 @@ class Calibration(_Section):
     prefix: str = ""
     chat_template: bool = False
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Token files are taken whole where the recipe leaves their size open; it stays open when written back."""
+        data = dump(self)
+        if self.dataset.endswith(".safetensors"):
+            return {k: v for k, v in data.items() if k in self.model_fields_set or k not in ("samples", "length")}
+        return data
 
 
 class Export(_Section):
