@@ -1,0 +1,89 @@
+"""Hidden states of all samples between two blocks: in memory, or in files that vanish with the process.
+
+Shapes: N samples, T positions, D hidden width; B samples of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.core.errors import ResourceError
+
+MICRO_BATCH_TOKENS = 2048
+
+
+def default_micro_batch(length: int) -> int:
+    """Samples per forward: about 2048 tokens, where a matrix product is efficient and its intermediates are small."""
+    return max(1, MICRO_BATCH_TOKENS // length)
+
+
+class Activations:
+    """Two buffers [N, T, D]: `inputs` of the block at hand and `targets`, its outputs with the original weights.
+
+    Buffers over `spill_above_bytes` live in files under `spill_folder`, mapped shared. The files are unlinked at
+    once, so that nothing is left behind however the process ends; their bytes are allocated first, so that a full
+    disk is an error here and not a signal later. Where a buffer lives changes no bit of any result.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        lengths: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        micro_batch: int,
+        spill_folder: str | Path | None,
+        spill_above_bytes: int,
+    ) -> None:
+        self._folder = spill_folder if math.prod(shape) * dtype.itemsize > spill_above_bytes else None
+        self.inputs = _buffer(shape, dtype, self._folder)
+        self._targets: Tensor | None = None
+        self.micro_batch = micro_batch
+        positions = torch.arange(shape[1])
+        self._counted_NT = None if lengths is None else positions < lengths[:, None]
+
+    @property
+    def targets(self) -> Tensor:
+        if self._targets is None:
+            self._targets = _buffer(self.inputs.shape, self.inputs.dtype, self._folder)
+        return self._targets
+
+    def batches(self) -> Iterator[slice]:
+        """Samples of each micro-batch, in order."""
+        for start in range(0, len(self.inputs), self.micro_batch):
+            yield slice(start, start + self.micro_batch)
+
+    def counted(self, batch: slice) -> Tensor | None:
+        """Which flattened positions of a micro-batch are tokens, bool [B·T]; None if all are."""
+        return None if self._counted_NT is None else self._counted_NT[batch].reshape(-1)
+
+    def swap(self) -> None:
+        """Let the targets be the next block's inputs."""
+        self.inputs, self._targets = self.targets, self.inputs
+
+
+def _buffer(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path | None) -> Tensor:
+    if folder is None:
+        return torch.empty(shape, dtype=dtype)
+    elements = math.prod(shape)
+    handle, path = tempfile.mkstemp(prefix="activations-", dir=folder)
+    try:
+        os.posix_fallocate(handle, 0, elements * dtype.itemsize)
+        return torch.from_file(path, shared=True, size=elements, dtype=dtype).view(shape)
+    except OSError as error:
+        gigabytes = elements * dtype.itemsize / 1e9
+        raise ResourceError(
+            f"no room for {gigabytes:.1f} GB of activations: {error.strerror}",
+            where=str(folder),
+            hint="free the disk, or use fewer calibration tokens",
+        ) from error
+    finally:
+        os.close(handle)
+        os.unlink(path)

@@ -1,0 +1,208 @@
+"""What the walk yields: a Block with its Groups (one common input) of Sites (linear layers).
+
+Shapes: B samples, T positions, D hidden width; N tokens, K input channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.core._skeleton import fill
+from compress.core.statistics import Statistic
+
+if TYPE_CHECKING:
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.tensors import QuantTensor
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRecord:
+    """What happened to one site. `error` is its relative weighted output error, `fallback` says why it got less."""
+
+    name: str
+    method: str = ""
+    bits: int | None = None
+    group_size: int | None = None
+    error: float | None = None
+    damping: float | None = None
+    retries: int = 0
+    fallback: str = ""
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """What happened to one block. `output_error` is the relative MSE of its output against the original weights."""
+
+    index: int
+    name: str
+    output_error: float | None
+    sites: tuple[SiteRecord, ...]
+
+
+class Site:
+    """One linear layer: read its weight, replace it, note what happened."""
+
+    def __init__(self, name: str, module: nn.Linear, checkpoint: Checkpoint) -> None:
+        self.name = name
+        self.record = SiteRecord(name)
+        self.replacement: Tensor | QuantTensor | None = None
+        self.module = module
+        self.original = module.weight
+        self._checkpoint = checkpoint
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        return self.module.out_features, self.module.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it now is, fp32 [out, in]: a fresh copy at each access."""
+        if self.replacement is None:
+            return self._checkpoint.weight(self.name).to(torch.float32, copy=True)
+        return dense(self.replacement, torch.float32, copy=True)
+
+    def replace(self, value: Tensor | QuantTensor) -> None:
+        """Install a new weight [out, in] and keep it for the sink. Later statistics and outputs see what is stored."""
+        fill(self.module, "weight", dense(value, self.module.weight.dtype).to(self.module.weight.device))
+        self.replacement = value
+
+    def note(
+        self,
+        *,
+        method: str = "",
+        bits: int | None = None,
+        group_size: int | None = None,
+        error: float | None = None,
+        damping: float | None = None,
+        retries: int = 0,
+        fallback: str = "",
+        tokens: int = 0,
+    ) -> None:
+        """Record what was done, for the report."""
+        self.record = SiteRecord(self.name, method, bits, group_size, error, damping, retries, fallback, tokens)
+
+
+class Statistics(Mapping[type[Statistic], Tensor]):
+    """Results by the class of the statistic. `del statistics[Hessian]` and `clear()` free their memory."""
+
+    def __init__(self, running: dict[type[Statistic], Statistic]) -> None:
+        self._running = running
+
+    def __getitem__(self, kind: type[Statistic]) -> Tensor:
+        return self._running[kind].result()
+
+    def __delitem__(self, kind: type[Statistic]) -> None:
+        del self._running[kind]
+
+    def __iter__(self) -> Iterator[type[Statistic]]:
+        return iter(self._running)
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def clear(self) -> None:
+        self._running.clear()
+
+
+class Group:
+    """Sites that read the same input, with the statistics of that input (gathered when first read)."""
+
+    def __init__(self, name: str, sites: tuple[Site, ...], depth: int, gather: Callable[[Group], None]) -> None:
+        self.name = name
+        self.sites = sites
+        self.depth = depth
+        self._gather = gather
+        self._gathered: tuple[Statistics, int] | None = None
+
+    @property
+    def width(self) -> int:
+        """Input channels."""
+        return self.sites[0].shape[1]
+
+    @property
+    def routed(self) -> bool:
+        """Whether only some tokens reach it: an expert's group."""
+        return self.name.startswith("experts.")
+
+    @property
+    def gathered(self) -> bool:
+        return self._gathered is not None
+
+    def set_statistics(self, running: dict[type[Statistic], Statistic], tokens: int) -> None:
+        """Called by the walk when the group's inputs have been seen."""
+        self._gathered = Statistics(running), tokens
+
+    def _read(self) -> tuple[Statistics, int]:
+        if self._gathered is None:
+            self._gather(self)
+        if self._gathered is None:
+            raise RuntimeError(f"the statistics of {self.name} were not gathered")
+        return self._gathered
+
+    @property
+    def statistics(self) -> Statistics:
+        return self._read()[0]
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens that reached this group (an expert gets only those routed to it); padding excluded."""
+        return self._read()[1]
+
+    def release(self) -> None:
+        """Free the statistics."""
+        if self._gathered is not None:
+            self._gathered[0].clear()
+
+
+class Block:
+    """One decoder layer, being worked on. `inputs` and `targets` are streams of micro-batches [B, T, D], if kept."""
+
+    def __init__(self, index: int, name: str, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+        self.index = index
+        self.name = name
+        self.module = module
+        self.groups: tuple[Group, ...] = ()
+        self.inputs: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        self._arguments = arguments
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """The block's output for `x_BTD`, with this layer's own masks and rotary embeddings; differentiable."""
+        return self.module(x_BTD, **self._arguments)
+
+    @property
+    def sites(self) -> Iterator[Site]:
+        return (site for group in self.groups for site in group.sites)
+
+    def replacements(self) -> dict[str, Tensor | QuantTensor]:
+        """What was replaced, by disk name: a dense weight under its tensor's name, a QuantTensor under its module's."""
+        found: dict[str, Tensor | QuantTensor] = {}
+        for site in self.sites:
+            if site.replacement is not None:
+                name = f"{site.name}.weight" if isinstance(site.replacement, Tensor) else site.name
+                found[name] = site.replacement
+        return found
+
+    def install(self, stored: Mapping[str, Tensor | QuantTensor]) -> None:
+        """Put back what an earlier run stored; other tensors of the block are ignored, they are as in the source."""
+        for site in self.sites:
+            value = stored.get(site.name, stored.get(f"{site.name}.weight"))
+            if value is not None:
+                site.replace(value)
+
+    def record(self, output_error: float | None) -> BlockRecord:
+        tokens = {site.name: group.tokens for group in self.groups if group.gathered for site in group.sites}
+        sites = (replace(site.record, tokens=site.record.tokens or tokens.get(site.name, 0)) for site in self.sites)
+        return BlockRecord(self.index, self.name, output_error, tuple(sites))
+
+
+def dense(value: Tensor | QuantTensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """A weight as a plain tensor of `dtype`."""
+    return value.to(dtype, copy=copy) if isinstance(value, Tensor) else value.dequantize(dtype)

@@ -1,0 +1,134 @@
+"""Gathering statistics: the only forward hooks of the product.
+
+Shapes: B samples, T positions; N tokens, K input channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compress.core._activations import Activations
+from compress.core._block import Block, Group
+from compress.core._experts import UnfusedExperts
+from compress.core.statistics import Statistic
+
+Order = Literal["block", "groups"]
+WAVE_BYTES = 512 << 20
+
+
+class Gathering:
+    """Decides which groups' statistics are gathered by which forward.
+
+    "block": before the block is handed out, by the forward that also gives the targets. "groups": when first read, by
+    forwards that stop at the group. Either way one forward holds at most WAVE_BYTES of statistics (and at least one
+    group's): the experts of a large mixture are gathered in several waves, each in the state of the weights that the
+    order asks for.
+    """
+
+    def __init__(
+        self, stream: Activations | None, collect: tuple[type[Statistic], ...], order: Order, device: str
+    ) -> None:
+        self._stream = stream
+        self._collect = collect
+        self._order: Order = order
+        self._device = device
+
+    def before(self, block: Block) -> None:
+        """What is due before the caller sees the block: its targets, and in block order its statistics."""
+        if self._stream is not None:
+            wave = self._wave(block.groups) if self._order == "block" and self._collect else []
+            self._forward(block, wave, write_targets=True)
+
+    def read(self, block: Block, group: Group) -> None:
+        """Gather `group`'s statistics now, with whatever else fits in the same forward."""
+        if self._stream is None:
+            group.set_statistics({}, 0)
+            return
+        waiting = [other for other in block.groups[block.groups.index(group) :] if not other.gathered]
+        if self._order == "groups":
+            waiting = [other for other in waiting if other.depth == group.depth]
+            self._forward(block, self._wave(waiting), write_targets=False)
+        else:
+            with original_weights(block):
+                self._forward(block, self._wave(waiting), write_targets=False)
+
+    def _wave(self, groups: Sequence[Group]) -> list[Group]:
+        wave: list[Group] = []
+        room = WAVE_BYTES
+        for group in groups:
+            room -= sum(kind.bytes_for(group.width) for kind in self._collect)
+            if wave and room < 0:
+                break
+            wave.append(group)
+        return wave
+
+    @torch.no_grad()
+    def _forward(self, block: Block, wave: list[Group], *, write_targets: bool) -> None:
+        stream = self._stream
+        if stream is None:
+            return
+        taps = [_Tap(group, self._collect, self._device) for group in wave]
+        experts = next((module for module in block.module.modules() if isinstance(module, UnfusedExperts)), None)
+        last = wave[0] if len(wave) == 1 and not write_targets else None
+        with ExitStack() as hooks:
+            for tap in taps:
+                hook = tap.hook(experts, stop=tap.group is last)
+                hooks.callback(tap.group.sites[0].module.register_forward_pre_hook(hook).remove)
+            for batch in stream.batches():
+                counted = stream.counted(batch)
+                for tap in taps:
+                    tap.counted = counted
+                try:
+                    y_BTD = block.forward(stream.inputs[batch].to(self._device))
+                except _Reached:
+                    continue
+                if write_targets:
+                    stream.targets[batch] = y_BTD
+        for tap in taps:
+            tap.group.set_statistics(tap.running, tap.tokens)
+
+
+class _Reached(Exception):
+    """The group was reached and nothing after it is of interest: ends a forward early, never seen outside."""
+
+
+class _Tap:
+    """Collects what flows into one group."""
+
+    def __init__(self, group: Group, collect: tuple[type[Statistic], ...], device: str) -> None:
+        self.group = group
+        self.running = {kind: kind(group.width, device) for kind in collect}
+        self.tokens = 0
+        self.counted: Tensor | None = None
+
+    def hook(self, experts: UnfusedExperts | None, stop: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def listen(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x_NK: Tensor = inputs[0].reshape(-1, self.group.width)
+            if self.counted is not None:
+                routed = experts.rows if experts is not None and self.group.routed else None
+                x_NK = x_NK[self.counted if routed is None else self.counted[routed]]
+            self.tokens += len(x_NK)
+            for statistic in self.running.values():
+                statistic.update(x_NK)
+            if stop:
+                raise _Reached
+
+        return listen
+
+
+@contextmanager
+def original_weights(block: Block) -> Iterator[None]:
+    """The block as it was before its sites were replaced."""
+    replaced = {site: site.module.weight for site in block.sites}
+    for site in replaced:
+        site.module.weight = site.original
+    try:
+        yield
+    finally:
+        for site, weight in replaced.items():
+            site.module.weight = weight

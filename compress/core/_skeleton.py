@@ -1,0 +1,130 @@
+"""The transformers model of a config without its weights: where blocks, embedding and head get their code from.
+
+Parameters stay on the meta device (no memory); buffers, which no file holds, are computed by the model itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.core._experts import UnfusedExperts
+from compress.core.architectures import Architecture
+from compress.core.errors import InputError
+
+
+class Skeleton:
+    """`model` is the causal LM on the meta device; `block(i)` and friends are copies to be filled with weights."""
+
+    def __init__(self, folder: Path, architecture: Architecture) -> None:
+        self.architecture = architecture
+        self.config = _read_config(folder)
+        self.model = _on_meta(self.config, folder)
+        for module in self.model.modules():
+            if module._buffers:
+                _compute_buffers(self.model, module)
+        self.blocks: nn.ModuleList = self.model.get_submodule(architecture.blocks)  # type: ignore[assignment]
+
+    def block(self, index: int) -> nn.Module:
+        """An empty copy of block `index`; fused experts are replaced by one linear layer per matrix."""
+        block = copy.deepcopy(self.blocks[index])
+        experts = self.architecture.experts
+        if experts is not None and _has(block, experts.module):
+            block.set_submodule(experts.module, UnfusedExperts.like(block.get_submodule(experts.module), experts))
+        return block
+
+    def module(self, path: str) -> nn.Module:
+        """An empty copy of any other module, by its path."""
+        return copy.deepcopy(self.model.get_submodule(path))
+
+    def without_layers(self, layers: list[nn.Module]) -> nn.Module:
+        """The base model with other layers, without embedding and final norm: fed with inputs_embeds, it shows what
+        it passes to its layers."""
+        return self._base(layers, nn.Identity())
+
+    def head(self) -> nn.Module:
+        """The causal LM without embedding and blocks: from inputs_embeds to logits, empty."""
+        names = self.architecture
+        model = copy.copy(self.model)
+        model._modules = dict(model._modules)
+        model.set_submodule(names.base, self._base([], self.module(names.final_norm)))
+        model.set_submodule(names.head, self.module(names.head))
+        return model
+
+    def load(self, state: dict[str, Tensor], dtype: torch.dtype, where: str) -> Any:
+        """The whole model with weights by their disk names."""
+        from transformers.utils import logging
+
+        quiet = not logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model, found = type(self.model).from_pretrained(
+                None,
+                config=copy.deepcopy(self.config),
+                state_dict=state,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+        finally:
+            if not quiet:
+                logging.enable_progress_bar()
+        missing = sorted(found["missing_keys"]) + sorted(found["mismatched_keys"])
+        if missing:
+            raise InputError(f"tensor {missing[0]!r} is missing or has another shape", where=where)
+        return model.eval().requires_grad_(False)
+
+    def _base(self, layers: list[nn.Module], norm: nn.Module) -> nn.Module:
+        names = self.architecture
+        base = copy.copy(self.model.get_submodule(names.base))
+        base._modules = dict(base._modules)
+        inside = f"{names.base}."
+        base.set_submodule(names.embedding.removeprefix(inside), nn.Identity())
+        base.set_submodule(names.blocks.removeprefix(inside), nn.ModuleList(layers))
+        base.set_submodule(names.final_norm.removeprefix(inside), norm)
+        return base
+
+
+def fill(module: nn.Module, name: str, value: Tensor) -> None:
+    """Make `value` the parameter `name` of `module`, without a copy."""
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in module.named_modules())
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(f"transformers refuses it: {first_line}", where=str(folder / "config.json")) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _on_meta(config: Any, folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        raise InputError(f"no model can be built from it: {error}", where=str(folder / "config.json")) from error
+    return model.eval().requires_grad_(False)
+
+
+def _compute_buffers(model: Any, module: nn.Module) -> None:
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    model._init_weights(module)

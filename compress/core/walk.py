@@ -1,0 +1,214 @@
+"""walk(): the calibration generator. It takes a model through memory one block at a time, measures what reaches each
+linear layer, lets the caller replace weights, and feeds the compressed block's output to the next block.
+
+    for block in walk(checkpoint, tokens, collect={Hessian}, sink=sink):
+        for group in block.groups:
+            for site in group.sites:
+                site.replace(method(site.weight, group.statistics[Hessian]))
+
+Per block: one forward with the original weights gathers statistics and targets, the caller works, one forward with
+the new weights overwrites the inputs with the outputs, and the sink makes the block durable. A resumed walk loads
+finished blocks from the sink and replays the second forward alone: the same code on the same shapes, the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from compress.core._activations import Activations, default_micro_batch
+from compress.core._block import Block, BlockRecord, Group, Site, SiteRecord
+from compress.core._forward import advance, embed, layer_arguments, logits, trim_memory
+from compress.core._gather import Gathering, Order
+from compress.core.errors import UsageError
+from compress.core.events import Listener, Metric, Progress, Started, silent
+from compress.core.statistics import Statistic
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.tensors import QuantTensor
+
+__all__ = ["Block", "BlockRecord", "BlockSink", "Group", "Site", "SiteRecord", "measure", "stream_logits", "walk"]
+
+SPILL_ABOVE_BYTES = 256 << 20
+
+
+class BlockSink(Protocol):
+    """Keeps finished blocks. commit() gets only what was replaced: the rest of the block is as in the source."""
+
+    def finished(self) -> int: ...
+    def load(self, index: int) -> Mapping[str, Tensor | QuantTensor]: ...
+    def record(self, index: int) -> BlockRecord: ...
+    def commit(self, index: int, tensors: dict[str, Tensor | QuantTensor], record: BlockRecord) -> None: ...
+
+
+def walk(
+    checkpoint: Checkpoint,
+    batches: Tokens | None,
+    *,
+    collect: Iterable[type[Statistic]] = (),
+    order: Order = "block",
+    keep: Iterable[str] = (),
+    sink: BlockSink | None = None,
+    device: str = "cpu",
+    dtype: str | torch.dtype = "auto",
+    micro_batch: int | None = None,
+    spill_folder: str | Path | None = None,
+    spill_above_bytes: int = SPILL_ABOVE_BYTES,
+    events: Listener = silent,
+) -> Iterator[Block]:
+    """Yield the blocks that the sink has not finished yet, in order; after each loop body the block is committed.
+
+    `batches` None walks the weights without any forward. `order="groups"` gathers a group's statistics when they are
+    first read, after earlier groups were replaced (true sequential). `keep` names what a block offers as streams:
+    "inputs", "targets". `micro_batch` samples go through a block at once (None: about 2048 tokens).
+    """
+    compute = compute_dtype(checkpoint, dtype, device)
+    done = sink.finished() if sink is not None else 0
+    stream = None
+    arguments: Sequence[Mapping[str, Any]] = [{}] * checkpoint.num_blocks
+    if batches is not None:
+        stream = _stream(checkpoint, batches, compute, micro_batch, spill_folder, spill_above_bytes)
+        arguments = _start(checkpoint, batches, stream, device)
+    gathering = Gathering(stream, tuple(collect), order, device)
+    events(Started("walk", checkpoint.num_blocks))
+    for index in range(checkpoint.num_blocks):
+        block = _build(checkpoint, index, compute, device, arguments[index], gathering)
+        if sink is not None and index < done:
+            block.install(sink.load(index))
+            advance(block, stream, device)
+        else:
+            gathering.before(block)
+            _offer(block, stream, frozenset(keep))
+            yield block
+            error = advance(block, stream, device, compare=True)
+            if error is not None:
+                events(Metric("walk", "output_error", error, block.name))
+            if sink is not None:
+                sink.commit(index, block.replacements(), block.record(error))
+        events(Progress("walk", index + 1, checkpoint.num_blocks, block.name))
+        del block
+        trim_memory()
+
+
+def measure(
+    checkpoint: Checkpoint,
+    batches: Tokens,
+    collect: Iterable[type[Statistic]],
+    *,
+    device: str = "cpu",
+    dtype: str | torch.dtype = "auto",
+    micro_batch: int | None = None,
+    spill_folder: str | Path | None = None,
+    spill_above_bytes: int = SPILL_ABOVE_BYTES,
+    events: Listener = silent,
+) -> Iterator[Block]:
+    """Yield every block with its original weights and statistics, for methods that must see all layers first."""
+    for block in walk(
+        checkpoint,
+        batches,
+        collect=collect,
+        device=device,
+        dtype=dtype,
+        micro_batch=micro_batch,
+        spill_folder=spill_folder,
+        spill_above_bytes=spill_above_bytes,
+        events=events,
+    ):
+        yield block
+        if block.replacements():
+            raise UsageError(f"{block.name} was changed inside measure(), which only reads: use walk()")
+
+
+def stream_logits(
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    *,
+    dtype: str | torch.dtype = "auto",
+    micro_batch: int | None = None,
+    device: str = "cpu",
+    spill_folder: str | Path | None = None,
+    spill_above_bytes: int = SPILL_ABOVE_BYTES,
+) -> Iterator[Tensor]:
+    """Yield logits [B, T, V] of all samples in order, with one block in memory at a time (models larger than RAM)."""
+    compute = compute_dtype(checkpoint, dtype, device)
+    stream = _stream(checkpoint, tokens, compute, micro_batch, spill_folder, spill_above_bytes)
+    arguments = _start(checkpoint, tokens, stream, device)
+    for index in range(checkpoint.num_blocks):
+        block = _build(checkpoint, index, compute, device, arguments[index], None)
+        advance(block, stream, device)
+        del block
+        trim_memory()
+    yield from logits(checkpoint, stream, compute, device)
+
+
+def compute_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype, device: str) -> torch.dtype:
+    """The dtype of the forward: "auto" keeps the checkpoint's own, except fp16 on a CPU, which is slow there."""
+    if dtype == "auto":
+        return torch.float32 if checkpoint.dtype is torch.float16 and device == "cpu" else checkpoint.dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UsageError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
+    return found
+
+
+def _stream(
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    compute: torch.dtype,
+    micro_batch: int | None,
+    spill_folder: str | Path | None,
+    spill_above_bytes: int,
+) -> Activations:
+    samples, length = tokens.ids.shape
+    return Activations(
+        (samples, length, checkpoint.config["hidden_size"]),
+        tokens.lengths,
+        dtype=compute,
+        micro_batch=micro_batch or default_micro_batch(length),
+        spill_folder=spill_folder,
+        spill_above_bytes=spill_above_bytes,
+    )
+
+
+def _start(checkpoint: Checkpoint, tokens: Tokens, stream: Activations, device: str) -> Sequence[Mapping[str, Any]]:
+    """Fill the stream with embeddings; return each layer's own keyword arguments."""
+    embed(checkpoint, tokens.ids, stream, device)
+    return layer_arguments(checkpoint, tokens.ids.shape[1], stream.inputs.dtype, device)
+
+
+def _build(
+    checkpoint: Checkpoint,
+    index: int,
+    compute: torch.dtype,
+    device: str,
+    arguments: Mapping[str, Any],
+    gathering: Gathering | None,
+) -> Block:
+    block = Block(index, checkpoint.block_name(index), checkpoint.build_block(index, compute, device), arguments)
+    if gathering is not None:
+        block.groups = tuple(
+            Group(name, _sites(checkpoint, block, sites), depth, partial(gathering.read, block))
+            for name, sites, depth in checkpoint.groups_by_depth(index)
+        )
+    return block
+
+
+def _sites(checkpoint: Checkpoint, block: Block, names: list[str]) -> tuple[Site, ...]:
+    inside = (checkpoint.architecture.module_name(name.removeprefix(f"{block.name}.")) for name in names)
+    modules = (block.module.get_submodule(path) for path in inside)
+    return tuple(Site(name, cast(nn.Linear, module), checkpoint) for name, module in zip(names, modules, strict=True))
+
+
+def _offer(block: Block, stream: Activations | None, keep: frozenset[str]) -> None:
+    if stream is not None and "inputs" in keep:
+        block.inputs = [stream.inputs[batch] for batch in stream.batches()]
+    if stream is not None and "targets" in keep:
+        block.targets = [stream.targets[batch] for batch in stream.batches()]
