@@ -1,4 +1,4 @@
-"""`quantization_config` of compressed-tensors: writing the smallest one every reader takes, and reading what others wrote.
+"""`quantization_config` of compressed-tensors: writing the smallest that every reader takes, reading what others wrote.
 
 Only keys that the oldest readers know are written: no actorder, no nulls inside the arguments. Needs no torch.
 """
@@ -15,8 +15,8 @@ from compress.core.scheme import Scheme
 _PACKED, _INT, _MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 _VERSION = "0.18.0"
 _ARGUMENTS = frozenset(
-    "num_bits type symmetric group_size strategy block_structure dynamic actorder scale_dtype zp_dtype observer"
-    " observer_kwargs".split()
+    {"num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"}
+    | {"scale_dtype", "zp_dtype", "observer", "observer_kwargs"}
 )
 _GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
 _PRESET = re.compile(r"W(?P<bits>[2-8])A(?P<inputs>8|16)(?P<asymmetric>_ASYM)?")

@@ -1,6 +1,6 @@
 """compressed-tensors on disk: pack-quantized (2 to 8 bits) and int-quantized (8-bit weights, dynamic 8-bit inputs).
 
-Format: https://github.com/neuralmagic/compressed-tensors. Below, O is output channels, K input channels, G groups, b bits.
+Format: https://github.com/neuralmagic/compressed-tensors. O output channels, K input channels, G groups, b bits.
 
 pack-quantized   weight_packed     int32 [O, ceil(K*b/32)]   code + 2^(b-1), one dense bit stream per row
                  weight_scale      [O, G] in the source's dtype
@@ -45,7 +45,7 @@ def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
         parts = {"weight_packed": tensor.packed, "weight_scale": tensor.scale, "weight_shape": shape}
         if tensor.zero is not None:
             unsigned_OG = (tensor.zero.to(torch.int16) - scheme.lowest).to(torch.uint8)
-            parts["weight_zero_point"] = pack_rows(unsigned_OG.T.contiguous(), scheme.bits).T.contiguous()
+            parts["weight_zero_point"] = pack_rows(_turned(unsigned_OG), scheme.bits).T
     return {f"{module}.{suffix}": part.contiguous() for suffix, part in parts.items()}
 
 
@@ -113,8 +113,13 @@ def _stored_shape(module: str, shape: torch.Tensor, packed: torch.Tensor) -> tup
 def _zero_points(module: str, packed: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     rows, groups = scale.shape
     _check(module, "weight_zero_point", packed, (words_in(rows, scheme.bits), groups), torch.int32)
-    unsigned_GO = unpack_rows(packed.T.contiguous(), scheme.bits, rows)
+    unsigned_GO = unpack_rows(_turned(packed), scheme.bits, rows)
     return (unsigned_GO.T.to(torch.int16) + scheme.lowest).to(torch.int8).contiguous()
+
+
+def _turned(matrix: torch.Tensor) -> torch.Tensor:
+    """The transpose, laid out anew: .contiguous() would keep odd strides where one side is 1."""
+    return matrix.T.clone(memory_format=torch.contiguous_format)
 
 
 def _check(

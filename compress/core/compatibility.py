@@ -1,0 +1,241 @@
+"""Which engine loads which scheme from which format: the table of compatibility.yaml, and questions to it.
+
+Needs no torch. Everything said about a reader carries its version and whether it was run or its rules were read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from compress.core.scheme import Scheme
+from compress.core.yaml_source import parse_yaml
+
+Ok = Literal["yes", "no", "with-conditions"]
+Shape = tuple[int, int]
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_WORST_FIRST: tuple[Ok, ...] = ("no", "with-conditions", "yes")
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class When(_Data):
+    """Which schemes a rule is about; a list that is left out fits all."""
+
+    bits: list[int] | None = None
+    group_sizes: list[int] | None = None
+    symmetric: list[bool] | None = None
+    activation_bits: list[int] | None = None
+
+    def fits(self, scheme: Scheme) -> bool:
+        pairs = (
+            (self.bits, scheme.bits),
+            (self.group_sizes, scheme.group_size),
+            (self.symmetric, scheme.symmetric),
+            (self.activation_bits, scheme.activation_bits),
+        )
+        return all(allowed is None or value in allowed for allowed, value in pairs)
+
+
+class Rule(_Data):
+    """What a reader does with the schemes that fit `when`. `tiled`: the reader's multiples apply."""
+
+    when: When
+    ok: Ok
+    because: str = ""
+    tiled: bool = True
+
+
+class MixedRule(_Data):
+    """What a reader does with a model whose layers differ in one of these fields of Scheme."""
+
+    differ: list[Literal["bits", "symmetric", "activation_bits", "group_size"]]
+    any: When = When()
+    ok: Ok
+    because: str
+
+    def fits(self, schemes: set[Scheme]) -> bool:
+        differs = any(len({getattr(scheme, name) for scheme in schemes}) > 1 for name in self.differ)
+        return differs and any(self.any.fits(scheme) for scheme in schemes)
+
+
+class Reader(_Data):
+    """How one engine reads one format. Multiples are per tensor-parallel shard."""
+
+    rules: list[Rule]
+    mixed: list[MixedRule] = []
+    group_divides_shard: bool = False
+    fused_agree: bool = False
+    in_multiple: int = 1
+    out_multiple: int = 1
+
+
+class Engine(_Data):
+    """An engine, the version that was looked at, how ("run here" or "by loader rules"), and what it reads."""
+
+    name: str
+    title: str
+    version: str
+    evidence: str
+    readers: dict[str, Reader]
+    otherwise: str = "it does not read this format"
+
+    @property
+    def label(self) -> str:
+        return f"{self.title} {self.version}".rstrip()
+
+
+class Format(_Data):
+    """What an on-disk format can hold."""
+
+    bits: list[int]
+    activation_bits: list[int]
+    ragged_groups: bool
+    notes: list[str] = []
+
+
+class Table(_Data):
+    """The whole of compatibility.yaml."""
+
+    formats: dict[str, Format]
+    engines: list[Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether an engine will load a model, as one sentence that names version and evidence."""
+
+    engine: str
+    ok: Ok
+    sentence: str
+
+
+@cache
+def table() -> Table:
+    """compatibility.yaml, checked."""
+    name = "compatibility.yaml"
+    return Table.model_validate(parse_yaml(files("compress.core").joinpath(name).read_text("utf-8"), name).data)
+
+
+def unwritable(scheme: Scheme, shape: Shape, format: str = "compressed-tensors") -> str | None:
+    """Why a weight [out, in] cannot be written under `scheme`, None if it can."""
+    held, width = table().formats[format], shape[1]
+    if scheme.bits not in held.bits or scheme.activation_bits not in held.activation_bits:
+        return f"{format} does not hold {scheme.name}"
+    if not held.ragged_groups and scheme.group_size != -1 and width % scheme.group_size:
+        return f"groups of {scheme.group_size} do not divide its {width} input channels, and no reader takes the rest"
+    return None
+
+
+def preflight(
+    schemes: Mapping[str, Scheme],
+    shapes: Mapping[str, Shape],
+    format: str = "compressed-tensors",
+    *,
+    tensor_parallel: int = 1,
+) -> list[Verdict]:
+    """What each engine of the table will make of a model: `schemes` of its quantized modules, `shapes` [out, in]."""
+    return [_verdict(engine, schemes, shapes, format, tensor_parallel) for engine in table().engines]
+
+
+def _verdict(
+    engine: Engine, schemes: Mapping[str, Scheme], shapes: Mapping[str, Shape], format: str, shards: int
+) -> Verdict:
+    reader = engine.readers.get(format)
+    label = engine.label
+    if reader is None:
+        return Verdict(engine.name, "no", f"{label} does not load it: {engine.otherwise} ({engine.evidence})")
+    findings: dict[tuple[Ok, str], None] = {}  # an ordered set
+    for module, scheme in schemes.items():
+        ok, because = _layer(reader, module, scheme, shapes.get(module), format, shards)
+        findings[ok, because] = None
+    if reader.fused_agree:
+        findings |= {("no", sentence): None for sentence in _disagreeing(schemes)}
+    present = set(schemes.values())
+    mixed = next((rule for rule in reader.mixed if rule.fits(present)), None)
+    if mixed is not None:
+        findings[mixed.ok, mixed.because] = None
+    said = {ok for ok, _ in findings}
+    worst: Ok = next((ok for ok in _WORST_FIRST if ok in said), "yes")
+    reasons = "; ".join(because for ok, because in findings if ok == worst and because)
+    verb = {"yes": "loads it", "no": "does not load it", "with-conditions": "loads it on conditions"}[worst]
+    return Verdict(engine.name, worst, f"{label} {verb}{': ' if reasons else ''}{reasons} ({engine.evidence})")
+
+
+def _layer(
+    reader: Reader, module: str, scheme: Scheme, shape: Shape | None, format: str, shards: int
+) -> tuple[Ok, str]:
+    if shape is not None and (reason := unwritable(scheme, shape, format)) is not None:
+        return "no", f"{module}: {reason}"
+    rule = next((rule for rule in reader.rules if rule.when.fits(scheme)), None)
+    if rule is None:
+        return "no", f"{scheme.name} is not read"
+    if rule.ok != "no" and shape is not None:
+        reason = _misfit(reader, module, scheme, shape, shards, tiled=rule.tiled)
+        if reason is not None:
+            return "no", f"{module}: {reason}"
+    return rule.ok, rule.because.format(bits=scheme.bits, group=scheme.group_size)
+
+
+def _misfit(reader: Reader, module: str, scheme: Scheme, shape: Shape, shards: int, *, tiled: bool) -> str | None:
+    """Why a layer does not fit a reader's limits. Layers that end a block's half are split along their inputs."""
+    rows, width = shape
+    split_inputs = module.rpartition(".")[2] in ("o_proj", "down_proj", "w2")
+    part_width = width // shards if split_inputs else width
+    part_rows = rows if split_inputs else rows // shards
+    if (width if split_inputs else rows) % shards:
+        return f"{width if split_inputs else rows} channels cannot be split over {shards} shards"
+    if reader.group_divides_shard and scheme.group_size != -1 and part_width % scheme.group_size:
+        return f"groups of {scheme.group_size} do not divide a shard's {part_width} input channels"
+    if tiled and part_width % reader.in_multiple:
+        return f"a shard's {part_width} input channels are no multiple of {reader.in_multiple}"
+    if tiled and part_rows % reader.out_multiple:
+        return f"a shard's {part_rows} output channels are no multiple of {reader.out_multiple}"
+    return None
+
+
+def _disagreeing(schemes: Mapping[str, Scheme]) -> list[str]:
+    """Layers that engines fuse into one but that do not share a scheme (or are not all quantized)."""
+    found = []
+    for names in FUSED:
+        parents = {module.rpartition(".")[0]: None for module in schemes if module.rpartition(".")[2] in names}
+        for parent in parents:
+            if len({schemes.get(f"{parent}.{name}") for name in names}) > 1:
+                found.append(f"{parent}: {', '.join(names)} are one layer there and must share one scheme")
+    return found[:3]
+
+
+def markdown() -> str:
+    """The table for docs/artifact-format.md: usual schemes by engine."""
+    examples = [
+        Scheme(4, 128),
+        Scheme(4, 128, symmetric=False),
+        Scheme(8, 128),
+        Scheme(8, -1, activation_bits=8),
+        Scheme(4, 16),
+        Scheme(3, 128),
+        Scheme(2, 64),
+    ]
+    engines = table().engines
+    lines = ["| scheme | " + " | ".join(engine.label for engine in engines) + " |"]
+    lines.append("|---" * (len(engines) + 1) + "|")
+    for scheme in examples:
+        group = "per channel" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+        label = f"{scheme.name}, {group}{'' if scheme.symmetric else ', asymmetric'}"
+        verdicts = preflight({"layer": scheme}, {"layer": (1024, 1024)})
+        lines.append(f"| {label} | " + " | ".join(verdict.ok for verdict in verdicts) + " |")
+    lines.append("")
+    lines += [f"- {engine.label}: {engine.evidence}." for engine in engines]
+    return "\n".join(lines) + "\n"
+
+
+def describe(verdicts: list[Verdict]) -> list[dict[str, Any]]:
+    """Verdicts as plain data for --json."""
+    return [{"engine": verdict.engine, "ok": verdict.ok, "sentence": verdict.sentence} for verdict in verdicts]
