@@ -165,7 +165,13 @@ def sample_tokens(documents: Sequence[Document], encode: Encoder, calibration: C
             hint="lower samples or length, or give more text",
         )
     ids_ST = torch.tensor(ids, dtype=torch.int64).view(calibration.samples, calibration.length)
-    return Tokens.of(ids_ST, source=calibration.dataset)
+    return Tokens.of(ids_ST, source=_source(calibration))
+
+
+def _source(calibration: Calibration) -> str:
+    """The dataset's name without the folders of this machine."""
+    dataset = calibration.dataset
+    return Path(dataset).name if Path(dataset).is_absolute() else dataset
 
 
 def _first(encoded: Iterator[list[int]], needed: int) -> list[int]:
@@ -199,7 +205,7 @@ def _one_each(encoded: Iterable[list[int]], calibration: Calibration) -> Tokens:
         lengths_S[row] = len(kept)
         row += 1
         if row == samples:
-            return Tokens.of(ids_ST, lengths_S, calibration.dataset)
+            return Tokens.of(ids_ST, lengths_S, _source(calibration))
     raise InputError(
         f"the dataset holds {row} documents, but {samples} samples are asked for (pack: false)",
         where=calibration.dataset,
@@ -230,7 +236,7 @@ def _take(tokens: Tokens, calibration: Calibration, path: Path) -> Tokens:
             f"the file holds {rows} samples of {width} tokens, but {samples} of {length} are asked for", where=str(path)
         )
     lengths_S = None if tokens.lengths is None else tokens.lengths[:samples].clamp(max=length)
-    return Tokens.of(tokens.ids[:samples, :length], lengths_S, str(calibration.dataset))
+    return Tokens.of(tokens.ids[:samples, :length], lengths_S, path.name)
 
 
 def tokenizer_sha256(folder: Path) -> str:
@@ -282,7 +288,7 @@ def read_tokens(path: Path | str, *, tokenizer_sha256: str = "") -> Tokens:
     made_with = metadata.get("tokenizer_sha256", "")
     if made_with and tokenizer_sha256 and made_with != tokenizer_sha256:
         raise InputError("the token ids were made with another tokenizer than the model's", where=str(path))
-    tokens = Tokens.of(ids_ST, lengths_S, str(path))
+    tokens = Tokens.of(ids_ST, lengths_S, path.name)
     if metadata.get("kind") == "compress token ids" and metadata.get("sha256") != tokens.sha256:
         raise InputError("the token ids do not match the hash in the file's header", where=str(path))
     return tokens

@@ -1,0 +1,135 @@
+"""Evaluation: what an artifact costs in quality, measured beside the original on the same tokens and requests.
+
+The result is plain data: deterministic, six significant digits, no times and no paths of this machine.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.core.errors import UsageError
+from compress.core.events import Listener, silent
+from compress.evaluate.gate import check_gate
+
+if TYPE_CHECKING:
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.recipe import Evaluation
+
+__all__ = ["SCHEMA_VERSION", "check_gate", "evaluate", "evaluate_folder"]
+
+SCHEMA_VERSION = 1
+_DIGITS = 6
+
+
+def evaluate(
+    original: Checkpoint | None,
+    artifact: Checkpoint,
+    evaluation: Evaluation,
+    *,
+    base_folder: Path | str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    micro_batch: int | None = None,
+    spill_folder: Path | str | None = None,
+    offline: bool = False,
+    events: Listener = silent,
+) -> dict[str, Any]:
+    """Measure what `evaluation` asks for on `artifact`, and on `original` where there is one.
+
+    Returns protocol, perplexity {original, artifact, increase, interval}, bits_per_byte, kl {mean, p99, interval} in
+    nats, flips {share, interval}, tasks {name: {metric: {original, artifact, difference, interval, n}}} and notices.
+    What was not measured is None. Text figures need one block of memory at a time, tasks the whole model.
+    Raises UsageError or InputError for what cannot be evaluated.
+    """
+    if evaluation.through != "transformers":
+        raise UsageError(
+            f"evaluate.through {evaluation.through!r} does not exist yet: there is no runtime in this version",
+            hint="write through: transformers",
+        )
+    result: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "protocol": {"through": evaluation.through, "seed": evaluation.seed, "dtype": str(dtype), "text": None},
+        "perplexity": None,
+        "bits_per_byte": None,
+        "kl": None,
+        "flips": None,
+        "tasks": {},
+        "notices": [],
+    }
+    if evaluation.perplexity is not None:
+        from compress.core.walk import stream_logits
+        from compress.evaluate.text import measure_text
+        from compress.evaluate.windows import read_windows
+
+        windows = read_windows(evaluation.perplexity, artifact, base_folder, offline=offline)
+        options = {"dtype": dtype, "micro_batch": micro_batch, "device": device}
+        streams = [
+            model and stream_logits(model, windows.tokens, spill_folder=_part(spill_folder, name), **options)
+            for model, name in ((original, "original"), (artifact, "artifact"))
+        ]
+        result |= measure_text(windows, *streams, seed=evaluation.seed, events=events)
+        result["protocol"]["text"] = windows.protocol
+    if evaluation.tasks:
+        from compress.evaluate.tasks import measure_tasks
+
+        tasks, protocol, notices = measure_tasks(
+            original,
+            artifact,
+            evaluation,
+            base_folder=base_folder,
+            device=device,
+            dtype=dtype,
+            offline=offline,
+            events=events,
+        )
+        result["tasks"], result["protocol"]["tasks"] = tasks, protocol
+        result["notices"] += notices
+    return rounded(result, result["notices"])
+
+
+def evaluate_folder(
+    artifact: Path | str,
+    evaluation: Evaluation,
+    *,
+    base: str | Path | None = None,
+    base_folder: Path | str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    offline: bool = False,
+    events: Listener = silent,
+) -> dict[str, Any]:
+    """`evaluate` for any model folder or hub id; without `base` only the folder's own figures are measured."""
+    from compress.core.checkpoint import Checkpoint
+
+    original = None if base is None else Checkpoint.open(base, offline=offline)
+    return evaluate(
+        original,
+        Checkpoint.open(artifact, offline=offline),
+        evaluation,
+        base_folder=base_folder,
+        device=device,
+        dtype=dtype,
+        offline=offline,
+        events=events,
+    )
+
+
+def _part(folder: Path | str | None, name: str) -> Path | None:
+    return None if folder is None else Path(folder) / name
+
+
+def rounded(value: Any, notices: list[str], where: str = "") -> Any:
+    """Plain data with floats of six significant digits; a figure that is not finite becomes None and a notice."""
+    if isinstance(value, dict):
+        return {key: rounded(item, notices, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item, notices, where) for item in value]
+    if isinstance(value, float) or hasattr(value, "item"):
+        number = float(value)
+        if not math.isfinite(number):
+            notices.append(f"{where} is not a finite number")
+            return None
+        return float(f"{number:.{_DIGITS}g}")
+    return value

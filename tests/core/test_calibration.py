@@ -31,6 +31,7 @@ def checkpoint(tmp_path: Path) -> SimpleNamespace:
     fast.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     fast.save_pretrained(folder)
     config = {"model_type": "llama", "vocab_size": len(WORDS), "max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(config))
     return SimpleNamespace(folder=folder, config=config)
 
 
