@@ -73,6 +73,8 @@ class YamlSource:
         """A RecipeError at a position, with the line and a caret under it."""
         if mark is None:
             return RecipeError(message, where=self.name, hint=hint)
+        if self.lines and mark.line > len(self.lines):  # the end of the text is the end of its last line
+            mark = Mark(len(self.lines), len(self.lines[-1]) + 1)
         where = f"{self.name}:{mark.line}:{mark.column}"
         return RecipeError(message, where=where, hint=hint, excerpt=self._excerpt(mark))
 
@@ -92,7 +94,8 @@ def dotted(path: NodePath) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            text += f".{part}" if text else part
+            name = part if len(part) <= 60 else f"{part[:60]}…"
+            text += f".{name}" if text else name
     return text
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -34,6 +35,15 @@ Positive = Annotated[int, Field(ge=1)]
 DEMO = "demo"
 
 
+def _not_a_number(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"should be auto, true or false, not {value}")  # pydantic takes 1 for true in a Literal
+    return value
+
+
+SpecialTokens = Annotated[Literal["auto", True, False], BeforeValidator(_not_a_number)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
@@ -49,7 +59,7 @@ class Calibration(_Section):
     length: Annotated[int, Field(ge=2)] = 2048
     seed: Annotated[int, Field(ge=0)] = 0
     pack: bool = True
-    special_tokens: Literal["auto", True, False] = "auto"
+    special_tokens: SpecialTokens = "auto"
     prefix: str = ""
     chat_template: bool = False
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
@@ -82,7 +92,7 @@ class Perplexity(_Section):
     stride: Positive | None = None
     samples: Positive | None = None
     prefix: str = ""
-    special_tokens: Literal["auto", True, False] = "auto"
+    special_tokens: SpecialTokens = "auto"
     documents: bool = False
 
 

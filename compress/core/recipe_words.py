@@ -62,7 +62,7 @@ def _problem(entry: Any, prefix: NodePath, path: NodePath, known: list[str]) -> 
 def _words_of(kind: str, entry: Any, context: dict[str, Any]) -> tuple[str, str | None]:
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
-        return f"should be {words} {context[key]}", None
+        return f"should be {words} {context[key]:g}", None
     if kind in ("literal_error", "enum"):
         choices = _choices(context["expected"])
         meant = suggestion(str(entry["input"]), choices)

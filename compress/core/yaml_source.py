@@ -120,7 +120,8 @@ class _Builder:
 
     def _node(self, event: Any, path: NodePath) -> Any:
         self._check(event, path)
-        self.source.values[path] = _mark(event)
+        left_out = isinstance(event, ScalarEvent) and not event.value and event.style is None
+        self.source.values[path] = self.source.keys.get(path, _mark(event)) if left_out else _mark(event)
         if isinstance(event, ScalarEvent):
             return self._scalar(event)
         if isinstance(event, SequenceStartEvent):
