@@ -23,7 +23,7 @@ class Skeleton:
     def __init__(self, folder: Path, architecture: Architecture) -> None:
         self.architecture = architecture
         self.config = _read_config(folder)
-        self.model = _on_meta(self.config, folder)
+        self.model = _on_meta(self.config, architecture, folder)
         for module in self.model.modules():
             if module._buffers:
                 _compute_buffers(self.model, module)
@@ -67,7 +67,7 @@ class Skeleton:
                 config=copy.deepcopy(self.config),
                 state_dict=state,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation=_attention(type(self.model)),
                 output_loading_info=True,
             )
         finally:
@@ -100,27 +100,34 @@ def _has(module: nn.Module, path: str) -> bool:
 
 
 def _read_config(folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(f"transformers refuses it: {first_line}", where=str(folder / "config.json")) from error
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        last_line = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"transformers refuses it: {last_line}", where=str(folder / "config.json")) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
-def _on_meta(config: Any, folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+def _on_meta(config: Any, architecture: Architecture, folder: Path) -> Any:
+    import transformers
 
+    family = getattr(transformers, architecture.model_class)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            model = family._from_config(config, attn_implementation=_attention(family), dtype=torch.float32)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise InputError(f"no model can be built from it: {error}", where=str(folder / "config.json")) from error
     return model.eval().requires_grad_(False)
+
+
+def _attention(family: Any) -> str:
+    """sdpa with the model's own causal masks; families with soft-capped attention (Gemma-2) only have eager."""
+    return "sdpa" if family._supports_sdpa else "eager"
 
 
 def _compute_buffers(model: Any, module: nn.Module) -> None:
