@@ -153,21 +153,15 @@ def make_folder(path: Path) -> Path:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give `target` the bytes of `source`: a hard link where the file system can, else a durable copy."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    """Give `target` the bytes of the durable file `source`: a hard link where the file system can, else a copy."""
     with io_errors("link the file", target):
-        temporary.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
         try:
-            os.link(source, temporary)
+            os.link(source, target)
         except OSError as error:
             if error.errno in _NO_SPACE or error.errno == errno.EIO:
                 raise
             copy_file(source, target)
-            return
-        _sync_file(temporary)
-        os.rename(temporary, target)
-        # Renaming onto another name of the same inode does nothing and leaves the first name standing.
-        temporary.unlink(missing_ok=True)
         sync_folder(target.parent)
 
 
@@ -175,14 +169,6 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy the bytes of `source` to `target`, durably and at once."""
     with atomic_file(target) as writer, open(source, "rb") as reader:
         shutil.copyfileobj(reader, writer, _CHUNK_BYTES)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def publish_dir(staged: Path, final: Path, *, replace: bool = False) -> None:

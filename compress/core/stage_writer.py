@@ -66,17 +66,14 @@ class StageWriter:
         return len(self._blocks)
 
     def load(self, index: int) -> dict[str, torch.Tensor | QuantTensor]:
-        """Block `index` as stored: QuantTensors under their module names, other tensors under their disk names."""
+        """What `commit` was given for block `index`, as stored: the same names, the same values."""
         data = self._blocks[index]
         infos = read_header(self.folder / data["file"])
         schemes = {module: Scheme(**fields) for module, fields in data["schemes"].items()}
         found: dict[str, torch.Tensor | QuantTensor] = {}
         for module, scheme in schemes.items():
             found[module] = compressed_tensors.decode(module, lambda name: load_tensor(infos[name]), scheme)
-        for name, info in infos.items():
-            if name.rpartition(".")[0] not in schemes or name.endswith(".bias"):
-                found[name] = load_tensor(info)
-        return found
+        return found | {name: load_tensor(infos[name]) for name in data["dense"]}
 
     def record(self, index: int) -> BlockRecord:
         """What the walk noted about finished block `index`."""
@@ -102,6 +99,7 @@ class StageWriter:
             "index": index,
             "file": name,
             **asdict(written),
+            "dense": sorted(tensors.keys() - quantized.keys()),
             "schemes": {module: asdict(value.scheme) for module, value in quantized.items()},
             "record": asdict(record),
             "seconds": self._lap(),

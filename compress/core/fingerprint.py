@@ -1,0 +1,56 @@
+"""The fingerprint: everything that decides an artifact's bytes. Equal fingerprints, equal artifacts."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import compress
+
+if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.recipe import Recipe
+
+_PACKAGES = ("torch", "transformers", "numpy")
+
+
+def fingerprint(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    tokens: Tokens | None,
+    *,
+    device: str,
+    dtype: str,
+    micro_batch: int,
+    evaluates: bool,
+) -> dict[str, Any]:
+    """Fingerprint of a run, as plain data. Hashes the source's files (cached by the checkpoint)."""
+    import torch
+
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "source": {
+            "id": checkpoint.source.id,
+            "revision": checkpoint.source.revision,
+            "sha256": checkpoint.sha256(),
+        },
+        "tokens": tokens.sha256 if tokens else None,
+        "versions": {"compress": compress.__version__, **{name: version(name) for name in _PACKAGES}},
+        "machine": platform.machine(),
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "micro_batch": micro_batch,
+        "dtype": dtype,
+        "evaluates": evaluates,
+    }
+
+
+def _device_name(device: str) -> str:
+    """What decides rounding on the device: the CPU's instruction set or the GPU's model."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device

@@ -1,0 +1,181 @@
+"""Facts of a run as plain data: first those that its inputs decide (the model card's), then run.json with the measured.
+
+`artifact_facts` holds no time, host, path or memory figure, so that files of the artifact may be made from it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.core.passes import LayerPlan
+from compress.planning import RunPlan
+
+if TYPE_CHECKING:
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.journal import Journal
+    from compress.core.recipe import Gate
+    from compress.inputs import Inputs
+
+RUN_SCHEMA_VERSION = 1
+_LICENCE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
+
+
+def lineage(original: Checkpoint) -> dict[str, Any]:
+    """Where the artifact comes from: id and commit, hashes of every file that was read, licence."""
+    return {
+        "source": original.source.id,
+        "revision": original.source.revision,
+        "sha256": original.sha256(),
+        "licence": licence(original.folder),
+    }
+
+
+def licence(folder: Path) -> str | None:
+    """The licence that the model's card states in its front matter, None if it states none."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    found = _LICENCE.search(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    return found[1] if found else None
+
+
+def artifact_facts(inputs: Inputs, artifact: Checkpoint, journal: Journal) -> dict[str, Any]:
+    """What the inputs decide: recipe, source, sizes, what was done to each layer, evaluation, fallbacks, lineage."""
+    recipe, original, plan = inputs.recipe, inputs.original, inputs.plan
+    parameters = sum(math.prod(info.shape) for info in original.tensors.values())
+    bytes_out = sum(info.bytes for info in artifact.tensors.values())
+    blocks = [_blocks(journal, number) for number in range(len(recipe.stages))]
+    evaluation = (journal.last("evaluation") or {}).get("result")
+    return {
+        "schema_version": RUN_SCHEMA_VERSION,
+        "recipe": recipe.model_dump(mode="json"),
+        "source": {
+            "id": original.source.id,
+            "revision": original.source.revision,
+            "bytes": sum(info.bytes for info in original.tensors.values()),
+            "parameters": parameters,
+        },
+        "artifact": {
+            "bytes": bytes_out,
+            "bits_per_weight": round(8 * bytes_out / parameters, 4),
+            "format": recipe.export.format,
+        },
+        "stages": [
+            {
+                "kind": stage.kind,
+                "method": stage.method,
+                "settings": stage.settings.model_dump(mode="json"),
+                "blocks": blocks[number],
+                "layers": [layer_facts(layer) for layer in plan.stages[number].layers],
+            }
+            for number, stage in enumerate(recipe.stages)
+        ],
+        "evaluation": evaluation,
+        "notices": [*plan.notices, *((evaluation or {}).get("notices") or [])],
+        "fallbacks": list(_fallbacks(block for stage in blocks for block in stage)),
+        "lineage": lineage(original),
+    }
+
+
+def layer_facts(layer: LayerPlan) -> dict[str, Any]:
+    """One layer of a plan as plain data."""
+    return {
+        "name": layer.name,
+        "bits": layer.scheme.bits if layer.scheme else None,
+        "group_size": layer.scheme.group_size if layer.scheme else None,
+        "scheme": layer.scheme.name if layer.scheme else None,
+        "shape": list(layer.shape),
+        "bytes_in": layer.bytes_in,
+        "bytes_out": layer.bytes_out,
+        "reason": layer.reason,
+    }
+
+
+def _blocks(journal: Journal, stage: int) -> list[dict[str, Any]]:
+    return [data["record"] for data in journal.of("block") if data["stage"] == stage]
+
+
+def _fallbacks(blocks: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+    for block in blocks:
+        for site in block["sites"]:
+            if site["fallback"] or site["retries"]:
+                reason = site["fallback"] or f"damping was raised {site['retries']} times, to {site['damping']:g}"
+                yield {"where": site["name"], "reason": reason}
+
+
+def run_json(
+    facts: Mapping[str, Any],
+    plan: RunPlan,
+    journal: Journal,
+    *,
+    output: Path,
+    gate: Gate | None,
+    failures: list[str],
+) -> dict[str, Any]:
+    """The content of run.json: the facts, and what this machine took for them."""
+    stages = [{**stage, **_measured(journal, number)} for number, stage in enumerate(facts["stages"])]
+    evaluation = journal.last("evaluation") or {}
+    seconds = sum(stage["seconds"] for stage in stages) + evaluation.get("seconds", 0.0)
+    peaks = [stage["peak_memory_bytes"] for stage in stages] + [evaluation.get("peak_memory_bytes", 0)]
+    file_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    return {
+        **facts,
+        "artifact": {**facts["artifact"], "path": str(output), "file_bytes": file_bytes},
+        "stages": stages,
+        "plan": {
+            "bytes": plan.bytes_out,
+            "artifact_bytes": plan.artifact_bytes,
+            "peak_memory_bytes": plan.peak_memory_bytes,
+            "disk_bytes": plan.disk_bytes,
+            "minutes": plan.minutes,
+        },
+        "measured": {
+            "bytes": facts["artifact"]["bytes"],
+            "artifact_bytes": file_bytes,
+            "peak_memory_bytes": max(peaks),
+            "minutes": seconds / 60,
+        },
+        "environment": environment(),
+        "gate": {"asked": gate.model_dump(mode="json") if gate else None, "failures": failures},
+    }
+
+
+def _measured(journal: Journal, stage: int) -> dict[str, Any]:
+    """Seconds and peak memory of a stage; over all processes that worked on it, if it was resumed."""
+    units = [*journal.of("block"), *journal.of("stage")]
+    peaks = [data["peak_memory_bytes"] for data in journal.of("memory") if data["stage"] == stage]
+    return {
+        "seconds": sum(data["seconds"] for data in units if data["stage"] == stage),
+        "peak_memory_bytes": max(peaks, default=0),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions, for the report."""
+    import torch
+
+    return {
+        "python": sys.version.split()[0],
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

@@ -1,0 +1,77 @@
+"""What a run is given: options on the one side, recipe, model, tokens and plan on the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.planning import RunPlan, make_plan, require_composition
+
+if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what. Of these, device, dtype, micro_batch and evaluate are part of the fingerprint.
+
+    `fresh` starts over and may replace an older output. `max_memory_bytes` stands in for the memory that is free now.
+    `micro_batch` samples go through a block at once (None: about 2048 tokens).
+    """
+
+    output: Path
+    fresh: bool = False
+    keep_stages: bool = False
+    device: str = "cpu"
+    dtype: str = "auto"
+    micro_batch: int | None = None
+    offline: bool = False
+    evaluate: bool = True
+    allow_code: tuple[str, ...] = ()
+    max_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The recipe as written and with its paths found, the model, the calibration tokens, and what it will cost."""
+
+    recipe: Recipe
+    located: Recipe
+    original: Checkpoint
+    tokens: Tokens | None
+    micro_batch: int
+    plan: RunPlan
+
+
+def read_inputs(recipe: Recipe, options: RunOptions) -> Inputs:
+    """Open the model, tokenize the calibration data, plan. Raises CompressError for what cannot work."""
+    from compress.core.calibration import load_tokens
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.walk import default_micro_batch
+
+    located = recipe.located()
+    original = Checkpoint.open(located.model, revision=recipe.revision, offline=options.offline)
+    require_composition(recipe, original)
+    tokens = None
+    if located.calibration is not None:
+        tokens = load_tokens(located.calibration, original, recipe.base_folder, offline=options.offline)
+    micro_batch = options.micro_batch or (default_micro_batch(tokens.ids.shape[1]) if tokens else 1)
+    return Inputs(recipe, located, original, tokens, micro_batch, make_plan(recipe, original, tokens))
+
+
+def fingerprint_of(inputs: Inputs, options: RunOptions) -> dict[str, Any]:
+    """The fingerprint of a run with these inputs."""
+    from compress.core.fingerprint import fingerprint
+
+    return fingerprint(
+        inputs.recipe,
+        inputs.original,
+        inputs.tokens,
+        device=options.device,
+        dtype=options.dtype,
+        micro_batch=inputs.micro_batch,
+        evaluates=options.evaluate and inputs.recipe.evaluate is not None,
+    )

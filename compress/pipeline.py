@@ -1,0 +1,89 @@
+"""One recipe, run: plan → stages → export → verify → evaluate → card and manifest → one rename → report.
+
+Killed anywhere and started again, a run goes on behind its last durable block and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.core.events import Finished, Listener, Notice, silent
+from compress.core.files import atomic_write, make_folder
+from compress.core.journal import Journal
+from compress.facts import artifact_facts, run_json
+from compress.inputs import Inputs, RunOptions, fingerprint_of, read_inputs
+from compress.planning import RunPlan, require_room
+from compress.stages import run_stages
+from compress.staging import stage_artifact
+from compress.workspace import Workspace
+
+if TYPE_CHECKING:
+    from compress.core.recipe import Recipe
+
+__all__ = ["RunOptions", "RunPlan", "RunResult", "plan", "run"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves: the artifact, the folder of its report, run.json as data, and the bounds that were missed."""
+
+    artifact: Path
+    report_folder: Path
+    summary: dict[str, Any]
+    gate_failures: list[str]
+
+
+def plan(recipe: Recipe, options: RunOptions, events: Listener = silent) -> RunPlan:
+    """What `run` would write, hold and take. Raises as `run` would for what cannot work or fit; writes nothing."""
+    workspace = Workspace(options.output)
+    if not options.fresh:
+        workspace.refuse_existing()
+    return _affordable(read_inputs(recipe, options), options, workspace, events).plan
+
+
+def run(recipe: Recipe, options: RunOptions, events: Listener = silent) -> RunResult:
+    """Run the recipe, or go on with it. Raises CompressError; the artifact appears whole or not at all.
+
+    A missed gate is no error here: artifact and report are written, and the result names the bounds.
+    """
+    workspace = Workspace(options.output)
+    with workspace.opened(fresh=options.fresh):
+        inputs = _affordable(read_inputs(recipe, options), options, workspace, events)
+        journal = workspace.open_journal(fingerprint_of(inputs, options), fresh=options.fresh)
+        if journal.last("ready") is None:
+            last = run_stages(inputs, options, workspace, journal, events)
+            stage_artifact(last, inputs, options, workspace, journal, events)
+        if not workspace.is_published(journal):
+            workspace.publish(journal)
+        result = _report(inputs, workspace, journal)
+        workspace.close(keep_stages=options.keep_stages)
+    events(Finished("run", str(workspace.output)))
+    return result
+
+
+def _affordable(inputs: Inputs, options: RunOptions, workspace: Workspace, events: Listener) -> Inputs:
+    """The inputs again, or ResourceError; the plan's notices are told."""
+    for notice in inputs.plan.notices:
+        events(Notice(notice))
+    used_bytes = workspace.used_bytes()
+    require_room(inputs.plan, workspace.output, used_bytes=used_bytes, memory_bytes=options.max_memory_bytes)
+    return inputs
+
+
+def _report(inputs: Inputs, workspace: Workspace, journal: Journal) -> RunResult:
+    """Write run.json and what is rendered from it beside the published artifact."""
+    from compress.core.checkpoint import Checkpoint
+    from compress.evaluate.gate import check_gate
+    from compress.report import write_report
+
+    facts = artifact_facts(inputs, Checkpoint.open(workspace.output), journal)
+    gate = inputs.recipe.gate
+    failures = check_gate(gate, facts["evaluation"], {"bytes": facts["artifact"]["bytes"]})
+    summary = run_json(facts, inputs.plan, journal, output=workspace.output, gate=gate, failures=failures)
+    make_folder(workspace.report)
+    atomic_write(workspace.report / "run.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_report(summary, workspace.report)
+    return RunResult(workspace.output, workspace.report, summary, failures)

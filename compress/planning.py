@@ -1,0 +1,110 @@
+"""What a run will write, hold and take, from headers alone; and the refusal of what cannot work or fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from compress.core.errors import InputError, ResourceError
+from compress.core.files import free_bytes
+from compress.core.passes import LayerPlan, Plan
+from compress.core.quantities import format_bytes
+
+if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.recipe import Recipe
+
+_HEADER_BYTES = 72  # of one tensor in a safetensors header, its name apart
+_EXTRA_FILES_BYTES = 16 << 10  # manifest, recipe, evaluation, card
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """A recipe's plan. `bytes_out` are the artifact's tensors (exact), `artifact_bytes` all of its files.
+
+    `disk_bytes` is the most that output and partial folder hold at one time; `notices` are worth reading first.
+    """
+
+    stages: tuple[Plan, ...]
+    bytes_in: int
+    bytes_out: int
+    artifact_bytes: int
+    peak_memory_bytes: int
+    disk_bytes: int
+    minutes: float
+    notices: tuple[str, ...]
+
+    @property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """The layers that the stages touch, in order of the stages."""
+        return tuple(layer for stage in self.stages for layer in stage.layers)
+
+
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> RunPlan:
+    """Plan every stage. CompressError says which stage, layer or setting cannot work."""
+    require_composition(recipe, checkpoint)
+    stages = tuple(stage.settings.plan(checkpoint, tokens) for stage in recipe.stages)
+    bytes_in = sum(info.bytes for info in checkpoint.tensors.values())
+    bytes_out = stages[-1].bytes_out
+    extra_bytes = _files_beside_tensors(checkpoint, stages[-1])
+    return RunPlan(
+        stages=stages,
+        bytes_in=bytes_in,
+        bytes_out=bytes_out,
+        artifact_bytes=bytes_out + extra_bytes,
+        peak_memory_bytes=max(stage.peak_memory_bytes for stage in stages),
+        disk_bytes=_disk_bytes(stages) + extra_bytes,
+        minutes=sum(stage.minutes for stage in stages),
+        notices=tuple(dict.fromkeys(notice for stage in stages for notice in stage.notices)),
+    )
+
+
+def require_composition(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """InputError if a stage does not take the kind of weights that reaches it."""
+    kind, left_by = checkpoint.kind, f"the source {checkpoint.source.id}"
+    for number, stage in enumerate(recipe.stages):
+        if kind not in stage.settings.takes:
+            wanted = " or ".join(sorted(stage.settings.takes))
+            raise InputError(
+                f"{stage.method} takes {wanted} weights, but {left_by} is {kind}",
+                where=f"stages[{number}].{stage.kind}",
+                hint="start from the model before it was compressed",
+            )
+        if stage.settings.gives is not None:
+            kind, left_by = stage.settings.gives, f"what stages[{number}] leaves"
+
+
+def require_room(plan: RunPlan, output: Path, *, used_bytes: int, memory_bytes: int | None) -> None:
+    """ResourceError if memory or disk is too small for the plan. `used_bytes` is what a resumed run already wrote."""
+    available = psutil.virtual_memory().available if memory_bytes is None else memory_bytes
+    if plan.peak_memory_bytes > available:
+        raise ResourceError(
+            f"the run needs about {format_bytes(plan.peak_memory_bytes)} of memory and "
+            f"{format_bytes(available)} are available",
+            hint=f"free {format_bytes(plan.peak_memory_bytes - available)}, or lower calibration.length or samples",
+        )
+    free = free_bytes(output) + used_bytes
+    if plan.disk_bytes > free:
+        raise ResourceError(
+            f"the run needs about {format_bytes(plan.disk_bytes)} of disk and {format_bytes(free)} are free",
+            where=str(output),
+            hint=f"free {format_bytes(plan.disk_bytes - free)}, or choose an --output on another disk",
+        )
+
+
+def _files_beside_tensors(checkpoint: Checkpoint, last: Plan) -> int:
+    """Headers, index and auxiliary files: close, not exact."""
+    quantized = {f"{layer.name}.weight": 3 for layer in last.layers if layer.scheme}
+    headers = sum((2 * len(name) + 2 * _HEADER_BYTES) * quantized.get(name, 1) for name in checkpoint.tensors)
+    aux = sum((checkpoint.folder / path).stat().st_size for path in checkpoint.aux_files)
+    return headers + aux + _EXTRA_FILES_BYTES
+
+
+def _disk_bytes(stages: tuple[Plan, ...]) -> int:
+    """The most at one time: a stage's own disk beside what the stage before it left."""
+    before = [0, *(stage.bytes_out for stage in stages[:-1])]
+    return max(left + stage.disk_bytes for left, stage in zip(before, stages, strict=True))

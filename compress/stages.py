@@ -1,0 +1,74 @@
+"""The stages of a run, one checkpoint folder after the other. What is finished is not done again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.core.events import Finished, Listener
+from compress.core.files import make_folder, remove_tree
+from compress.core.journal import Journal
+from compress.core.passes import Job
+from compress.inputs import Inputs, RunOptions
+from compress.interrupt import units_finish
+from compress.peak_memory import PeakMemory
+from compress.workspace import Workspace
+
+if TYPE_CHECKING:
+    from compress.core.checkpoint import Checkpoint
+
+
+def run_stages(
+    inputs: Inputs, options: RunOptions, workspace: Workspace, journal: Journal, events: Listener
+) -> Checkpoint:
+    """Run the stages that the journal does not call finished; gives the checkpoint that the last one left."""
+    from compress.core.checkpoint import Checkpoint
+
+    stages = inputs.recipe.stages
+    folders = [workspace.stage(number, stage.kind) for number, stage in enumerate(stages)]
+    first = sum(1 for _ in journal.of("stage"))
+    source = Checkpoint.open(folders[first - 1]) if first else inputs.original
+    for number in range(first, len(stages)):
+        _run_stage(number, source, inputs, options, workspace, journal, events)
+        source = Checkpoint.open(folders[number])
+        if number and not options.keep_stages:
+            remove_tree(folders[number - 1])
+    return source
+
+
+def _run_stage(
+    number: int,
+    source: Checkpoint,
+    inputs: Inputs,
+    options: RunOptions,
+    workspace: Workspace,
+    journal: Journal,
+    events: Listener,
+) -> None:
+    from compress.core.stage_writer import StageWriter
+
+    stage = inputs.recipe.stages[number]
+    with units_finish(events) as after_block, PeakMemory() as memory:
+        sink = StageWriter(
+            workspace.stage(number, stage.kind),
+            journal=journal,
+            stage=number,
+            source=source,
+            original=inputs.original,
+            rounds=stage.settings.gives == "quantized",
+            after_commit=after_block,
+        )
+        job = Job(
+            checkpoint=source,
+            calibration=inputs.tokens,
+            sink=sink,
+            seed=inputs.recipe.calibration.seed if inputs.recipe.calibration else 0,
+            device=options.device,
+            dtype=options.dtype,
+            micro_batch=inputs.micro_batch,
+            spill_folder=str(make_folder(workspace.spill)),
+            events=events,
+        )
+        stage.settings.run(job)
+        sink.finish()
+    journal.add("memory", {"stage": number, "peak_memory_bytes": memory.peak_bytes})
+    events(Finished(f"{stage.kind} {stage.method}", f"{source.num_blocks} blocks"))

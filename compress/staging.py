@@ -1,0 +1,132 @@
+"""From the last stage's folder to a complete artifact in the partial folder: export, verify, evaluate, describe."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import compress
+from compress.core.errors import ArtifactError
+from compress.core.events import Finished, Listener, Started
+from compress.core.files import Written, atomic_write, sha256_file
+from compress.core.journal import Journal
+from compress.core.manifest import MANIFEST_NAME, FileRecord, Manifest
+from compress.export import coverage, export
+from compress.facts import artifact_facts, lineage
+from compress.inputs import Inputs, RunOptions
+from compress.peak_memory import PeakMemory
+from compress.workspace import Workspace
+
+if TYPE_CHECKING:
+    from compress.core.checkpoint import Checkpoint
+
+
+def stage_artifact(
+    last: Checkpoint, inputs: Inputs, options: RunOptions, workspace: Workspace, journal: Journal, events: Listener
+) -> None:
+    """Build the artifact in `workspace.staged` and record it as ready. Measurements that the journal has are kept."""
+    from compress.core.checkpoint import Checkpoint
+
+    recorded = {name: Written(**written) for name, written in (journal.last("stage") or {})["files"].items()}
+    files = export(last.folder, recorded, workspace.staged, inputs.original, rounds=last.kind != "quantized")
+    artifact = Checkpoint.open(workspace.staged)
+    _require_verified(artifact, inputs.original, events)
+    evaluation = _evaluation(artifact, inputs, options, workspace, journal, events)
+    for name, text in _texts(artifact, inputs, journal, evaluation).items():
+        atomic_write(workspace.staged / name, text)
+        files[name] = _written(workspace.staged / name)
+    manifest = _manifest(artifact, inputs, journal, files)
+    atomic_write(workspace.staged / MANIFEST_NAME, manifest.text())
+    journal.add("ready", {"manifest_sha256": sha256_file(workspace.staged / MANIFEST_NAME)})
+
+
+def _require_verified(artifact: Checkpoint, original: Checkpoint, events: Listener) -> None:
+    from compress.core.verify import verify
+
+    events(Started("verify", 1, "artifact"))
+    report = verify(artifact.folder, source=original.folder, level="coverage")
+    failed = [check for check in report.checks if not check.ok]
+    if failed:
+        raise ArtifactError(
+            f"the result does not pass verification and is not published: {failed[0].name}: {failed[0].detail}",
+            where=str(artifact.folder),
+        )
+    events(Finished("verify", f"{len(report.checks)} checks"))
+
+
+def _evaluation(
+    artifact: Checkpoint,
+    inputs: Inputs,
+    options: RunOptions,
+    workspace: Workspace,
+    journal: Journal,
+    events: Listener,
+) -> dict[str, Any] | None:
+    asked = inputs.located.evaluate
+    if asked is None or not options.evaluate:
+        return None
+    done = journal.last("evaluation")
+    if done is not None:
+        return done["result"]
+    from compress.evaluate import evaluate
+
+    started = time.monotonic()
+    with PeakMemory() as memory:
+        result = evaluate(
+            inputs.original,
+            artifact,
+            asked,
+            base_folder=inputs.recipe.base_folder,
+            device=options.device,
+            dtype=options.dtype,
+            spill_folder=workspace.spill,
+            offline=options.offline,
+            events=events,
+        )
+    seconds = round(time.monotonic() - started, 3)
+    journal.add("evaluation", {"result": result, "seconds": seconds, "peak_memory_bytes": memory.peak_bytes})
+    events(Finished("evaluate"))
+    return result
+
+
+def _texts(
+    artifact: Checkpoint, inputs: Inputs, journal: Journal, evaluation: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """The files that describe the artifact, by name."""
+    from compress.card import model_card
+    from compress.core.recipe_text import recipe_yaml
+
+    texts = {"recipe.yaml": recipe_yaml(inputs.recipe)}
+    if evaluation is not None:
+        texts["evaluation.json"] = json.dumps(evaluation, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    texts["README.md"] = model_card(artifact_facts(inputs, artifact, journal))
+    return texts
+
+
+def _manifest(artifact: Checkpoint, inputs: Inputs, journal: Journal, files: Mapping[str, Written]) -> Manifest:
+    quantized = {
+        layer.name: layer.scheme.name for stage in inputs.plan.stages for layer in stage.layers if layer.scheme
+    }
+    return Manifest(
+        version=compress.__version__,
+        files=tuple(FileRecord(name, written.bytes, written.sha256) for name, written in files.items()),
+        recipe=inputs.recipe.model_dump(mode="json"),
+        fingerprint=journal.fingerprint,
+        lineage=lineage(inputs.original),
+        coverage=coverage(inputs.original, artifact, quantized),
+        stages=[
+            {
+                "kind": stage.kind,
+                "method": stage.method,
+                "blocks": [data["record"] for data in journal.of("block") if data["stage"] == number],
+            }
+            for number, stage in enumerate(inputs.recipe.stages)
+        ],
+    )
+
+
+def _written(path: Path) -> Written:
+    return Written(path.stat().st_size, sha256_file(path))
