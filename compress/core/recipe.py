@@ -147,6 +147,7 @@ class Recipe(_WithoutStages):
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
 
     _base_folder: Path = PrivateAttr(default_factory=Path.cwd)
+    _model_folder: str | None = PrivateAttr(default=None)
 
     @property
     def base_folder(self) -> Path:
@@ -159,15 +160,13 @@ class Recipe(_WithoutStages):
         For working with; the recipe as written is what gets recorded, since it is the same on every machine.
         """
         data = self.model_dump(mode="json")
-        update: dict[str, Any] = {"model": self._locate(self.model, "model")}
+        update: dict[str, Any] = {"model": self._model_folder or self._locate(self.model, "model")}
         if self.calibration:
             dataset = self._locate(data["calibration"]["dataset"], "calibration")
             update["calibration"] = self.calibration.model_copy(update={"dataset": dataset})
         if self.evaluate:
             update["evaluate"] = self._located_evaluation(self.evaluate)
-        copy = self.model_copy(update=update)
-        copy._base_folder = self._base_folder
-        return copy
+        return self.model_copy(update=update)
 
     def _located_evaluation(self, evaluate: Evaluation) -> Evaluation:
         update: dict[str, Any] = {}
@@ -206,6 +205,8 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe file. `overrides` are "stages[0].quantize.bits=3"; `model` replaces the recipe's model.
 
+    A `model` that is a folder is recorded by its name alone, so that the record is the same wherever it lies.
+
     RecipeError names file, line and column, the path of the key, and the likely spelling.
     """
     return build_recipe(read_yaml(Path(path)), overrides, model, allow_code, Path(path).absolute().parent)
@@ -227,9 +228,13 @@ def build_recipe(
     base_folder: Path | None = None,
 ) -> Recipe:
     """The recipe in `source`, or its first problem as a RecipeError."""
-    recipe, problems = check_recipe(source, overrides, model, allow_code)
+    folder = Path(model).expanduser().resolve() if model else None
+    is_folder = folder is not None and folder.is_dir()
+    recipe, problems = check_recipe(source, overrides, folder.name if is_folder else model, allow_code)
     if problems or recipe is None:
         raise problems[0]
+    if is_folder:
+        recipe._model_folder = str(folder)
     if base_folder is not None:
         recipe._base_folder = base_folder
     return recipe

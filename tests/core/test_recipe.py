@@ -94,6 +94,16 @@ def test_relative_paths_start_at_the_recipe_and_stay_as_written_in_the_record(re
     assert recipe.evaluate.perplexity.dataset == "data/held-out.txt"
 
 
+def test_a_model_folder_is_recorded_by_name_and_found_from_the_current_folder(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work" / "my-model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    recipe = load_recipe(recipe_file, model="./my-model")
+    assert recipe.model == "my-model"
+    assert recipe.located().model == str(tmp_path / "work" / "my-model")
+
+
 def test_bundled_names_lead_to_bundled_files() -> None:
     data = {
         "model": "demo",
