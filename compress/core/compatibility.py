@@ -19,7 +19,6 @@ from compress.core.yaml_source import parse_yaml
 Ok = Literal["yes", "no", "with-conditions"]
 Shape = tuple[int, int]
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_WORST_FIRST: tuple[Ok, ...] = ("no", "with-conditions", "yes")
 
 
 class _Data(BaseModel):
@@ -163,7 +162,7 @@ def _verdict(
     if mixed is not None:
         findings[mixed.ok, mixed.because] = None
     said = {ok for ok, _ in findings}
-    worst: Ok = next((ok for ok in _WORST_FIRST if ok in said), "yes")
+    worst: Ok = "no" if "no" in said else "with-conditions" if "with-conditions" in said else "yes"
     reasons = "; ".join(because for ok, because in findings if ok == worst and because)
     verb = {"yes": "loads it", "no": "does not load it", "with-conditions": "loads it on conditions"}[worst]
     return Verdict(engine.name, worst, f"{label} {verb}{': ' if reasons else ''}{reasons} ({engine.evidence})")

@@ -1,22 +1,78 @@
 """One module per on-disk format. They are the only decoders in the product; `_reference` is a second one, for verify.
 
 Each readable format has
+  modules_of(names) -> list[str]                              modules whose quantized weight is among these tensors
   scheme_of(module, quantization_config) -> Scheme | None     None: the module is not quantized
   stored_names(module, scheme) -> tuple[str, ...]             disk names of the tensors that hold the module
   decode(module, read, scheme) -> QuantTensor                 codes and scales as stored
   dequantize(module, read, scheme, dtype) -> Tensor [out, in]
+and a Reader binds them to one model's config.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError
+from compress.core.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.core.tensors import QuantTensor
 
 READABLE = {"compressed-tensors": "compressed_tensors", "gptq": "gptq"}
+KNOWN_METHODS = frozenset(
+    {"aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "eetq", "fbgemm_fp8", "fp8", "fp_quant", "higgs", "hqq"}
+    | {"modelopt", "mxfp4", "quanto", "quark", "spqr", "torchao", "vptq"}
+)
+_WHERE = "config.json: quantization_config"
+
+Read = Callable[[str], "torch.Tensor"]
+
+
+class NotRead(InputError):
+    """The model is in a format that exists, but that this version does not read."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the quantized weights of one model. `read` arguments give a stored tensor by its disk name."""
+
+    method: str
+    config: Mapping[str, Any]
+    format: ModuleType
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def scheme_of(self, module: str, config: Mapping[str, Any] | None = None) -> Scheme | None:
+        """Scheme that the config gives `module`, None if it leaves it dense."""
+        return self.format.scheme_of(module, self.config if config is None else config)
+
+    def modules(self, names: Iterable[str]) -> dict[str, Scheme]:
+        """The quantized modules among tensors of these names, each with its scheme."""
+        found: dict[str, Scheme] = {}
+        for module in self.format.modules_of(names):
+            scheme = self.scheme_of(module)
+            if scheme is None:
+                raise InputError(f"{module} has quantized tensors, but the config leaves it dense", where=_WHERE)
+            found[module] = scheme
+        return found
+
+    def stored_names(self, module: str, scheme: Scheme) -> tuple[str, ...]:
+        """Disk names of the tensors that hold `module`."""
+        return self.format.stored_names(module, scheme)
+
+    def decode(self, module: str, read: Read, scheme: Scheme) -> QuantTensor:
+        """Codes and scales as stored; InputError for what a QuantTensor cannot hold (activation order)."""
+        return self.format.decode(module, read, scheme, **self.options)
+
+    def dequantize(self, module: str, read: Read, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in], computed in fp32 and rounded once to `dtype`."""
+        return self.format.dequantize(module, read, scheme, dtype, **self.options)
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
@@ -25,19 +81,23 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     if quantization is None:
         return None
     if not isinstance(quantization, Mapping):
-        raise InputError("is not a mapping", where="config.json: quantization_config")
-    return str(quantization.get("quant_method", "of an unnamed method"))
+        raise InputError("is not a mapping", where=_WHERE)
+    return str(quantization.get("quant_method", "unnamed"))
 
 
-def reader_for(config: Mapping[str, Any], model: str = "the model") -> ModuleType:
-    """The format module that reads a quantized model's weights; InputError names a format we do not read."""
+def reader_for(config: Mapping[str, Any], model: str = "the model") -> Reader:
+    """The reader of a quantized model's weights, from its config.json; InputError names a format we do not read."""
     method = method_of(config)
     if method is None:
         raise InputError(f"{model} is not quantized", where="config.json")
     if method not in READABLE:
-        raise InputError(
+        refusal = NotRead if method in KNOWN_METHODS else InputError
+        raise refusal(
             f"{model} is quantized with {method!r}, which this version does not read",
-            where="config.json: quantization_config.quant_method",
+            where=f"{_WHERE}.quant_method",
             hint=f"readable are {', '.join(sorted(READABLE))}; start from the model's original weights",
         )
-    return import_module(f"compress.core.formats.{READABLE[method]}")
+    quantization = config["quantization_config"]
+    format = import_module(f"compress.core.formats.{READABLE[method]}")
+    options = {"version": format.version_of(quantization)} if method == "gptq" else {}
+    return Reader(method, quantization, format, options)

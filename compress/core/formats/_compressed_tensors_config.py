@@ -10,8 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.core.errors import InputError, UsageError
+from compress.core.formats import NotRead
 from compress.core.scheme import Scheme
 
+_KNOWN_FORMATS = frozenset(
+    {"float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized"}
+    | {"mxfp8-quantized", "marlin-24"}
+)
 _PACKED, _INT, _MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 _VERSION = "0.18.0"
 _ARGUMENTS = frozenset(
@@ -116,9 +121,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     if config.get("quantization_status", "compressed") != "compressed":
         raise InputError(f"quantization_status {config['quantization_status']!r} is not a finished model", where=where)
     if config.get("sparsity_config"):
-        raise InputError("sparsity_config is not supported: save the model without sparse compression", where=where)
+        raise NotRead("sparsity_config is not supported: save the model without sparse compression", where=where)
     if config.get("transform_config"):
-        raise InputError("transform_config (online rotations) is not supported", where=where)
+        raise NotRead("transform_config (online rotations) is not supported", where=where)
     ignore = config.get("ignore") or []
     if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
         raise InputError("ignore is not a list of names", where=where)
@@ -159,14 +164,14 @@ def group_scheme(config: Mapping[str, Any], key: str) -> Scheme | None:
     if group.get("weights") is None:
         return None
     if group.get("output_activations") is not None:
-        raise InputError("quantized outputs are not supported", where=f"{where}.output_activations")
-    scheme = _weights(group["weights"], _activation_bits(group.get("input_activations"), where), f"{where}.weights")
+        raise NotRead("quantized outputs are not supported", where=f"{where}.output_activations")
     written = group.get("format") or config.get("format")
     if written not in (_PACKED, _INT):
-        hint = "pack-quantized and int-quantized are read"
-        raise InputError(f"format {written!r} is not supported", where=where, hint=hint)
+        refusal = NotRead if written in _KNOWN_FORMATS else InputError
+        raise refusal(f"format {written!r} is not read", where=where, hint=f"{_PACKED} and {_INT} are")
+    scheme = _weights(group["weights"], _activation_bits(group.get("input_activations"), where), f"{where}.weights")
     if written != _format(scheme):
-        raise InputError(f"{scheme.name} as {written} is not supported", where=where)
+        raise NotRead(f"{scheme.name} as {written} is not read", where=where)
     return scheme
 
 
@@ -184,7 +189,7 @@ def _weights(arguments: Any, activation_bits: int, where: str) -> Scheme:
     kind = str(arguments.get("type", "int")).lower()
     bits, size = arguments.get("num_bits", 8), arguments.get("group_size")
     if kind != "int":
-        raise InputError(f"{kind}{bits} weights are not supported: only integers are read", where=where)
+        raise NotRead(f"{kind}{bits} weights are not read: only integers are", where=where)
     if not isinstance(bits, int) or not 2 <= bits <= 8:
         raise InputError(f"num_bits {bits!r} is not supported: 2 to 8 are read", where=where)
     if arguments.get("dynamic", False) is not False:
@@ -196,7 +201,8 @@ def _weights(arguments: Any, activation_bits: int, where: str) -> Scheme:
         raise InputError(f"group_size {size!r} makes no sense", where=where)
     strategy = arguments.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     if strategy not in ("channel", "group"):
-        raise InputError(f"strategy {strategy!r} is not supported: channel and group are read", where=where)
+        refusal = NotRead if strategy in ("tensor", "block", "tensor_group") else InputError
+        raise refusal(f"strategy {strategy!r} is not read: channel and group are", where=where)
     if strategy == "group" and (size is None or size < 1):
         raise InputError("strategy group needs a positive group_size", where=where)
     if strategy == "channel" and size is not None and size > 0:
@@ -216,11 +222,11 @@ def _activation_bits(arguments: Any, where: str) -> int:
     _check_arguments(arguments, where)
     kind, bits = str(arguments.get("type", "int")).lower(), arguments.get("num_bits", 8)
     if (kind, bits) != ("int", 8):
-        raise InputError(f"{kind}{bits} inputs are not supported: only dynamic int8 per token is read", where=where)
+        raise NotRead(f"{kind}{bits} inputs are not supported: only dynamic int8 per token is read", where=where)
     if arguments.get("dynamic") is not True or arguments.get("strategy") != "token":
-        raise InputError("only inputs that are dynamic per token are read", where=where)
+        raise NotRead("only inputs that are dynamic per token are read", where=where)
     if arguments.get("symmetric", True) is not True:
-        raise InputError("asymmetric inputs are not supported", where=where)
+        raise NotRead("asymmetric inputs are not supported", where=where)
     return 8
 
 

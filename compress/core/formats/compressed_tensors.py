@@ -15,22 +15,29 @@ weight = (code - zero) * scale, code and zero both in the signed domain -2^(b-1)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 
 from compress.core.errors import ArtifactError
+from compress.core.formats import Read
 from compress.core.formats._compressed_tensors_config import is_int_quantized, quantization_config, scheme_of
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor, pack_rows, unpack_rows, words_in
 
-__all__ = ["decode", "dequantize", "encode", "encoded_bytes", "quantization_config", "scheme_of", "stored_names"]
+__all__ = [
+    "decode",
+    "dequantize",
+    "encode",
+    "encoded_bytes",
+    "modules_of",
+    "quantization_config",
+    "scheme_of",
+    "stored_names",
+]
 
-METHOD = "compressed-tensors"
 _SHAPE_BYTES = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-Read = Callable[[str], torch.Tensor]
 
 
 def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
@@ -47,6 +54,13 @@ def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
             unsigned_OG = (tensor.zero.to(torch.int16) - scheme.lowest).to(torch.uint8)
             parts["weight_zero_point"] = pack_rows(_turned(unsigned_OG), scheme.bits).T
     return {f"{module}.{suffix}": part.contiguous() for suffix, part in parts.items()}
+
+
+def modules_of(names: Iterable[str]) -> list[str]:
+    """The modules whose quantized weight is among tensors of these disk names."""
+    names = set(names)
+    scaled = {name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")}
+    return sorted(scaled | {name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed")})
 
 
 def stored_names(module: str, scheme: Scheme) -> tuple[str, ...]:
