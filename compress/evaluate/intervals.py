@@ -22,14 +22,20 @@ def interval(statistic: Statistic, units: int, *, seed: int) -> tuple[float, flo
     """
     if units < 2:
         return None
+    low, high = np.quantile(_resampled(statistic, units, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def spread(statistic: Statistic, units: int, *, seed: int) -> float | None:
+    """The standard error of `statistic`: its spread over the resamples."""
+    return None if units < 2 else float(np.std(_resampled(statistic, units, seed), ddof=1))
+
+
+def _resampled(statistic: Statistic, units: int, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     shares = np.full(units, 1 / units)
-    figures = [
-        statistic(generator.multinomial(units, shares, size=_CHUNK).astype(np.float64))
-        for _ in range(RESAMPLES // _CHUNK)
-    ]
-    low, high = np.quantile(np.concatenate(figures), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    draws = (generator.multinomial(units, shares, size=_CHUNK) for _ in range(RESAMPLES // _CHUNK))
+    return np.concatenate([statistic(drawn.astype(np.float64)) for drawn in draws])
 
 
 def ratio(numerator_U: np.ndarray, denominator_U: np.ndarray) -> Statistic:
