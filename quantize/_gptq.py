@@ -31,7 +31,7 @@ def solve_group(group: Group, sites: list[Site], scheme: Scheme, settings: Setti
     """Quantize `sites`, which share the group's input: one Hessian, one factorisation, rows stacked."""
     width = sites[0].shape[1]
     scale_dtype = job.checkpoint.dtype
-    if group.tokens < settings.tokens_per_channel * width:
+    if group.routed and group.tokens < settings.tokens_per_channel * width:
         reason = f"saw {group.tokens} tokens, fewer than {settings.tokens_per_channel:g} per input channel ({width})"
         return _fall_back(sites, scheme, settings, job, reason)
     hessian_KK = group.statistics[Hessian]

@@ -17,15 +17,15 @@ class GPTQ(WeightQuantization):
     damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
     activation_order: bool = Field(True, description="round the channels with the largest inputs first (static groups)")
     order: Literal["auto", "block", "groups"] = Field(
-        "auto", description="gather statistics once a block, or again for each group; auto: groups below 4 bits"
+        "auto", description="gather statistics once a block, or again for each group; auto: groups for 2 bits"
     )
     tokens_per_channel: float = Field(
-        1.0, ge=0, description="a layer that saw fewer tokens than this times its width is rounded to nearest"
+        2.0, ge=0, description="an expert that saw fewer tokens than this times its width is rounded to nearest"
     )
 
     @property
     def sequential(self) -> bool:
-        return self.wanted.bits < 4 if self.order == "auto" else self.order == "groups"
+        return self.wanted.bits < 3 if self.order == "auto" else self.order == "groups"
 
     def run(self, job: Job) -> None:
         from compress.core.statistics import Hessian

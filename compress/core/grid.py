@@ -39,7 +39,7 @@ class Clip:
     it, as in ggml's Q4_0. Matters the more the fewer bits there are.
     """
 
-    steps: int = 16
+    steps: int = 8
     refinements: int = 2
     floor: float = 0.4
     signed: bool = True

@@ -56,7 +56,7 @@ class Job:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "auto"
-    micro_batch: int = 1
+    micro_batch: int | None = None
     spill_folder: str | None = None
     spill_above_bytes: int = 256 << 20
     events: Listener = silent

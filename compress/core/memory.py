@@ -1,0 +1,118 @@
+"""What a calibrated walk will hold and take, from headers and shapes alone: peak RAM, spilled bytes, minutes.
+
+Memory is what the process holds itself (RssAnon): files that are mapped are the system's to drop. Minutes come from
+counting operations and from a probe of a fraction of a second that measures this machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+
+IMPORTS_BYTES = 330 << 20  # Python with torch, transformers and this package, after the first forward
+GRID_CANDIDATES = 22  # spans that fit_grid tries
+GRID_PASSES = 7  # passes over the weights for each of them
+COLUMN_SECONDS = 60e-6  # what one column of a sweep costs beside its arithmetic
+MICRO_BATCH_TOKENS = 2048
+SOLVER_BYTES = 3 * (64 << 20)  # weights, errors and codes of one chunk of rows
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Peak anonymous memory and spilled activations in bytes; wall time in minutes."""
+
+    memory_bytes: int
+    spill_bytes: int
+    minutes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """This machine: fp32 matrix product in operations a second, passes over cached floats in elements a second."""
+
+    matmul: float
+    elements: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Layers of one input: `rows` output channels in all over `width` input channels, reached by `share` of the tokens."""
+
+    rows: int
+    width: int
+    share: float
+
+
+def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: bool = False) -> Cost:
+    """Cost of quantizing every block of `checkpoint`, calibrated on `tokens` (None: no forward passes)."""
+    from compress.core.walk import SPILL_ABOVE_BYTES
+
+    blocks = [_groups(checkpoint, index) for index in range(checkpoint.num_blocks)]
+    largest = max(blocks, key=lambda groups: sum(group.rows * group.width for group in groups))
+    weights = sum(group.rows * group.width for group in largest)
+    held = IMPORTS_BYTES + weights * checkpoint.dtype.itemsize
+    count = 0 if tokens is None else tokens.ids.numel()
+    stream_bytes = count * checkpoint.config["hidden_size"] * checkpoint.dtype.itemsize
+    spilled = stream_bytes > SPILL_ABOVE_BYTES
+    if tokens is not None:
+        squares = [4 * group.width**2 for group in largest]
+        statistics = max(squares) if true_sequential else sum(squares)
+        passing = 4 * MICRO_BATCH_TOKENS * (2 * max(group.width for group in largest) + max(g.rows for g in largest))
+        chunk = min(SOLVER_BYTES, 12 * max(group.rows * group.width for group in largest))
+        held += (0 if spilled else 2 * stream_bytes) + statistics + max(passing, chunk + max(squares) // 2)
+    speed = _probe()
+    seconds = sum(_seconds(groups, count, speed, true_sequential) for groups in blocks)
+    return Cost(held, 2 * stream_bytes if spilled else 0, seconds / 60)
+
+
+def _groups(checkpoint: Checkpoint, index: int) -> list[_Group]:
+    experts = checkpoint.config.get("num_experts") or checkpoint.config.get("num_local_experts") or 1
+    share = checkpoint.config.get("num_experts_per_tok", 1) / experts
+    found = []
+    for name, sites in checkpoint.groups(index):
+        shapes = [checkpoint.tensors[f"{site}.weight"].shape for site in sites]
+        routed = share if name.startswith("experts.") else 1.0
+        found.append(_Group(sum(shape[0] for shape in shapes), shapes[0][1], routed))
+    return found
+
+
+def _seconds(groups: list[_Group], tokens: int, speed: Speed, true_sequential: bool) -> float:
+    """One block: forwards, Hessians, factorisations, sweeps, and the search for scales."""
+    weights = sum(group.rows * group.width for group in groups)
+    seconds = GRID_CANDIDATES * GRID_PASSES * weights / speed.elements
+    if tokens == 0:
+        return seconds
+    forward = sum(2 * tokens * group.share * group.rows * group.width for group in groups)
+    hessians = sum(1.2 * tokens * group.share * group.width**2 for group in groups)
+    factors = sum(group.width**3 / 3 for group in groups)
+    sweeps = sum(group.rows * group.width**2 for group in groups)
+    columns = sum(group.width * max(1, group.rows * group.width // (16 << 20)) for group in groups)
+    passes = 4 if true_sequential else 2
+    return seconds + (passes * forward + hessians + factors + sweeps) / speed.matmul + columns * COLUMN_SECONDS
+
+
+@cache
+def _probe() -> Speed:
+    import torch
+
+    a_MK, b_KN = torch.ones(512, 1024), torch.ones(1024, 1024)
+    cached = torch.ones(1 << 17)
+    product = _fastest(lambda: a_MK @ b_KN)
+    elements = _fastest(lambda: cached.round_())
+    return Speed(2 * 512 * 1024 * 1024 / product, len(cached) / elements)
+
+
+def _fastest(work: Callable[[], object], repeats: int = 8) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
