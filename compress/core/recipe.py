@@ -23,6 +23,7 @@ from pydantic import (
 
 from compress.core.errors import RecipeError
 from compress.core.passes import Pass
+from compress.core.places import locate
 from compress.core.positions import ROOT, Problem, YamlSource
 from compress.core.quantities import Fraction, Size
 from compress.core.recipe_checks import CHECKS, apply_overrides, reserved_problem
@@ -32,7 +33,6 @@ from compress.core.yaml_source import parse_yaml, read_yaml
 
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
-DEMO = "demo"
 
 
 def _not_a_number(value: Any) -> Any:
@@ -108,6 +108,16 @@ class Evaluation(_Section):
     through: Literal["transformers"] = "transformers"
     seed: Annotated[int, Field(ge=0)] = 0
 
+    def located(self, base_folder: Path) -> "Evaluation":
+        """This evaluation with absolute paths, as `Recipe.located` gives it."""
+        update: dict[str, Any] = {}
+        if self.task_folder:
+            update["task_folder"] = locate(self.task_folder, "tasks", base_folder)
+        if self.perplexity:
+            dataset = locate(self.perplexity.dataset, "evaluation", base_folder)
+            update["perplexity"] = self.perplexity.model_copy(update={"dataset": dataset})
+        return self.model_copy(update=update)
+
 
 class Gate(_Section):
     """Bounds that the artifact must keep, else the command ends with exit code 5. Each needs its measurement."""
@@ -159,45 +169,14 @@ class Recipe(_WithoutStages):
 
         For working with; the recipe as written is what gets recorded, since it is the same on every machine.
         """
-        data = self.model_dump(mode="json")
-        update: dict[str, Any] = {"model": self._model_folder or self._locate(self.model, "model")}
+        base = self._base_folder
+        update: dict[str, Any] = {"model": self._model_folder or locate(self.model, "model", base)}
         if self.calibration:
-            dataset = self._locate(data["calibration"]["dataset"], "calibration")
+            dataset = locate(self.calibration.dataset, "calibration", base)
             update["calibration"] = self.calibration.model_copy(update={"dataset": dataset})
         if self.evaluate:
-            update["evaluate"] = self._located_evaluation(self.evaluate)
+            update["evaluate"] = self.evaluate.located(base)
         return self.model_copy(update=update)
-
-    def _located_evaluation(self, evaluate: Evaluation) -> Evaluation:
-        update: dict[str, Any] = {}
-        if evaluate.task_folder:
-            update["task_folder"] = self._locate(evaluate.task_folder, "tasks")
-        if evaluate.perplexity:
-            dataset = self._locate(evaluate.perplexity.dataset, "evaluation")
-            update["perplexity"] = evaluate.perplexity.model_copy(update={"dataset": dataset})
-        return evaluate.model_copy(update=update)
-
-    def _locate(self, text: str, place: str) -> str:
-        if text == DEMO or text.startswith(f"{DEMO}/"):
-            return str(demo_path(text, place))
-        path = self._base_folder / Path(text).expanduser()
-        return str(path.absolute()) if path.exists() else text
-
-
-def demo_path(text: str, place: str) -> Path:
-    """Path of bundled data: `demo` means what its place in the recipe suggests, demo/model and the like name it."""
-    from compress import demo
-
-    paths = {
-        "model": demo.MODEL_DIR,
-        "calibration": demo.CALIBRATION,
-        "evaluation": demo.EVALUATION,
-        "tasks": demo.TASKS_DIR,
-    }
-    name = place if text == DEMO else text.removeprefix(f"{DEMO}/")
-    if name not in paths:
-        raise RecipeError(f"there is no bundled data {text!r}: there are {', '.join(f'demo/{key}' for key in paths)}")
-    return Path(paths[name])
 
 
 def load_recipe(
@@ -220,6 +199,14 @@ def parse_recipe(
     return build_recipe(source, (), None, allow_code, base_folder)
 
 
+def parse_evaluation(data: dict[str, Any], name: str = "evaluation") -> Evaluation:
+    """An evaluation from plain data, without a recipe around it. RecipeError says what is wrong."""
+    try:
+        return Evaluation.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise YamlSource(name, [], data).errors(problems_of(error, data, ROOT, Evaluation))[0] from None
+
+
 def build_recipe(
     source: YamlSource,
     overrides: Sequence[str] = (),
@@ -228,16 +215,20 @@ def build_recipe(
     base_folder: Path | None = None,
 ) -> Recipe:
     """The recipe in `source`, or its first problem as a RecipeError."""
-    folder = Path(model).expanduser().resolve() if model else None
-    is_folder = folder is not None and folder.is_dir()
-    recipe, problems = check_recipe(source, overrides, folder.name if is_folder else model, allow_code)
+    folder = _folder(model)
+    recipe, problems = check_recipe(source, overrides, folder.name if folder else model, allow_code)
     if problems or recipe is None:
         raise problems[0]
-    if is_folder:
+    if folder:
         recipe._model_folder = str(folder)
     if base_folder is not None:
         recipe._base_folder = base_folder
     return recipe
+
+
+def _folder(model: str | None) -> Path | None:
+    path = Path(model).expanduser().resolve() if model else None
+    return path if path is not None and path.is_dir() else None
 
 
 def check_recipe(

@@ -1,0 +1,93 @@
+"""The command `compress`: its sub-commands and its outermost frame, where every error becomes an exit code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from compress.cli import artifacts, doctor, evaluation, recipes, run, tokens
+from compress.cli.console import last_output, speak
+from compress.core.errors import CompressError, UsageError
+
+PURPOSE = "Compress Hugging Face causal language models: one recipe, one verified artifact."
+
+app = typer.Typer(
+    name="compress",
+    help=PURPOSE,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 bug, 2 usage or recipe, 3 input refused, 4 resources or lock (run again to go on), "
+    "5 quality gate, 6 environment, 130 interrupted (run again to go on).",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+run.register(app)
+recipes.register(app)
+tokens.register(app)
+artifacts.register(app)
+evaluation.register(app)
+doctor.register(app)
+
+INTERRUPTED = 130
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from compress import __version__
+
+        typer.echo(f"compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=PURPOSE)
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Options that need no command."""
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run the command line and give its exit code. The only place that catches everything."""
+    command = typer.main.get_command(app)
+    speak(json="--json" in arguments, verbose="-v" in arguments or "--verbose" in arguments)
+    try:
+        code = command.main(list(arguments), prog_name="compress", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.exceptions.TyperException as error:
+        return _usage(error)
+    except CompressError as error:
+        last_output().fail(error)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        last_output().tell("interrupted", style="yellow")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more: no noise at exit
+        return 0
+    except Exception as error:  # noqa: BLE001  the outermost frame
+        return _bug(error)
+
+
+def _usage(error: typer.exceptions.TyperException) -> int:
+    message = error.format_message()
+    if not message:  # no command: the help was asked for
+        return 0
+    context = getattr(error, "ctx", None)
+    hint = f"{context.command_path} --help" if context else "compress --help"
+    last_output().fail(UsageError(message.rstrip("."), hint=hint))
+    return error.exit_code if error.exit_code != 1 else UsageError.exit_code
+
+
+def _bug(error: Exception) -> int:
+    output = last_output()
+    if output.verbose:
+        traceback.print_exception(error, file=sys.stderr)
+    hint = (
+        "please report it with the traceback"
+        if output.verbose
+        else "run again with -v for the traceback, and report it"
+    )
+    output.fail(CompressError(f"this is a bug in compress: {type(error).__name__}: {error}", hint=hint))
+    return CompressError.exit_code

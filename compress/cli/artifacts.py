@@ -1,0 +1,111 @@
+"""Commands about a finished folder: inspect, verify, push."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.cli import options as opt
+from compress.cli.console import Output, speak
+
+
+class Level(StrEnum):
+    """How far `verify` goes."""
+
+    integrity = "integrity"
+    coverage = "coverage"
+    parity = "parity"
+
+
+Source = Annotated[
+    Path | None, typer.Option("--source", help="Folder of the original model, to check coverage.", show_default=False)
+]
+
+
+def inspect(folder: opt.ArtifactFolder, json: opt.Json = False, verbose: opt.Verbose = False) -> None:
+    """Show what a model folder holds."""
+    from compress.core.inspect import inspect as look
+
+    output = speak(json=json, verbose=verbose)
+    _show_inspection(look(folder), output)
+
+
+def verify(
+    folder: opt.ArtifactFolder,
+    source: Source = None,
+    level: Annotated[Level, typer.Option("--level", help="How far to go.")] = Level.parity,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Check a folder; exit code 3 if a check fails.
+
+    integrity: hashes, shapes, values, a second decoder; coverage: every tensor of the source; parity: our own runtime.
+    """
+    from compress.cli.tables import add_row, grid
+    from compress.core.errors import InputError
+    from compress.core.verify import verify as check
+
+    output = speak(json=json, quiet=quiet, verbose=verbose)
+    report = check(folder, source=source, level=level.value)
+    table = grid("", "check", "detail")
+    for found in report.checks:
+        add_row(table, "ok" if found.ok else "!!", found.name, found.detail)
+        output.emit("check", name=found.name, ok=found.ok, detail=found.detail)
+    output.show(table)
+    failed = [found for found in report.checks if not found.ok]
+    code = InputError.exit_code if failed else 0
+    verdict = (
+        f"{len(failed)} of {len(report.checks)} checks failed" if failed else f"all {len(report.checks)} checks passed"
+    )
+    output.answer(f"{folder}: {verdict}")
+    output.finish("verify", code, path=str(folder), failed=[found.name for found in failed])
+    if code:
+        raise typer.Exit(code)
+
+
+def push(
+    folder: opt.ArtifactFolder,
+    repository: Annotated[str, typer.Argument(help="Hub repository, owner/name.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; private otherwise.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; send nothing.")] = False,
+    message: Annotated[str, typer.Option("--message", help="Commit message.")] = "Upload compressed model",
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Upload an artifact to the hub, private by default.
+
+    It is verified first, and not uploaded if it fails. The card names base model and licence.
+    """
+    from compress.cli.tables import add_row, grid
+    from compress.core.quantities import format_bytes
+    from compress.push import plan_push, push_artifact
+
+    output = speak(json=json, quiet=quiet, verbose=verbose)
+    plan = plan_push(folder, repository)
+    table = grid("file", "bytes", "")
+    for name, size in plan.files.items():
+        add_row(table, name, f"{size:,}", "")
+    output.show(table)
+    facts = f"base model {plan.base_model or 'unknown'}, licence {plan.licence or 'not stated'}"
+    output.show(f"{len(plan.files)} files, {format_bytes(plan.bytes)}; {facts}")
+    visibility = "public" if public else "private"
+    if dry_run:
+        output.answer(f"nothing was sent; it would go to {repository}, {visibility} if it is new")
+        output.finish("push", dry_run=True, files=plan.files, bytes=plan.bytes, repository=repository)
+        return
+    url = push_artifact(plan, private=not public, message=message)
+    output.answer(url)
+    output.finish("push", url=url, files=plan.files, bytes=plan.bytes, repository=repository)
+
+
+def _show_inspection(found: object, output: Output) -> None:
+    output.show(str(found))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    for command in (inspect, verify, push):
+        app.command()(command)

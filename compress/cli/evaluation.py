@@ -1,0 +1,163 @@
+"""Commands about quality: eval, report, compare."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.cli import options as opt
+from compress.cli.console import Output, speak
+
+Against = Annotated[
+    str | None, typer.Option("--against", help="Original to compare with: hub id or folder.", show_default=False)
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", "-r", help="Measure as this recipe says.", autocompletion=opt.complete_recipe, show_default=False
+    ),
+]
+OutputFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report.", show_default=False)]
+
+
+def evaluate(
+    artifact: Annotated[str, typer.Argument(help="Artifact or any model: folder or hub id.", show_default=False)],
+    against: Against = None,
+    recipe: RecipeOption = None,
+    text: Annotated[str | None, typer.Option("--text", help="Data set for perplexity.", show_default=False)] = None,
+    window: Annotated[int, typer.Option("--window", help="Tokens per window of perplexity.")] = 2048,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks: a,b,c.", show_default=False)] = None,
+    task_folder: Annotated[
+        str | None, typer.Option("--task-folder", help="Tasks from files.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Requests per task.", show_default=False)] = None,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    offline: opt.Offline = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Measure a model, beside its original.
+
+    Perplexity, KL divergence, flips and lm-eval tasks. Without options: as the artifact's own recipe says.
+    """
+    from compress.cli.progress import LiveProgress
+    from compress.cli.tables import add_row, grid, quality_rows
+
+    output = speak(json=json, quiet=quiet, verbose=verbose)
+    asked, base_folder = _what_to_measure(artifact, recipe, text, window, tasks, task_folder, limit)
+    opt.check_dtype(dtype)
+    from compress.evaluate import evaluate_folder
+
+    with LiveProgress(output) as listener:
+        result = evaluate_folder(
+            artifact, asked, base=against, base_folder=base_folder, device=opt.choose_device(device), dtype=dtype,
+            offline=offline, events=listener,
+        )  # fmt: skip
+    table = grid("", "original", "this model", "change")
+    for row in quality_rows(result):
+        add_row(table, *row)
+    output.show(table)
+    for notice in result.get("notices") or ():
+        output.tell(notice, style="yellow")
+    if against is None:
+        output.tell("give --against ORIGINAL to see what the compression costs")
+    output.finish("eval", evaluation=result)
+
+
+def _what_to_measure(
+    artifact: str,
+    recipe: str | None,
+    text: str | None,
+    window: int,
+    tasks: str | None,
+    task_folder: str | None,
+    limit: int | None,
+) -> tuple[Any, Path]:
+    """The Evaluation, and where its relative paths start."""
+    from compress.cli.shipped import find_recipe
+    from compress.core.errors import UsageError
+    from compress.core.recipe import load_recipe, parse_evaluation
+
+    if text or tasks:
+        data: dict[str, Any] = {"tasks": tasks.split(",") if tasks else [], "task_folder": task_folder, "limit": limit}
+        if text:
+            data["perplexity"] = {"dataset": text, "window": window}
+        return parse_evaluation(data).located(Path.cwd()), Path.cwd()
+    own = Path(artifact) / "recipe.yaml"
+    if recipe is None and not own.is_file():
+        raise UsageError("nothing says what to measure", hint="give --text DATASET, --tasks a,b or --recipe FILE")
+    loaded = load_recipe(find_recipe(recipe) if recipe else own).located()
+    if loaded.evaluate is None:
+        raise UsageError("the recipe has no evaluate section", hint="give --text DATASET or --tasks a,b")
+    return loaded.evaluate, loaded.base_folder
+
+
+def report(
+    run: Annotated[
+        Path, typer.Argument(help="OUTPUT.report folder, its run.json, or the artifact.", show_default=False)
+    ],
+    output: OutputFolder = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write the report of a run again.
+
+    One HTML file, Markdown and JSON, from OUTPUT.report/run.json.
+    """
+    say = speak(json=json, quiet=quiet)
+    data, folder = _read_run(run)
+    from compress.report import write_report
+
+    paths = write_report(data, output or folder)
+    _say_paths(say, "report", paths)
+
+
+def _read_run(path: Path) -> tuple[dict[str, Any], Path]:
+    """The content of run.json and its folder, wherever `path` points to."""
+    from compress.core.errors import InputError
+
+    beside = path.with_name(f"{path.name}.report")
+    places = [path, path / "run.json", beside / "run.json"]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise InputError("there is no run.json here", where=str(path), hint="give the OUTPUT.report folder of a run")
+    try:
+        data = json_module.loads(found.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"not readable as JSON: {error}", where=str(found)) from None
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise InputError("this is no run.json of ours", where=str(found))
+    return data, found.parent
+
+
+def compare(
+    artifacts: Annotated[list[Path], typer.Argument(help="Artifacts, two or more.", show_default=False)],
+    output: OutputFolder = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Put several artifacts into one report."""
+    from compress.core.errors import UsageError
+
+    say = speak(json=json, quiet=quiet)
+    if len(artifacts) < 2:
+        raise UsageError("compare needs two artifacts or more", hint="compress report shows one")
+    from compress.report import compare as compare_artifacts
+
+    _say_paths(say, "compare", compare_artifacts(artifacts, output or Path("comparison")))
+
+
+def _say_paths(say: Output, command: str, paths: Any) -> None:
+    for path in paths:
+        say.answer(path)
+    say.finish(command, files=[str(path) for path in paths])
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command("eval")(evaluate)
+    app.command()(report)
+    app.command()(compare)

@@ -1,0 +1,77 @@
+"""Options that several commands share, worded once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of shipped recipes for the shell's completion."""
+    from compress.cli.shipped import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str,
+    typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped one.", autocompletion=complete_recipe),
+]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a shipped one.", autocompletion=complete_recipe)
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Hub id or folder, instead of the recipe's model.", show_default=False),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PATH=VALUE", help="Override, e.g. stages[0].quantize.group_size=32.", show_default=False
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")]
+DType = Annotated[str, typer.Option("--dtype", help="Dtype to compute in: auto (the model's), float32, bfloat16.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Use nothing that is not on this machine.")]
+AllowCode = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-code", metavar="PACKAGE", help="Let the recipe use methods of this package.", show_default=False
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object per line on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result and errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail; tracebacks.")]
+ArtifactFolder = Annotated[Path, typer.Argument(help="Folder of an artifact.", show_default=False)]
+
+
+def choose_device(device: str) -> str:
+    """The device to use; EnvironmentRefused if this machine lacks the one asked for."""
+    import torch
+
+    from compress.core.errors import EnvironmentRefused, UsageError
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise UsageError(f"unknown device {device!r}", where="--device", hint="cpu, cuda, cuda:1 or auto")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentRefused("torch finds no GPU on this machine", where="--device", hint="--device cpu")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise EnvironmentRefused(f"there is no {device}: this machine has {count} GPU", where="--device")
+    return device
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_dtype(dtype: str) -> str:
+    """`dtype` if it is one that we compute in."""
+    from compress.core.errors import UsageError
+    from compress.core.methods import suggestion
+
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}: there are {', '.join(DTYPES)}", hint=suggestion(dtype, [*DTYPES]))
+    return dtype
