@@ -7,7 +7,7 @@
 Texts are stories separated by `<|endoftext|>`; the first and the last piece are left out, since a cut from a larger
 file begins and ends in the middle of a story. A story is encoded as the model's start token plus its text.
 
-calibration: stories in a seeded order; every sample begins with a story and goes on with the next ones until it is full.
+calibration: stories in a seeded order; a sample begins with a story and goes on with the next ones until it is full.
 evaluation: the first stories of the text, one to a row, cut at `length`, filled with -1 (not a token).
 random: uniform ids, for measurements of time and memory on random weights.
 """

@@ -4,6 +4,7 @@ Variants of GPTQ: `default` (static activation order, min-max scales), `mse` (th
 `imatrix` (the importance-weighted observer of the project's own guide). RTN takes `default` and `mse`.
 """
 
+# ruff: noqa: E402, I001  (the memory of the bare imports is taken between two imports)
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,7 +57,7 @@ def recipe(job: runner.Job) -> list[object]:
 
 def quantize(job: runner.Job) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     ids = load_file(job.tokens)["input_ids"]
     rows = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
@@ -65,6 +66,7 @@ def quantize(job: runner.Job) -> None:
         tokenizer=tokenizer,
         dataset=Dataset.from_dict(rows) if job.method == "gptq" else None,
         recipe=recipe(job),
+        batch_size=job.batch_size,
         max_seq_length=ids.shape[1],
         num_calibration_samples=ids.shape[0],
         shuffle_calibration_samples=False,

@@ -31,6 +31,9 @@ class Job:
     group_size: int = 64  # -1: one group per output channel
     method: str = "gptq"  # or rtn
     variant: str = "default"  # a named set of the peer's settings
+    dtype: str = "float32"  # the peer computes in it; auto: the dtype of the weights on disk
+    batch_size: int = 1  # samples in a forward pass; both peers' default is 1
+    offload: bool = True  # GPTQModel alone: finished modules go to disk, its default
 
 
 def process_age_s() -> float:
@@ -57,6 +60,9 @@ def parse_jobs(variants: tuple[str, ...]) -> list[Job]:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq")
     parser.add_argument("--variant", choices=variants, default="default")
+    parser.add_argument("--dtype", choices=("float32", "auto"), default="float32")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--no-offload", dest="offload", action="store_false")
     options = vars(parser.parse_args())
     listed = options.pop("jobs")
     if listed is not None:
@@ -67,7 +73,9 @@ def parse_jobs(variants: tuple[str, ...]) -> list[Job]:
     return [Job(**{field.name: options[field.name] for field in fields(Job)})]
 
 
-def run_jobs(jobs: list[Job], quantize: Callable[[Job], None], imported: dict[str, float], versions: dict[str, str]) -> None:
+def run_jobs(
+    jobs: list[Job], quantize: Callable[[Job], None], imported: dict[str, float], versions: dict[str, str]
+) -> None:
     """Do every job; a job that fails is recorded with its reason and the next one is done."""
     for job in jobs:
         shutil.rmtree(job.output, ignore_errors=True)

@@ -1,0 +1,185 @@
+"""Time and memory of GPTQ W4 g64 on random-weight models, ours and the peers' in turn on the same machine.
+
+    python benchmarks/speed.py --peers DIR [--shapes 135m 1b] [--runs 3] [--threads 2]
+    python benchmarks/speed.py --table              # print the table of what results/speed.json holds
+
+Everyone gets the same 32 x 512 token ids and two threads. A contestant is a tool and the dtype it computes in: on a
+CPU without bf16 instructions fp32 is much faster and bf16 leaner, so the rival is the best of both for each figure.
+Measured from outside: wall time of the whole command, peak RssAnon every 20 ms. Of them: what the imports alone take
+(wall time, in the same environment), and what a bare `import torch, transformers` holds.
+The figures mean something only on an otherwise idle machine; the load before each run is written beside them.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import tools
+from make_models import SHAPES, make_model
+from make_tokens import random_ids
+from measurement import after_imports, measure
+from runner import Job
+from safetensors.numpy import save_file
+
+CONTESTANTS = ("compress/auto", "llmcompressor/float32", "gptqmodel/float32", "llmcompressor/auto", "gptqmodel/auto")
+DEFAULT = CONTESTANTS[:3]
+BARE = "import torch, transformers"
+OUR_IMPORTS = "import torch, transformers, compress.cli, compress.pipeline"
+SAMPLES, LENGTH = 32, 512
+BITS, GROUP_SIZE = 4, 64
+
+
+@dataclass(frozen=True)
+class Inputs:
+    shape: str
+    model: Path
+    tokens: Path
+
+
+def prepare(shape: str, work: Path) -> Inputs:
+    inputs = Inputs(shape, work / "models" / shape, work / f"tokens-{shape}.safetensors")
+    if not (inputs.model / "tokenizer_config.json").exists():  # written last
+        make_model(SHAPES[shape], inputs.model, seed=0)
+    if not inputs.tokens.exists():
+        ids = random_ids(SHAPES[shape].vocabulary, 0, SAMPLES, LENGTH)
+        save_file({"input_ids": ids}, inputs.tokens)
+    return inputs
+
+
+def imports_of(tool: str, python: Path | str, environment: dict[str, str]) -> dict[str, float]:
+    """The bare imports' memory in this tool's environment, and (ours) the seconds that all imports take."""
+    figures = {"bare_import_bytes": after_imports(python, BARE, "rss_anon_bytes", environment)}
+    if tool == tools.OURS:
+        seconds = [after_imports(python, OUR_IMPORTS, "process_age_s", environment) for _ in range(3)]
+        figures["import_seconds"] = median(seconds)
+    return figures
+
+
+def run_once(contestant: str, inputs: Inputs, work: Path, asked: argparse.Namespace) -> dict[str, object]:
+    tool, dtype = contestant.split("/")
+    peers = tools.Peers(asked.peers.resolve())
+    environment = tools.quiet_environment(asked.threads)
+    name = contestant.replace("/", "-")
+    output = work / "artifacts" / f"{inputs.shape}-{name}"
+    record = work / f"{inputs.shape}-{name}.json"
+    job = Job(str(inputs.model), str(inputs.tokens), str(output), str(record), BITS, GROUP_SIZE, dtype=dtype)
+    for leftover in (output, Path(f"{output}.report"), Path(f"{output}.partial")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if tool == tools.OURS:
+        python: Path | str = sys.executable
+        recipe = tools.write_recipe(job, SAMPLES, LENGTH, record.with_suffix(".yaml"))
+        command = tools.our_command(job, recipe)
+    else:
+        python = peers.python(tool)
+        command = tools.peer_command(peers, tool, *tools.job_options(job))
+    figures = imports_of(tool, python, environment)
+    with (work / f"{name}.log").open("ab") as log:
+        measured = measure(command, environment, log)
+    inside = {} if tool == tools.OURS else json.loads(record.read_text())
+    failure = inside.get("failure") or (f"exit {measured.exit_code}" if measured.exit_code else None)
+    if failure:
+        raise SystemExit(f"speed: {contestant} on {inputs.shape} failed: {failure}; see {work / name}.log")
+    imports = figures.get("import_seconds", inside.get("seconds_of_imports"))
+    return {
+        "contestant": contestant,
+        "shape": inputs.shape,
+        "seconds": measured.seconds,
+        "seconds_after_imports": measured.seconds - imports,
+        "peak_rss_anon_bytes": measured.peak_rss_anon_bytes,
+        "bytes_above_bare_imports": measured.peak_rss_anon_bytes - figures["bare_import_bytes"],
+        "artifact_bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
+        "load_before": measured.load_before,
+        "versions": inside.get("versions", {}),
+    }
+
+
+FIGURES = ("seconds", "seconds_after_imports", "bytes_above_bare_imports")
+
+
+def summarize(runs: list[dict[str, object]]) -> dict[str, object]:
+    """Medians per shape and contestant, and ours as a ratio of the best peer in each figure."""
+    summary: dict[str, object] = {}
+    for shape in dict.fromkeys(run["shape"] for run in runs):
+        names = dict.fromkeys(run["contestant"] for run in runs if run["shape"] == shape)
+        medians = {
+            name: {
+                figure: median(r[figure] for r in runs if (r["shape"], r["contestant"]) == (shape, name))
+                for figure in FIGURES
+            }
+            for name in names
+        }
+        ours = next((m for name, m in medians.items() if name.startswith(tools.OURS)), None)
+        rivals = {name: m for name, m in medians.items() if not name.startswith(tools.OURS)}
+        ratios = {}
+        for figure in FIGURES if ours and rivals else ():
+            best = min(rivals, key=lambda name: rivals[name][figure])
+            ratios[figure] = {"best_peer": best, "ratio": ours[figure] / rivals[best][figure]}
+        summary[shape] = {"medians": medians, "ratios": ratios}
+    return summary
+
+
+def render(results: dict[str, object]) -> str:
+    lines = []
+    for shape, summary in results["summary"].items():
+        count = len({run["run"] for run in results["runs"] if run["shape"] == shape})
+        lines += ["", f"### {shape}, W{BITS} g{GROUP_SIZE}, {SAMPLES} x {LENGTH} tokens, median of {count}", ""]
+        lines += [
+            "| tool / dtype | whole command s | after imports s | peak memory above bare imports MB |",
+            "|---|---|---|---|",
+        ]
+        for name, figures in summary["medians"].items():
+            whole, after, above = (figures[figure] for figure in FIGURES)
+            lines.append(f"| {name} | {whole:.1f} | {after:.1f} | {above / 1e6:.0f} |")
+        if summary["ratios"]:
+            cells = [f"{r['ratio']:.2f} of {r['best_peer']}" for r in (summary["ratios"][f] for f in FIGURES)]
+            lines.append(f"| **ours : best peer** | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def run(asked: argparse.Namespace) -> None:
+    work = asked.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    peers = tools.Peers(asked.peers.resolve())
+    for tool in {name.split("/")[0] for name in asked.contestants} - {tools.OURS}:
+        peers.python(tool)
+    runs: list[dict[str, object]] = []
+    for shape in asked.shapes:
+        inputs = prepare(shape, work)
+        for number in range(asked.runs):
+            for contestant in asked.contestants:  # in turn, so that a slow minute hits all
+                runs.append(run_once(contestant, inputs, work, asked) | {"run": number})
+                print(json.dumps(runs[-1]), flush=True)
+                results = {
+                    "environment": tools.describe_machine() | {"threads": asked.threads},
+                    "protocol": " ".join(__doc__.split("\n\n")[2].split()),
+                    "summary": summarize(runs),
+                    "runs": runs,
+                }
+                asked.out.parent.mkdir(parents=True, exist_ok=True)
+                asked.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, help="the folder that benchmarks/peers.sh filled")
+    parser.add_argument("--shapes", nargs="+", default=["135m"], choices=SHAPES)
+    parser.add_argument("--contestants", nargs="+", default=list(DEFAULT), choices=CONTESTANTS)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=tools.REPOSITORY / ".bench" / "speed")
+    parser.add_argument("--out", type=Path, default=tools.HERE / "results" / "speed.json")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    asked = parser.parse_args()
+    if not asked.table:
+        if asked.peers is None:
+            parser.error("--peers is needed (benchmarks/README.md says how to make it)")
+        run(asked)
+    print(render(json.loads(asked.out.read_text())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The compared tools: how each is started, what has to be installed for it, and where a measurement is taken."""
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from runner import Job
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+OURS = "compress"
+PEERS = ("llmcompressor", "gptqmodel")
+
+RECIPE = """\
+model: {model}
+calibration: {{dataset: {tokens}, samples: {samples}, length: {length}}}
+stages:
+  - quantize: {{method: {method}, scheme: w{bits}a16, group_size: {group_size}}}
+export: {{format: compressed-tensors}}
+"""
+
+
+class MissingPeer(SystemExit):
+    """A peer's environment is not there: a figure without its rival is not a figure."""
+
+    def __init__(self, peer: str, folder: Path) -> None:
+        super().__init__(
+            f"benchmarks: {peer} is not installed in {folder}; run `benchmarks/peers.sh {folder.parent} {peer}` first"
+        )
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The folder that peers.sh filled."""
+
+    root: Path
+
+    def python(self, peer: str) -> Path:
+        folder = self.root / peer
+        if not (folder / ".ready").is_file():
+            raise MissingPeer(peer, folder)
+        return folder / "bin" / "python"
+
+
+def peer_command(peers: Peers, peer: str, *options: str) -> list[str]:
+    return [str(peers.python(peer)), str(HERE / f"run_{peer}.py"), *options]
+
+
+def job_options(job: Job) -> list[str]:
+    """The runner's command line for one job."""
+    options = []
+    for name, value in asdict(job).items():
+        if name == "offload":
+            options += [] if value else ["--no-offload"]
+        else:
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    return options
+
+
+def write_recipe(job: Job, samples: int, length: int, path: Path) -> Path:
+    settings = asdict(job) | {"samples": samples, "length": length}
+    quoted = settings | {"model": json.dumps(settings["model"]), "tokens": json.dumps(settings["tokens"])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(RECIPE.format(**quoted))
+    return path
+
+
+def our_command(job: Job, recipe: Path) -> list[str]:
+    """The command that a user would give; `--fresh`, since a benchmark never goes on from an earlier run."""
+    given = {"--recipe": str(recipe), "--output": job.output}
+    return [
+        sys.executable,
+        "-m",
+        "compress",
+        "run",
+        *(word for pair in given.items() for word in pair),
+        "--fresh",
+        "--quiet",
+    ]
+
+
+def quiet_environment(threads: int) -> dict[str, str]:
+    """This process's environment, offline and with a fixed number of threads."""
+    return os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
+
+
+def describe_machine() -> dict[str, object]:
+    import numpy
+    import torch
+    import transformers
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {
+        "cpu": next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor()),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+    }
