@@ -1,0 +1,137 @@
+"""The shapes that a config.json promises, by plain formulas, against what lies in the files. Builds no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress.core._verify_folder import Contents, layer_numbers
+from compress.core.architectures import ARCHITECTURES, Architecture
+from compress.core.errors import ArtifactError, InputError
+from compress.core.formats import Reader
+from compress.core.scheme import Scheme
+
+Shape = tuple[int, ...]
+_LARGEST = 1 << 40
+
+
+def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes that shapes are made of. InputError names the field that is missing or makes no sense."""
+    hidden = _size(config, "hidden_size")
+    heads = _size(config, "num_attention_heads")
+    return {
+        "hidden": hidden,
+        "ffn": _size(config, "intermediate_size"),
+        "heads": heads,
+        "kv_heads": _size(config, "num_key_value_heads", heads),
+        "head_dim": _size(config, "head_dim", hidden // heads),
+        "vocab": _size(config, "vocab_size"),
+        "layers": _size(config, "num_hidden_layers"),
+        "expert_ffn": _size(config, "moe_intermediate_size", _size(config, "intermediate_size")),
+        "experts": _size(config, "num_local_experts", _size(config, "num_experts", 1)),
+    }
+
+
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or not 1 <= value <= _LARGEST:
+        raise InputError(f"{key} is {value!r}, not a positive whole number", where="config.json")
+    return value
+
+
+def module_shapes(sizes: Mapping[str, int], *, in_expert: bool = False) -> dict[str, tuple[int, int]]:
+    """Shape [out, in] of linear layers by the last part of their name; the families of the table share these names."""
+    hidden, dim = sizes["hidden"], sizes["head_dim"]
+    ffn = sizes["expert_ffn"] if in_expert else sizes["ffn"]
+    query, key = sizes["heads"] * dim, sizes["kv_heads"] * dim
+    return {
+        "q_proj": (query, hidden),
+        "k_proj": (key, hidden),
+        "v_proj": (key, hidden),
+        "qkv_proj": (query + 2 * key, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (ffn, hidden),
+        "up_proj": (ffn, hidden),
+        "gate_up_proj": (2 * ffn, hidden),
+        "down_proj": (hidden, ffn),
+        "w1": (ffn, hidden),
+        "w2": (hidden, ffn),
+        "w3": (ffn, hidden),
+        "gate": (sizes["experts"], hidden),
+    }
+
+
+def expected_shape(name: str, sizes: Mapping[str, int], architecture: Architecture) -> Shape | None:
+    """Shape that the config gives tensor `name` of a dense model; None for tensors that no formula covers."""
+    module, _, kind = name.rpartition(".")
+    leaf = module.rpartition(".")[2]
+    if module in (architecture.embedding, architecture.head) and kind == "weight":
+        return sizes["vocab"], sizes["hidden"]
+    if leaf in ("q_norm", "k_norm"):
+        return (sizes["head_dim"],)
+    if leaf == "norm" or leaf.endswith("layernorm"):
+        return (sizes["hidden"],)
+    shape = module_shapes(sizes, in_expert=".experts." in name).get(leaf)
+    if shape is None or kind not in ("weight", "bias"):
+        return None
+    return shape if kind == "weight" else shape[:1]
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
+    """The family's entry in the table, None if it has none."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError("model_type is missing", where="config.json")
+    return ARCHITECTURES.get(model_type)
+
+
+def check_shapes(contents: Contents, schemes: Mapping[str, Scheme], reader: Reader | None) -> str:
+    """Dense tensors have the config's shapes; each layer of the config is there with all its parts, and none beyond."""
+    architecture = architecture_of(contents.config)
+    if architecture is None:
+        return f"not compared: the family {contents.config['model_type']!r} is unknown here"
+    sizes = sizes_of(contents.config)
+    stored = {name for module, scheme in schemes.items() for name in _stored(reader, module, scheme)}
+    checked = 0
+    for name, info in contents.tensors.items():
+        if name in stored:
+            continue
+        wanted = expected_shape(name, sizes, architecture)
+        if wanted is not None and info.shape != wanted:
+            raise ArtifactError(f"has shape {list(info.shape)}, config.json asks for {list(wanted)}", where=name)
+        checked += wanted is not None
+    _check_layers(contents, sizes, architecture)
+    _check_presence(contents, schemes, architecture)
+    return f"{checked} dense tensors, {sizes['layers']} layers of {contents.config['model_type']}"
+
+
+def _stored(reader: Reader | None, module: str, scheme: Scheme) -> tuple[str, ...]:
+    return () if reader is None else reader.stored_names(module, scheme)
+
+
+def _check_layers(contents: Contents, sizes: Mapping[str, int], architecture: Architecture) -> None:
+    numbers = layer_numbers(contents.tensors, architecture.blocks)
+    count = sizes["layers"]
+    if len(numbers) != count or (numbers and max(numbers) != count - 1):
+        raise ArtifactError(f"num_hidden_layers is {count}, the files hold {len(numbers)} layers", where="config.json")
+
+
+def _check_presence(contents: Contents, schemes: Mapping[str, Scheme], architecture: Architecture) -> None:
+    """Embedding, final norm, head (unless tied), and the linear layers outside experts of every layer."""
+    tied = contents.config.get("tie_word_embeddings", False)
+    outside = [architecture.embedding, architecture.final_norm] + ([] if tied else [architecture.head])
+    for module in outside:
+        _require(contents, schemes, module)
+    sparse = architecture.experts is not None
+    sites = [site for group in architecture.groups for site in group.sites if not (sparse and group.depth >= 2)]
+    sites += [norm.name for norm in architecture.norms]
+    for number in sorted(layer_numbers(contents.tensors, architecture.blocks)):
+        for site in sites:
+            _require(contents, schemes, f"{architecture.blocks}.{number}.{site}")
+
+
+def _require(contents: Contents, schemes: Mapping[str, Scheme], module: str) -> None:
+    if f"{module}.weight" not in contents.tensors and module not in schemes:
+        raise ArtifactError("is missing: it is neither stored dense nor quantized", where=f"{module}.weight")

@@ -1,0 +1,246 @@
+"""What verify finds out about weights: parts that fit their scheme, finite values, and decoders that agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+from compress.core._verify_folder import Contents
+from compress.core._verify_shapes import architecture_of, module_shapes, sizes_of
+from compress.core.errors import ArtifactError, InputError
+from compress.core.formats import Reader, _reference
+from compress.core.safetensors_io import TensorInfo, load_tensor
+from compress.core.scheme import Scheme
+from compress.core.tensors import QuantTensor, words_in
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_ROWS = 32  # output channels compared per large layer
+_WHOLE = 1 << 18  # layers of at most this many weights are compared whole
+_CHUNK = 1 << 22
+_LIBRARY_LAYERS = 4
+_LIBRARY_ROWS = 256  # a multiple of 32, so that packed zero points can be cut as well
+_PARTS = {
+    "compressed-tensors": ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    + ("weight_g_idx", "weight_global_scale", "input_scale", "input_zero_point", "output_scale"),
+    "gptq": ("weight", "qweight", "qzeros", "scales", "g_idx"),
+}  # fmt: skip
+
+
+def check_parts(contents: Contents, reader: Reader, schemes: Mapping[str, Scheme]) -> str:
+    """Each quantized module has all tensors of its scheme with their shapes and no others; what is dense may be."""
+    tensors = contents.tensors
+    for module, scheme in schemes.items():
+        wanted = reader.stored_names(module, scheme)
+        for name in wanted:
+            if name not in tensors and not name.endswith(".g_idx"):
+                raise ArtifactError("is missing", where=name)
+        for part in _PARTS[reader.method]:
+            name = f"{module}.{part}"
+            if name in tensors and name not in wanted:
+                raise ArtifactError(f"does not belong to a {scheme.name} layer", where=name)
+        rows, width = _logical_shape(reader, module, scheme, tensors)
+        for name, (dtypes, shape) in part_shapes(reader.method, module, scheme, rows, width).items():
+            info = tensors.get(name)
+            if info is not None and (info.shape != shape or info.dtype not in dtypes):
+                wanted_text = f"{' or '.join(sorted(dtypes))} {list(shape)}"
+                raise ArtifactError(f"is {info.dtype} {list(info.shape)}, the scheme needs {wanted_text}", where=name)
+        _check_against_config(contents, module, (rows, width))
+    _check_dense(contents, reader, schemes)
+    return f"{len(schemes)} quantized layers"
+
+
+def _logical_shape(reader: Reader, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
+    if reader.method == "gptq":
+        words, rows = _matrix(tensors, f"{module}.qweight")
+        return rows, words * 32 // scheme.bits
+    if f"{module}.weight" in tensors:
+        return _matrix(tensors, f"{module}.weight")
+    shape = tensors[f"{module}.weight_shape"]
+    if shape.shape != (2,) or shape.dtype not in ("I64", "I32"):
+        raise ArtifactError(f"is {shape.dtype} {list(shape.shape)}, not two whole numbers", where=shape.name)
+    rows, width = (int(value) for value in load_tensor(shape).tolist())
+    if rows < 1 or width < 1:
+        raise ArtifactError(f"says {[rows, width]}", where=shape.name)
+    return rows, width
+
+
+def _matrix(tensors: Mapping[str, TensorInfo], name: str) -> tuple[int, int]:
+    shape = tensors[name].shape
+    if len(shape) != 2:
+        raise ArtifactError(f"has shape {list(shape)}, not two dimensions", where=name)
+    return shape[0], shape[1]
+
+
+def part_shapes(
+    method: str, module: str, scheme: Scheme, rows: int, width: int
+) -> dict[str, tuple[frozenset[str], tuple[int, ...]]]:
+    """Dtypes and shape of every tensor that may hold a module [rows, width]."""
+    groups, words = scheme.groups_in(width), words_in(width, scheme.bits)
+    ints = frozenset({"I32"})
+    if method == "gptq":
+        parts: dict[str, tuple[frozenset[str], tuple[int, ...]]] = {
+            "qweight": (ints, (words, rows)),
+            "qzeros": (ints, (groups, words_in(rows, scheme.bits))),
+            "scales": (FLOATS, (groups, rows)),
+            "g_idx": (ints, (width,)),
+        }
+    else:
+        int8 = scheme.bits == 8 and scheme.activation_bits == 8
+        zero_shape = (rows, groups) if int8 else (words_in(rows, scheme.bits), groups)
+        parts = {
+            "weight": (frozenset({"I8"}), (rows, width)),
+            "weight_packed": (ints, (rows, words)),
+            "weight_scale": (FLOATS - {"F64"}, (rows, groups)),
+            "weight_zero_point": (frozenset({"I8"}) if int8 else ints, zero_shape),
+        }
+    return {f"{module}.{part}": value for part, value in parts.items()}
+
+
+def _check_against_config(contents: Contents, module: str, shape: tuple[int, int]) -> None:
+    architecture = architecture_of(contents.config)
+    if architecture is None:
+        return
+    sizes = sizes_of(contents.config)
+    wanted = module_shapes(sizes, in_expert=".experts." in module).get(module.rpartition(".")[2])
+    if module == architecture.head:
+        wanted = (sizes["vocab"], sizes["hidden"])
+    if wanted is not None and shape != wanted:
+        raise ArtifactError(f"is a weight of {list(shape)}, config.json asks for {list(wanted)}", where=module)
+
+
+def _check_dense(contents: Contents, reader: Reader, schemes: Mapping[str, Scheme]) -> None:
+    """A layer that the config calls quantized must not be stored dense (GPTQ's config does not say which are)."""
+    architecture = architecture_of(contents.config)
+    if architecture is None or reader.method != "compressed-tensors":
+        return
+    leaves = {site.rpartition(".")[2] for group in architecture.groups for site in group.sites}
+    for name in contents.tensors:
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or module in schemes or module.rpartition(".")[2] not in leaves:
+            continue
+        if reader.scheme_of(module) is not None:
+            raise ArtifactError("is stored dense, but the config calls the layer quantized", where=name)
+
+
+def check_values(name: str, info: TensorInfo) -> None:
+    """Floats are finite; scales are above zero as well."""
+    if info.dtype not in FLOATS or info.bytes == 0:
+        return
+    flat = load_tensor(info).reshape(-1)
+    low, high = float("inf"), float("-inf")
+    for start in range(0, flat.numel(), _CHUNK):
+        least, most = torch.aminmax(flat[start : start + _CHUNK])  # NaN wins in both
+        low, high = min(low, float(least)), max(high, float(most))
+        if not (np.isfinite(float(least)) and np.isfinite(float(most))):
+            raise ArtifactError("holds NaN or infinite values", where=name)
+    is_scale = name.endswith((".weight_scale", ".scales", ".input_scale"))
+    if is_scale and low <= 0:
+        raise ArtifactError("holds a scale that is not above zero", where=name)
+
+
+def check_module(reader: Reader, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> None:
+    """The module decodes, and the second decoder gives the same fp32 values, bit for bit (large layers: some rows)."""
+    rows, ours = sampled_weight(reader, module, scheme, tensors)
+    if reader.method == "gptq":
+        again = _reference.gptq(module, tensors, scheme, rows, reader.options["version"])
+    else:
+        again = _reference.compressed_tensors(module, tensors, scheme, rows)
+    if ours.shape != again.shape or not np.array_equal(ours.numpy().view(np.uint32), again.view(np.uint32)):
+        raise ArtifactError("the two decoders disagree on its values", where=module)
+
+
+def sampled_weight(
+    reader: Reader, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]
+) -> tuple[np.ndarray, torch.Tensor]:
+    """(row numbers, fp32 weights of these rows) of a module, by the main decoder."""
+
+    def read(name: str) -> torch.Tensor:
+        if name not in tensors:
+            raise InputError("is missing", where=name)
+        return load_tensor(tensors[name])
+
+    order = tensors.get(f"{module}.g_idx")
+    if order is not None:  # perhaps in activation order, which only a whole layer can undo
+        weight = reader.dequantize(module, read, scheme, torch.float32)
+        rows = sampled_rows(tuple(weight.shape))
+        return rows, weight[torch.from_numpy(rows)]
+    whole = reader.decode(module, read, scheme)
+    rows = sampled_rows(whole.shape)
+    index = torch.from_numpy(rows)
+    zero = None if whole.zero is None else whole.zero[index]
+    part = QuantTensor(whole.packed[index], whole.scale[index], zero, scheme, (len(rows), whole.shape[1]))
+    return rows, part.dequantize()
+
+
+def sampled_rows(shape: tuple[int, ...]) -> np.ndarray:
+    """All rows of a small matrix, evenly spread ones of a large one."""
+    rows, width = shape
+    count = rows if rows * width <= _WHOLE else min(rows, _ROWS)
+    return np.unique(np.linspace(0, rows - 1, count).astype(np.int64))
+
+
+def library_version() -> str | None:
+    """Version of the installed compressed-tensors library, None without it."""
+    if find_spec("compressed_tensors") is None:
+        return None
+    from importlib.metadata import version
+
+    return version("compressed-tensors")
+
+
+def check_library(reader: Reader, schemes: Mapping[str, Scheme], tensors: Mapping[str, TensorInfo]) -> str:
+    """The format's own library reads some layers as we do. Compared in fp32, where both are exact."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    from compress.core.formats.compressed_tensors import is_int_quantized
+
+    chosen = spread(sorted(schemes), _LIBRARY_LAYERS)
+    for module in chosen:
+        scheme = schemes[module]
+        size = None if scheme.group_size == -1 else scheme.group_size
+        fields = {"num_bits": scheme.bits, "symmetric": scheme.symmetric, "strategy": scheme.strategy}
+        weights = QuantizationArgs.model_validate({**fields, "group_size": size})
+        layer = QuantizationScheme(targets=["Linear"], weights=weights)
+        parts = _first_rows(reader, module, scheme, tensors)
+        format = "int-quantized" if is_int_quantized(scheme) else "pack-quantized"
+        theirs = BaseCompressor.get_value_from_registry(format).decompress(dict(parts), layer)["weight"]
+        prefixed = {f"{module}.{part}": value for part, value in parts.items()}
+        ours = reader.dequantize(module, prefixed.__getitem__, scheme, torch.float32)
+        if theirs is None or not torch.equal(theirs.float(), ours):
+            raise ArtifactError("compressed-tensors reads other values", where=module)
+    return f"compressed-tensors {library_version()} agrees on {', '.join(chosen)}"
+
+
+def _first_rows(
+    reader: Reader, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]
+) -> dict[str, torch.Tensor]:
+    """A module's stored tensors, cut to its first rows; the scale in fp32, so that both decoders are exact."""
+    parts = {name.rpartition(".")[2]: load_tensor(tensors[name]) for name in reader.stored_names(module, scheme)}
+    rows = min(_LIBRARY_ROWS, parts["weight_scale"].shape[0])
+    for part in ("weight", "weight_packed", "weight_scale"):
+        if part in parts:
+            parts[part] = parts[part][:rows]
+    if "weight_zero_point" in parts:
+        packed_rows = rows if "weight" in parts else words_in(rows, scheme.bits)
+        parts["weight_zero_point"] = parts["weight_zero_point"][:packed_rows]
+    if "weight_shape" in parts:
+        parts["weight_shape"] = torch.tensor([rows, int(parts["weight_shape"][1])])
+    parts["weight_scale"] = parts["weight_scale"].float()
+    return parts
+
+
+def spread(items: list[str], count: int) -> list[str]:
+    """At most `count` of the items, evenly spread, first and last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def quantized_names(reader: Reader, schemes: Mapping[str, Scheme]) -> Iterable[str]:
+    """Disk names of all tensors that hold quantized modules."""
+    for module, scheme in schemes.items():
+        yield from reader.stored_names(module, scheme)

@@ -1,0 +1,298 @@
+"""verify: is this folder a whole, sound model, is it what its source became, and did the runtime agree?
+
+integrity   any folder, other tools' too: names, manifest hashes, headers, index, shapes, quantized layers, finite
+            values, an independent second decoder, and the format's own library where it is installed
+coverage    also every source tensor quantized, kept or dropped with a reason; needs a manifest or the source
+parity      also the record that the runtime agreed with the reference
+
+Nothing in the folder is executed, and nothing in it makes verify raise: what is wrong becomes a failed check that names
+file and field. Files are mapped, shard by shard, so memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from compress.core import _verify_folder as folders
+from compress.core.errors import ArtifactError, CompressError, InputError, UsageError
+from compress.core.formats import NotRead, Reader, method_of, reader_for
+from compress.core.manifest import MANIFEST_NAME, Manifest
+
+if TYPE_CHECKING:
+    from compress.core.safetensors_io import TensorInfo
+    from compress.core.scheme import Scheme
+
+Level = Literal["integrity", "coverage", "parity"]
+LEVELS: tuple[Level, ...] = ("integrity", "coverage", "parity")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at. `detail` says what was found or, if not ok, what is wrong and where."""
+
+    name: str
+    ok: bool
+    detail: str
+    seconds: float
+
+
+@dataclass
+class VerifyReport:
+    """All checks of one folder. `notices` are things not checked, and why. `bytes`: weights that were looked at."""
+
+    folder: Path
+    level: Level
+    checks: list[Check] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data, for --json."""
+        checks = [
+            {"name": check.name, "ok": check.ok, "detail": check.detail, "seconds": round(check.seconds, 3)}
+            for check in self.checks
+        ]
+        return {
+            "folder": str(self.folder),
+            "level": self.level,
+            "ok": self.ok,
+            "bytes": self.bytes,
+            "checks": checks,
+            "notices": self.notices,
+        }
+
+
+def verify(
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    level: Level | None = None,
+    threads: int | None = None,
+) -> VerifyReport:
+    """Check a model folder. `level` defaults to coverage where a manifest or `source` is there, else integrity.
+
+    Raises UsageError for a folder that does not exist or an unknown level, nothing else.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UsageError("there is no such folder", where=str(folder))
+    if source is not None and not Path(source).is_dir():
+        raise UsageError("there is no such folder", where=str(source))
+    if level is not None and level not in LEVELS:
+        raise UsageError(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
+    has_reference = source is not None or (path / MANIFEST_NAME).exists()
+    run = _Run(path, level or ("coverage" if has_reference else "integrity"), threads or min(4, os.cpu_count() or 1))
+    run.integrity()
+    if run.report.level != "integrity":
+        run.coverage(None if source is None else Path(source))
+    if run.report.level == "parity":
+        run.parity()
+    return run.report
+
+
+class _Run:
+    """One verification: what was read so far, and the report. A check that needs what failed before is left out."""
+
+    def __init__(self, folder: Path, level: Level, threads: int) -> None:
+        self.report = VerifyReport(folder, level)
+        self.contents = folders.Contents(folder)
+        self.threads = threads
+        self.reader: Reader | None = None
+        self.schemes: dict[str, Scheme] = {}
+
+    def check(self, name: str, look: Callable[[], str]) -> bool:
+        """Run one check; what is wrong becomes its detail."""
+        started = time.monotonic()
+        try:
+            ok, detail = True, look()
+        except NotRead as error:
+            self.report.notices.append(f"{name}: not checked: {error}")
+            return False
+        except CompressError as error:
+            ok, detail = False, str(error)
+        except (OSError, OverflowError, RecursionError, MemoryError) as error:
+            ok, detail = False, f"{self.report.folder}: cannot be read: {error}"
+        self.report.checks.append(Check(name, ok, detail, time.monotonic() - started))
+        return ok
+
+    # ------------------------------------------------------------------ integrity
+    def integrity(self) -> None:
+        contents = self.contents
+        self.check("names", lambda: folders.check_names(contents.folder))
+        self.check("manifest", self._manifest)
+        has_config = self.check("config", self._config)
+        if not self.check("headers", lambda: folders.read_weights(contents)):
+            return
+        self.report.bytes = contents.bytes
+        self.check("index", lambda: folders.check_index(contents))
+        if not has_config:
+            return
+        readable = method_of(contents.config) is None or self.check("quantization", self._quantization)
+        fits = readable and self.check("layers", self._layers)
+        if fits:
+            self.check("shapes", self._shapes)
+        self.check("contents", lambda: self._shards(decode=fits))
+        if fits and self.reader is not None and self.report.ok:
+            self._library()
+
+    def _manifest(self) -> str:
+        self.contents.manifest = folders.read_manifest(self.contents.folder)
+        if self.contents.manifest is None:
+            self.report.notices.append(f"no {MANIFEST_NAME}: hashes, lineage and coverage are unknown")
+            return "none"
+        return folders.check_listing(self.contents, self.contents.manifest)
+
+    def _config(self) -> str:
+        self.contents.config = folders.read_json(self.contents.folder / "config.json")
+        method = method_of(self.contents.config)
+        return f"{self.contents.config.get('model_type')}, {'not quantized' if method is None else method}"
+
+    def _quantization(self) -> str:
+        reader = reader_for(self.contents.config)
+        self.schemes = reader.modules(self.contents.tensors)
+        if not self.schemes:
+            raise ArtifactError("names a method, but no layer is quantized", where="config.json: quantization_config")
+        self.reader = reader
+        kinds = sorted({scheme.name for scheme in self.schemes.values()})
+        return f"{reader.method}: {len(self.schemes)} layers as {', '.join(kinds)}"
+
+    def _layers(self) -> str:
+        from compress.core._verify_weights import check_parts
+
+        if self.reader is None:
+            return "not quantized"
+        return check_parts(self.contents, self.reader, self.schemes)
+
+    def _shapes(self) -> str:
+        from compress.core._verify_shapes import check_shapes
+
+        return check_shapes(self.contents, self.schemes, self.reader)
+
+    def _shards(self, *, decode: bool) -> str:
+        """Hashes, finite values and the second decoder, one shard at a time on each thread."""
+        jobs = [*self.contents.shards, *self._other_files()]
+        modules = self._modules_by_shard() if decode else {}
+        hashes = (
+            {} if self.contents.manifest is None else {file.path: file.sha256 for file in self.contents.manifest.files}
+        )
+
+        def look(path: Path) -> None:
+            name = path.relative_to(self.contents.folder).as_posix()
+            if name in hashes:
+                _check_hash(path, name, hashes[name])
+            self._values(path, modules.get(path, ()))
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _ in pool.map(look, jobs):
+                pass
+        hashed = f"{len(hashes)} files have their SHA-256; " if hashes else ""
+        decoded = f"; {sum(map(len, modules.values()))} layers read alike by two decoders" if modules else ""
+        return f"{hashed}all values finite{decoded}"
+
+    def _other_files(self) -> list[Path]:
+        if self.contents.manifest is None:
+            return []
+        shards = set(self.contents.shards)
+        paths = (self.contents.folder / file.path for file in self.contents.manifest.files)
+        return [path for path in paths if path not in shards and path.is_file()]
+
+    def _values(self, path: Path, modules: Iterable[str]) -> None:
+        from compress.core._verify_weights import check_module, check_values
+
+        tensors = self.contents.tensors
+        for name, info in tensors.items():
+            if info.file == path:
+                check_values(name, info)
+        for module in modules:
+            if self.reader is not None:
+                check_module(self.reader, module, self.schemes[module], tensors)
+
+    def _modules_by_shard(self) -> dict[Path, list[str]]:
+        found: dict[Path, list[str]] = {}
+        tensors: Mapping[str, TensorInfo] = self.contents.tensors
+        for module, scheme in self.schemes.items():
+            if self.reader is not None:
+                found.setdefault(tensors[self.reader.stored_names(module, scheme)[0]].file, []).append(module)
+        return found
+
+    def _library(self) -> None:
+        from compress.core._verify_weights import check_library, library_version
+
+        reader = self.reader
+        if reader is None or reader.method != "compressed-tensors":
+            return
+        if library_version() is None:
+            self.report.notices.append("compressed-tensors is not installed: not read by the format's own library")
+            return
+        self.check("library", lambda: check_library(reader, self.schemes, self.contents.tensors))
+
+    # ------------------------------------------------------------------ coverage and parity
+    def coverage(self, source_folder: Path | None) -> None:
+        from compress.core import _verify_coverage as covers
+        from compress.core._verify_weights import quantized_names
+
+        contents, reader = self.contents, self.reader
+        if not contents.tensors or not self.report.ok:
+            self.report.notices.append("coverage: not checked, since the folder itself is not sound")
+            return
+        if reader is None and method_of(contents.config) is not None:
+            self.report.notices.append("coverage: not checked, since the quantized layers are not read")
+            return
+        source: folders.Contents | None = None
+        if source_folder is not None:
+            opened: list[folders.Contents] = []
+            if not self.check("source", lambda: _opened(source_folder, opened)):
+                return
+            source = opened[0]
+        stored = set() if reader is None else set(quantized_names(reader, self.schemes))
+        manifest: Manifest | None = contents.manifest
+        covered = self.check(
+            "coverage", lambda: covers.check_coverage(contents, manifest, source, self.schemes, stored)
+        )
+        if source is None or not covered:
+            return
+        origin = source
+        if manifest is not None:
+            self.check("lineage", lambda: covers.check_lineage(manifest, origin))
+        self.check("kept", lambda: covers.check_kept(contents, origin))
+        if reader is not None:
+            self.check("closeness", lambda: covers.check_closeness(contents, origin, reader, self.schemes))
+
+    def parity(self) -> None:
+        manifest = self.contents.manifest
+        record = None if manifest is None else manifest.parity
+        if record is None:
+            self.report.notices.append("parity: the artifact holds no record of the runtime's agreement")
+            return
+        self.check("parity", lambda: _parity(record))
+
+
+def _opened(folder: Path, opened: list[folders.Contents]) -> str:
+    from compress.core._verify_coverage import open_source
+
+    opened.append(open_source(folder))
+    return f"{len(opened[0].tensors)} tensors in {folder.name}"
+
+
+def _check_hash(path: Path, name: str, wanted: str) -> None:
+    from compress.core.files import sha256_file
+
+    found = sha256_file(path)
+    if found != wanted:
+        raise ArtifactError(f"its SHA-256 is {found[:12]}…, the manifest says {wanted[:12]}…", where=name)
+
+
+def _parity(record: Mapping[str, Any]) -> str:
+    if record.get("passed") is not True:
+        raise InputError("the recorded comparison with the runtime did not pass", where=f"{MANIFEST_NAME}: parity")
+    return "the runtime agreed when the artifact was made"
