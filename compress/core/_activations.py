@@ -16,11 +16,11 @@ from torch import Tensor
 
 from compress.core.errors import ResourceError
 
-MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 1024
 
 
 def default_micro_batch(length: int) -> int:
-    """Samples per forward: about 2048 tokens, where a matrix product is efficient and its intermediates are small."""
+    """Samples per forward: about 1024 tokens, where a matrix product is efficient and its intermediates are small."""
     return max(1, MICRO_BATCH_TOKENS // length)
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.core._skeleton import fill
 from compress.core.statistics import Statistic
 
 if TYPE_CHECKING:
@@ -70,7 +69,8 @@ class Site:
 
     def replace(self, value: Tensor | QuantTensor) -> None:
         """Install a new weight [out, in] and keep it for the sink. Later statistics and outputs see what is stored."""
-        fill(self.module, "weight", dense(value, self.module.weight.dtype).to(self.module.weight.device))
+        weight = dense(value, self.original.dtype).to(self.original.device)
+        self.module.weight = nn.Parameter(weight, requires_grad=False)
         self.replacement = value
 
     def note(
@@ -164,7 +164,9 @@ class Group:
 class Block:
     """One decoder layer, being worked on. `inputs` and `targets` are streams of micro-batches [B, T, D], if kept."""
 
-    def __init__(self, index: int, name: str, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, index: int, name: str, module: nn.Module, arguments: Mapping[str, Any], dtype: torch.dtype
+    ) -> None:
         self.index = index
         self.name = name
         self.module = module
@@ -172,10 +174,11 @@ class Block:
         self.inputs: list[Tensor] = []
         self.targets: list[Tensor] = []
         self._arguments = arguments
+        self._dtype = dtype
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """The block's output for `x_BTD`, with this layer's own masks and rotary embeddings; differentiable."""
-        return self.module(x_BTD, **self._arguments)
+        return self.module(x_BTD.to(self._dtype), **self._arguments)
 
     @property
     def sites(self) -> Iterator[Site]:

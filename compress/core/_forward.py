@@ -25,7 +25,7 @@ LOGITS_BYTES = 64 << 20
 
 
 @torch.no_grad()
-def embed(checkpoint: Checkpoint, ids_NT: Tensor, stream: Activations, device: str) -> None:
+def embed(checkpoint: Checkpoint, ids_NT: Tensor, stream: Activations, dtype: torch.dtype) -> None:
     """Fill the stream's inputs with embeddings. Only the rows of tokens that occur are read."""
     info = checkpoint.info(checkpoint.embedding_tensor)
     module = checkpoint.skeleton.module(checkpoint.architecture.embedding)
@@ -36,7 +36,7 @@ def embed(checkpoint: Checkpoint, ids_NT: Tensor, stream: Activations, device: s
     for batch in stream.batches():
         ids_BT = ids_NT[batch]
         occurring, places = torch.unique(ids_BT, return_inverse=True)
-        fill(module, "weight", load_rows(info, occurring).to(stream.inputs.dtype))
+        fill(module, "weight", load_rows(info, occurring), dtype, "cpu")
         stream.inputs[batch] = module(places)
 
 
@@ -84,11 +84,10 @@ def advance(block: Block, stream: Activations | None, device: str, compare: bool
         return 0.0
     wrong = size = 0.0
     for batch in stream.batches():
-        y_BTD = block.forward(stream.inputs[batch].to(device)).to("cpu")
+        stream.inputs[batch] = block.forward(stream.inputs[batch].to(device))
         if compare:
-            wrong_here, size_here = _squares(y_BTD, stream.targets[batch], stream.counted(batch))
+            wrong_here, size_here = _squares(stream.inputs[batch], stream.targets[batch], stream.counted(batch))
             wrong, size = wrong + wrong_here, size + size_here
-        stream.inputs[batch] = y_BTD
     return wrong / size if compare and size else None
 
 
@@ -107,7 +106,7 @@ def logits(checkpoint: Checkpoint, stream: Activations, dtype: torch.dtype, devi
     bytes_per_sample = stream.inputs.shape[1] * checkpoint.config["vocab_size"] * dtype.itemsize
     step = max(1, LOGITS_BYTES // bytes_per_sample)
     for start in range(0, len(stream.inputs), step):
-        yield model(inputs_embeds=stream.inputs[start : start + step].to(device), use_cache=False).logits
+        yield model(inputs_embeds=stream.inputs[start : start + step].to(device, dtype), use_cache=False).logits
 
 
 def trim_memory() -> None:

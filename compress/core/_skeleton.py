@@ -17,6 +17,28 @@ from compress.core.architectures import Architecture
 from compress.core.errors import InputError
 
 
+CAST_ELEMENTS = 4 << 20
+
+
+class StoredLinear(nn.Linear):
+    """A linear layer whose weight stays as stored (mapped from its file) and is cast to the input's dtype in use.
+
+    The cast goes by tiles of rows that stay in cache; the tiling is fixed, so the same input gives the same bits.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight.dtype == input.dtype:
+            return super().forward(input)
+        rows = max(1, CAST_ELEMENTS // self.in_features)
+        if torch.is_grad_enabled() or rows >= self.out_features:
+            return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
+        output = input.new_empty(*input.shape[:-1], self.out_features)
+        for start in range(0, self.out_features, rows):
+            tile = self.weight[start : start + rows].to(input.dtype)
+            output[..., start : start + rows] = nn.functional.linear(input, tile)
+        return output if self.bias is None else output.add_(self.bias)
+
+
 class Skeleton:
     """`model` is the causal LM on the meta device; `block(i)` and friends are copies to be filled with weights."""
 
@@ -35,7 +57,7 @@ class Skeleton:
         experts = self.architecture.experts
         if experts is not None and _has(block, experts.module):
             block.set_submodule(experts.module, UnfusedExperts.like(block.get_submodule(experts.module), experts))
-        return block
+        return _keep_stored(block)
 
     def module(self, path: str) -> nn.Module:
         """An empty copy of any other module, by its path."""
@@ -52,7 +74,7 @@ class Skeleton:
         model = copy.copy(self.model)
         model._modules = dict(model._modules)
         model.set_submodule(names.base, self._base([], self.module(names.final_norm)))
-        model.set_submodule(names.head, self.module(names.head))
+        model.set_submodule(names.head, _keep_stored(self.module(names.head)))
         return model
 
     def load(self, state: dict[str, Tensor], dtype: torch.dtype, where: str) -> Any:
@@ -89,10 +111,19 @@ class Skeleton:
         return base
 
 
-def fill(module: nn.Module, name: str, value: Tensor) -> None:
-    """Make `value` the parameter `name` of `module`, without a copy."""
-    owner, _, leaf = name.rpartition(".")
-    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+def fill(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: str) -> None:
+    """Make `value` the parameter `name` of `module`: as it is for the weight of a linear layer, else in `dtype`."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    stored = isinstance(owner, StoredLinear) and leaf == "weight" and value.is_floating_point()
+    owner._parameters[leaf] = nn.Parameter(value.to(device, value.dtype if stored else dtype), requires_grad=False)
+
+
+def _keep_stored(module: nn.Module) -> nn.Module:
+    for linear in module.modules():
+        if type(linear) is nn.Linear:
+            linear.__class__ = StoredLinear
+    return module
 
 
 def _has(module: nn.Module, path: str) -> bool:

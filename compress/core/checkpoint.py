@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
     from compress.core._skeleton import Skeleton
+    from compress.core.formats import Reader
+    from compress.core.scheme import Scheme
     from compress.core.tensors import QuantTensor
 
 torch = lazy_module("torch")
@@ -166,23 +168,29 @@ class Checkpoint:
 
     def weight(self, module: str, dtype: dtype | None = None) -> Tensor:
         """The weight of a module, dequantized if it is stored quantized."""
-        quantized = self.quant_tensor(module)
-        if quantized is not None:
-            return quantized.dequantize(dtype or self.dtype)
+        scheme = self.quantized_modules.get(module)
+        if scheme is not None and self._reader is not None:
+            return self._reader.dequantize(module, self.tensor, scheme, dtype or self.dtype)
         weight = self.tensor(f"{module}.weight")
         return weight if dtype is None else weight.to(dtype)
 
     def quant_tensor(self, module: str) -> QuantTensor | None:
         """The packed weight of a module, None if it is stored dense."""
-        if f"{module}.weight" in self.tensors or self.kind != "quantized":
+        scheme = self.quantized_modules.get(module)
+        if scheme is None or self._reader is None:
             return None
+        return self._reader.decode(module, self.tensor, scheme)
+
+    @cached_property
+    def quantized_modules(self) -> dict[str, Scheme]:
+        """The modules that are stored quantized, each with its scheme."""
+        return {} if self._reader is None else self._reader.modules(self.tensors)
+
+    @cached_property
+    def _reader(self) -> Reader | None:
         from compress.core.formats import reader_for
 
-        reader = reader_for(self.config)
-        scheme = reader.scheme_of(module, self.config["quantization_config"])
-        if scheme is None:
-            return None
-        return reader.decode(module, self.tensor, scheme)
+        return reader_for(self.config, self.folder.name) if self.kind == "quantized" else None
 
     @cached_property
     def kind(self) -> Literal["dense", "masked", "quantized"]:
@@ -224,7 +232,7 @@ class Checkpoint:
         return self.skeleton.load(state, dtype or self.dtype, str(self.folder)).to(device)
 
     def build_block(self, index: int, dtype: dtype, device: str = "cpu") -> nn.Module:
-        """Block `index` with its weights. Weights already in `dtype` are mapped, not copied."""
+        """Block `index`, computing in `dtype`. Weights of linear layers stay mapped in their stored dtype."""
         return self._filled(self.skeleton.block(index), f"{self.block_name(index)}.", dtype, device)
 
     def build_head(self, dtype: dtype, device: str = "cpu") -> nn.Module:
@@ -239,14 +247,14 @@ class Checkpoint:
             disk = prefix + self.architecture.disk_name(name)
             if disk == f"{self.architecture.head}.weight":
                 disk = self.head_tensor
-            fill(module, name, self._checked(disk, parameter.shape).to(device, dtype))
+            fill(module, name, self._checked(disk, parameter.shape), dtype, device)
         return module.eval()
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A parameter by its disk name, with the shape that the config asks for and finite values."""
         module, _, leaf = name.rpartition(".")
-        quantized = self.quant_tensor(module) if leaf == "weight" else None
-        value = self.tensor(name) if quantized is None else quantized.dequantize(self.dtype)
+        is_quantized = leaf == "weight" and module in self.quantized_modules
+        value = self.weight(module, self.dtype) if is_quantized else self.tensor(name)
         if value.shape != shape:
             raise InputError(
                 f"tensor {name!r} has shape {list(value.shape)}, but config.json asks for {list(shape)}",
