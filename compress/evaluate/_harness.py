@@ -70,7 +70,8 @@ def build_tasks(configs: Sequence[dict[str, Any]], names: Sequence[str], *, fews
     try:
         loaded = TaskManager(include_defaults=bool(names)).load([*configs, *names])
     except KeyError as error:
-        raise InputError(f"unknown task: {error.args[0] if error.args else error}") from error
+        wanted = ", ".join(names)
+        raise InputError(f"not all of these are tasks of lm-eval: {wanted} (none is in a task folder)") from error
     except (OSError, ValueError, TypeError, HfHubHTTPError, DatasetsError) as error:
         raise InputError(f"a task cannot be prepared: {' '.join(str(error).split())}") from error
     for task in loaded["tasks"].values():

@@ -1,0 +1,208 @@
+"""Report data: run.json turned into what a report shows, in words; HTML, Markdown and JSON are written from it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.core.quantities import format_bytes
+from compress.report import layers, words
+from compress.report.figures import Row, headline, missing, tiles
+from compress.report.plots import Plot, Point, size_quality
+
+SCHEMA_VERSION = 1
+MOST_LINES = 200
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """A report before it has a form. Pairs are (name, value); all texts are unescaped."""
+
+    title: str
+    subtitle: str
+    gate_asked: bool
+    gate_failures: Sequence[str]
+    tiles: Sequence[Row]
+    rows: Sequence[Row]
+    missing: Sequence[str]
+    plots: Sequence[Plot]
+    recipe_yaml: str
+    plan: Sequence[tuple[str, str, str, str]]
+    stages: Sequence[tuple[str, str, str, str]]
+    fallbacks: Sequence[tuple[str, str]]
+    more_fallbacks: int
+    notices: Sequence[str]
+    layers: Sequence[layers.LayerRow]
+    layers_note: str
+    protocol: Sequence[tuple[str, str]]
+    environment: Sequence[tuple[str, str]]
+    lineage: Sequence[tuple[str, str]]
+    files: Sequence[tuple[str, str, str]]
+    schema_version: int = SCHEMA_VERSION
+
+
+def report_data(run: Mapping[str, Any]) -> ReportData:
+    """What the report of a run shows."""
+    fallbacks = [(str(item["where"]), str(item["reason"])) for item in run.get("fallbacks") or []]
+    rows, note = layers.layer_rows(run, MOST_LINES)
+    return ReportData(
+        title=str(run["source"]["id"]),
+        subtitle=summary(run),
+        gate_asked=bool((run.get("gate") or {}).get("asked")),
+        gate_failures=(run.get("gate") or {}).get("failures") or [],
+        tiles=tiles(run),
+        rows=headline(run),
+        missing=missing(run),
+        plots=_plots(run),
+        recipe_yaml=as_yaml(run["recipe"]),
+        plan=_plan(run),
+        stages=_stages(run),
+        fallbacks=fallbacks[:MOST_LINES],
+        more_fallbacks=max(0, len(fallbacks) - MOST_LINES),
+        notices=[str(notice) for notice in run.get("notices") or []],
+        layers=rows,
+        layers_note=note,
+        protocol=protocol_lines(run.get("evaluation")),
+        environment=_pairs(run.get("environment") or {}),
+        lineage=_lineage(run),
+        files=_files(run),
+    )
+
+
+def summary(run: Mapping[str, Any]) -> str:
+    """The stages in a few words: "gptq w4a16, groups of 64"."""
+    return " → ".join(_stage_words(stage) for stage in run.get("stages") or []) or "no stage"
+
+
+def _stage_words(stage: Mapping[str, Any]) -> str:
+    settings = stage.get("settings") or {}
+    text = str(stage["method"])
+    if settings.get("scheme"):
+        text += f" {settings['scheme']}"
+    elif settings.get("bits"):
+        text += f" {settings['bits']} bits"
+    size = settings.get("group_size")
+    if size:
+        text += ", one group per channel" if size == -1 else f", groups of {size}"
+    return text
+
+
+def as_yaml(data: Any) -> str:
+    """Plain data as YAML without what is empty."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.width = 4096
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    stream = io.StringIO()
+    yaml.dump(_without_nothing(data), stream)
+    return stream.getvalue()
+
+
+def _without_nothing(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nothing(item) for key, item in value.items() if item is not None}
+    return [_without_nothing(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _plots(run: Mapping[str, Any]) -> list[Plot]:
+    plots = []
+    perplexity = (run.get("evaluation") or {}).get("perplexity") or {}
+    before, after = perplexity.get("original"), perplexity.get("artifact")
+    if before and after:
+        bounds = perplexity.get("interval")
+        interval = tuple(before * (1 + bound) for bound in bounds) if bounds else None
+        points = [
+            Point("original", run["source"]["bytes"], before, is_original=True),
+            Point(summary(run), run["artifact"]["bytes"], after, interval),
+        ]
+        plots.append(size_quality(points, "perplexity"))
+    return plots + layers.layer_plots(run)
+
+
+def _plan(run: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    planned, measured = run.get("plan") or {}, run.get("measured") or {}
+    rows = []
+    for key, name, text in (
+        ("bytes", "bytes of the weights", lambda value: f"{value:,.0f}"),
+        ("artifact_bytes", "bytes of all files", lambda value: f"{value:,.0f}"),
+        ("peak_memory_bytes", "peak memory", format_bytes),
+        ("disk_bytes", "disk while running", format_bytes),
+        ("minutes", "time", lambda value: words.duration(60 * value)),
+    ):
+        before, after = planned.get(key), measured.get(key)
+        if before is None and after is None:
+            continue
+        ratio = words.signed_percent(after / before - 1) if before and after is not None else words.NONE
+        rows.append((name, *(words.NOT_MEASURED if value is None else text(value) for value in (before, after)), ratio))
+    return rows
+
+
+def _stages(run: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    return [
+        (
+            str(stage["kind"]),
+            _stage_words(stage),
+            words.duration(stage.get("seconds")),
+            format_bytes(stage["peak_memory_bytes"]) if stage.get("peak_memory_bytes") else words.NOT_MEASURED,
+        )
+        for stage in run.get("stages") or []
+    ]
+
+
+def protocol_lines(evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """How the figures came about, line by line."""
+    protocol = (evaluation or {}).get("protocol") or {}
+    text, tasks = protocol.get("text"), protocol.get("tasks")
+    lines = [("run through", str(protocol["through"]))] if "through" in protocol else []
+    lines += [("computed in", str(protocol["dtype"]))] if "dtype" in protocol else []
+    lines += [
+        (name.replace("_", " "), _plain(value)) for name, value in (text or {}).items() if value not in (None, "")
+    ]
+    if text:
+        units = "documents" if str(text.get("documents", "")).startswith("each") else "windows"
+        lines.append(("intervals", f"95 %, paired bootstrap over {units}, 1000 resamples, seed {protocol.get('seed')}"))
+        lines.append(("KL divergence", "of the artifact from the original, in nats, at every scored token"))
+    for name, task in ((tasks or {}).get("tasks") or {}).items():
+        asked = f"{task['documents']} documents, {task['fewshot']} shots, version {_plain(task['version'])}"
+        lines.append((f"task {name}", f"{asked}, requests sha256 {str(task['request_sha256'])[:16]}"))
+    if tasks:
+        template = "on" if tasks.get("chat_template") else "off"
+        lines.append(
+            ("lm-eval", f"version {tasks['lm_eval']}, limit {tasks.get('limit') or 'none'}, chat template {template}")
+        )
+    return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _pairs(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(name), str(value)) for name, value in data.items() if value is not None]
+
+
+def _lineage(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lineage = run.get("lineage") or {}
+    lines = [
+        ("source", str(lineage.get("source") or run["source"]["id"])),
+        ("commit", str(lineage.get("revision") or "none: a local folder")),
+        ("licence", str(lineage.get("licence") or "not stated by the source")),
+    ]
+    return lines + [(name, f"sha256 {digest}") for name, digest in sorted((lineage.get("sha256") or {}).items())]
+
+
+def _files(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The artifact's files as its manifest lists them, if it still lies where the run left it."""
+    manifest = Path(str((run.get("artifact") or {}).get("path") or "")) / "compress.json"
+    if not manifest.is_file():
+        return []
+    files = json.loads(manifest.read_text(encoding="utf-8")).get("files") or []
+    return [(str(file["path"]), format_bytes(file["size"]), str(file["sha256"])) for file in files]

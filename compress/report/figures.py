@@ -1,0 +1,148 @@
+"""Figures: the headline of a run, before → after, and what was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.core.quantities import format_bytes
+from compress.evaluate.gate import accuracy
+from compress.report import words
+
+LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure before and after, its change and the interval of the change; `tone` is good, bad or nothing."""
+
+    name: str
+    before: str
+    after: str
+    change: str = ""
+    interval: str = ""
+    tone: str = ""
+
+
+def headline(run: Mapping[str, Any]) -> list[Row]:
+    """All figures of a run that fit one table."""
+    return [*_size_rows(run), *_text_rows(run.get("evaluation") or {}), *_task_rows(run), *_cost_rows(run)]
+
+
+def _size_rows(run: Mapping[str, Any]) -> list[Row]:
+    source, artifact = run["source"], run["artifact"]
+    bits_before = 8 * source["bytes"] / source["parameters"]
+    return [
+        Row(
+            "size of the weights",
+            format_bytes(source["bytes"]),
+            format_bytes(artifact["bytes"]),
+            f"{100 * artifact['bytes'] / source['bytes']:.1f} % of it",
+        ),
+        Row("bits per weight", words.number(bits_before), words.number(artifact["bits_per_weight"])),
+    ]
+
+
+def _text_rows(evaluation: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    perplexity, bits = evaluation.get("perplexity"), evaluation.get("bits_per_byte")
+    kl, flips = evaluation.get("kl"), evaluation.get("flips")
+    if perplexity:
+        interval = words.between(perplexity["interval"], words.signed_percent)
+        before, after = words.number(perplexity["original"]), words.number(perplexity["artifact"])
+        tone = _tone(perplexity["interval"], lower_is_better=True)
+        rows.append(Row("perplexity", before, after, words.signed_percent(perplexity["increase"]), interval, tone))
+    if bits:
+        known = None not in (bits["original"], bits["artifact"])
+        change = words.change(bits["artifact"] - bits["original"]) if known else words.NOT_MEASURED
+        rows.append(Row("bits per byte", words.number(bits["original"]), words.number(bits["artifact"]), change))
+    if kl:
+        rows.append(Row("KL divergence, mean", words.NONE, words.number(kl["mean"]), "", words.between(kl["interval"])))
+        rows.append(Row("KL divergence, 99th percentile", words.NONE, words.number(kl["p99"])))
+    if flips:
+        interval = words.between(flips["interval"], words.percent)
+        rows.append(Row("most likely token differs", words.NONE, words.percent(flips["share"]), "", interval))
+    return rows
+
+
+def _task_rows(run: Mapping[str, Any]) -> list[Row]:
+    tasks = (run.get("evaluation") or {}).get("tasks") or {}
+    return [
+        Row(
+            f"{name}: {metric} (n = {figures['n']:,})",
+            _with_error(figures["original"], (figures.get("stderr") or {}).get("original")),
+            _with_error(figures["artifact"], (figures.get("stderr") or {}).get("artifact")),
+            words.change(figures["difference"]),
+            words.between(figures["interval"], words.change),
+            _tone(figures["interval"], lower_is_better=metric.split(" ")[0] in LOWER_IS_BETTER),
+        )
+        for name, metrics in tasks.items()
+        for metric, figures in metrics.items()
+    ]
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    text = words.number(value)
+    return text if value is None or error is None else f"{text} ± {words.number(error, 2)}"
+
+
+def _tone(interval: Any, *, lower_is_better: bool) -> str:
+    """Good or bad only where the interval leaves zero out."""
+    if not interval or interval[0] <= 0 <= interval[1]:
+        return ""
+    return "good" if (interval[1] < 0) == lower_is_better else "bad"
+
+
+def _cost_rows(run: Mapping[str, Any]) -> list[Row]:
+    measured = run.get("measured") or {}
+    minutes, peak = measured.get("minutes"), measured.get("peak_memory_bytes")
+    return [
+        Row("time of the run", words.NONE, words.duration(None if minutes is None else 60 * minutes)),
+        Row("peak memory of the run", words.NONE, format_bytes(peak) if peak else words.NOT_MEASURED),
+    ]
+
+
+def tiles(run: Mapping[str, Any]) -> list[Row]:
+    """The four figures that a person looks for first: size, perplexity, KL, accuracy."""
+    evaluation = run.get("evaluation") or {}
+    source, artifact = run["source"], run["artifact"]
+    perplexity, kl = evaluation.get("perplexity") or {}, evaluation.get("kl") or {}
+    smaller = f"{source['bytes'] / artifact['bytes']:.2f} × smaller"
+    sizes = f"{format_bytes(source['bytes'])} → {format_bytes(artifact['bytes'])}"
+    before, after = words.number(perplexity.get("original")), words.number(perplexity.get("artifact"))
+    worse = words.signed_percent(perplexity.get("increase"))
+    return [
+        Row("size", "", smaller, sizes),
+        Row("perplexity", before, worse, f"{before} → {after}" if perplexity else ""),
+        Row("KL divergence", "", words.number(kl.get("mean"), 3), "nats per token, to the original" if kl else ""),
+        _accuracy_tile(evaluation.get("tasks") or {}),
+    ]
+
+
+def _accuracy_tile(tasks: Mapping[str, Any]) -> Row:
+    figures = [accuracy(task) for task in tasks.values()]
+    known = [each["difference"] for each in figures if each and each["difference"] is not None]
+    if not known:
+        return Row("accuracy", "", words.NOT_MEASURED)
+    mean = 100 * sum(known) / len(known)
+    text = f"{mean:+.2f} points".replace("-", "−")
+    return Row("accuracy", "", text, f"mean change over {len(known)} task{'s' if len(known) > 1 else ''}")
+
+
+def missing(run: Mapping[str, Any]) -> list[str]:
+    """What a reader might look for and will not find, said plainly."""
+    evaluation = run.get("evaluation")
+    if evaluation is None:
+        return ["Quality was not measured: the recipe has no evaluate block, or evaluation was switched off."]
+    notes = []
+    if not evaluation.get("perplexity"):
+        notes.append("Perplexity, KL divergence and flips were not measured: evaluate.perplexity is not in the recipe.")
+    elif not evaluation.get("kl"):
+        notes.append("The original was not measured, so there is no change, KL divergence or interval.")
+    elif not (evaluation["perplexity"] or {}).get("interval"):
+        notes.append("The text is a single unit, so there are no intervals.")
+    if not evaluation.get("tasks"):
+        notes.append("No task was measured: evaluate.tasks is empty.")
+    notes.append("Speed when serving, and loading in other engines, were not measured by this run.")
+    return notes

@@ -1,0 +1,119 @@
+"""Layers: error and bits of each layer along the depth of the model, as rows and as plots."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.core.quantities import format_bytes
+from compress.report import words
+from compress.report.plots import Plot, bits_per_layer, error_per_layer
+
+_IN_BLOCK = re.compile(r"^(?P<list>.*?)\.(?P<block>\d+)\.(?P<kind>.+)$")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One linear layer of one stage."""
+
+    name: str
+    shape: str
+    scheme: str
+    size: str
+    error: str
+    damping: str
+    note: str
+
+
+def layer_rows(run: Mapping[str, Any], most: int) -> tuple[list[LayerRow], str]:
+    """Rows in the model's order, and a note; of many layers only those with the largest errors."""
+    records = _site_records(run)
+    layers = [layer for stage in run.get("stages") or [] for layer in stage.get("layers") or []]
+    note = ""
+    if len(layers) > most:
+        note = f"The {most} layers with the largest error of {len(layers):,}; run.json has all."
+        worst = sorted(layers, key=lambda layer: -((records.get(layer["name"]) or {}).get("error") or 0))[:most]
+        names = {layer["name"] for layer in worst}
+        layers = [layer for layer in layers if layer["name"] in names][:most]
+    return [_row(layer, records.get(layer["name"]) or {}) for layer in layers], note
+
+
+def _row(layer: Mapping[str, Any], record: Mapping[str, Any]) -> LayerRow:
+    bits, group = layer.get("bits"), layer.get("group_size")
+    scheme = "kept" if bits is None else f"{bits} bits, " + ("per channel" if group == -1 else f"groups of {group}")
+    retries = record.get("retries") or 0
+    damping = "" if record.get("damping") is None else words.number(record["damping"], 2)
+    return LayerRow(
+        name=str(layer["name"]),
+        shape=" × ".join(str(width) for width in layer.get("shape") or []),
+        scheme=scheme,
+        size=f"{format_bytes(layer['bytes_in'])} → {format_bytes(layer['bytes_out'])}",
+        error="" if record.get("error") is None else words.number(record["error"], 3),
+        damping=f"{damping}, {retries} retries" if retries else damping,
+        note=str(record.get("fallback") or layer.get("reason") or ""),
+    )
+
+
+def _site_records(run: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {
+        site["name"]: site
+        for stage in run.get("stages") or []
+        for block in stage.get("blocks") or []
+        for site in block.get("sites") or []
+    }
+
+
+def layer_plots(run: Mapping[str, Any]) -> list[Plot]:
+    """Error and bits per layer of the last stage that has them."""
+    plots = []
+    with_blocks = [stage for stage in run.get("stages") or [] if stage.get("blocks")]
+    if with_blocks:
+        plots += _error_plot(with_blocks[-1]["blocks"])
+    with_bits = [
+        stage for stage in run.get("stages") or [] if any(layer.get("bits") for layer in stage.get("layers") or [])
+    ]
+    if with_bits:
+        kinds, table = _bits_table(with_bits[-1]["layers"])
+        if kinds:
+            plots.append(bits_per_layer(kinds, table))
+    return plots
+
+
+def _error_plot(blocks: list[Mapping[str, Any]]) -> list[Plot]:
+    errors: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in blocks])
+    for number, block in enumerate(blocks):
+        for site in block.get("sites") or []:
+            if site.get("error") is not None:
+                errors[kind_of(site["name"])][number].append(site["error"])
+    outputs = [block.get("output_error") for block in blocks]
+    if not errors and not any(outputs):
+        return []
+    return [error_per_layer(outputs, {kind: [_mean(each) for each in columns] for kind, columns in errors.items()})]
+
+
+def _bits_table(layers: list[Mapping[str, Any]]) -> tuple[list[str], list[list[float | None]]]:
+    cells: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    columns = 0
+    for layer in layers:
+        match = _IN_BLOCK.match(layer["name"])
+        if match:
+            column = int(match["block"])
+            columns = max(columns, column + 1)
+            cell = cells[kind_of(layer["name"])][column]
+            if layer.get("bits") is not None:
+                cell.append(layer["bits"])
+    return list(cells), [[_mean(row.get(column, [])) for column in range(columns)] for row in cells.values()]
+
+
+def kind_of(name: str) -> str:
+    """q_proj of model.layers.3.self_attn.q_proj; experts gate_proj for each expert's gate_proj."""
+    match = _IN_BLOCK.match(name)
+    parts = (match["kind"] if match else name).split(".")
+    return f"experts {parts[-1]}" if "experts" in parts else parts[-1]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

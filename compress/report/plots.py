@@ -1,0 +1,195 @@
+"""Plots as inline SVG: one look for all, small, equal for equal figures, readable on a light and on a dark page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+
+from markupsafe import Markup, escape
+
+from compress.core.lazy import lazy_module
+from compress.report.escape import visible
+
+figure_module = lazy_module("matplotlib.figure")
+matplotlib = lazy_module("matplotlib")
+
+INK = "#6b7683"
+ACCENT = "#2f6fde"
+SECOND = "#e0803a"
+COLOURS = ("#2f6fde", "#e0803a", "#2a9d76", "#b0529c", "#8a6fd1", "#c9a227", "#4aa3c7", "#d1495b", "#7a8b3a")
+BITS = {2: "#d1495b", 3: "#e0803a", 4: "#2f6fde", 5: "#4aa3c7", 6: "#2a9d76", 7: "#7a8b3a", 8: "#8a6fd1"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "compress",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9aa4af",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#9aa4af",
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture: `key` names it in the page, `caption` says how to read it."""
+
+    key: str
+    title: str
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Point:
+    """An artifact in the size-quality plane."""
+
+    label: str
+    size_bytes: int
+    quality: float
+    interval: tuple[float, float] | None = None
+    is_original: bool = False
+
+
+def size_quality(points: Sequence[Point], quality: str, key: str = "size-quality") -> Plot:
+    """Megabytes against a figure that should be low, one mark per model."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure()
+        for number, point in enumerate(points):
+            _mark(axes, point, INK if point.is_original else COLOURS[number % len(COLOURS)])
+        axes.set_xlabel("size of the weights (MB)")
+        axes.set_ylabel(quality)
+        axes.set_xlim(left=0, right=1.25 * max(point.size_bytes for point in points) / 1e6)
+        axes.margins(y=0.25)
+        caption = "Lower left is better. Bars are 95 % intervals of the difference to the original, where there is one."
+        return Plot(key, f"Size and {quality}", caption, _svg(figure, key, f"{quality} over size"))
+
+
+def _mark(axes, point: Point, colour: str) -> None:
+    x = point.size_bytes / 1e6
+    if point.interval is not None:
+        low, high = point.interval
+        axes.errorbar(
+            x,
+            point.quality,
+            yerr=[[max(0, point.quality - low)], [max(0, high - point.quality)]],
+            color=colour,
+            capsize=4,
+        )
+    axes.plot(x, point.quality, "s" if point.is_original else "o", color=colour, markersize=9)
+    axes.annotate(shortened(point.label), (x, point.quality), (10, 7), textcoords="offset points", color=colour)
+
+
+def error_per_layer(outputs: Sequence[float | None], kinds: Mapping[str, Sequence[float | None]]) -> Plot:
+    """The error of each block's output and of its layers, along the depth of the model, on a logarithmic axis."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(wide=True)
+        blocks = range(len(outputs))
+        marker = "o" if len(outputs) < 20 else "None"
+        for number, (kind, errors) in enumerate(kinds.items()):
+            axes.plot(
+                blocks, _gaps(errors), marker=marker, color=COLOURS[(number + 1) % len(COLOURS)], lw=1, ms=3.5, alpha=0.85,
+                label=shortened(kind),
+            )  # fmt: skip
+        if any(error for error in outputs):
+            axes.plot(blocks, _gaps(outputs), marker=marker, color=ACCENT, lw=2.4, ms=5, label="output of the block")
+        if any(error for errors in (outputs, *kinds.values()) for error in errors):
+            axes.set_yscale("log")
+            for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                ticks(_short_number)
+        axes.set_xlabel("block")
+        axes.set_ylabel("relative squared error")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _legend(axes)
+        caption = "Against the uncompressed weights on the same inputs; layers weighted by what they were shown."
+        return Plot("error-per-layer", "Error per layer", caption, _svg(figure, "error-per-layer", "error per layer"))
+
+
+def bits_per_layer(kinds: Sequence[str], bits: Sequence[Sequence[float | None]]) -> Plot:
+    """One square per layer, coloured by its bits; columns are blocks. None: kept as it was."""
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        columns = max(map(len, bits))
+        figure, axes = _figure(wide=True, height=0.9 + 0.3 * len(kinds))
+        present = sorted({round(value) for row in bits for value in row if value is not None})
+        for row, values in enumerate(bits):
+            for column, value in enumerate(values):
+                colour = "#c3c9d0" if value is None else BITS.get(round(value), INK)
+                axes.add_patch(_patches().Rectangle((column - 0.46, row - 0.42), 0.92, 0.84, color=colour, lw=0))
+        axes.set_xlim(-0.6, columns - 0.4)
+        axes.set_ylim(len(kinds) - 0.4, -0.6)
+        axes.set_yticks(range(len(kinds)), [shortened(kind) for kind in kinds])
+        axes.tick_params(length=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("block")
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        handles = [_patches().Patch(color=BITS.get(value, INK), label=f"{value} bits") for value in present]
+        if any(value is None for row in bits for value in row):
+            handles.append(_patches().Patch(color="#c3c9d0", label="kept"))
+        _legend(axes, handles)
+        caption = "Bits of the stored codes, scales apart; experts of one block are averaged."
+        return Plot("bits-per-layer", "Bits per layer", caption, _svg(figure, "bits-per-layer", "bits per layer"))
+
+
+def shortened(text: str, longest: int = 28) -> str:
+    """A label that fits beside a mark."""
+    text = visible(" ".join(text.split()))
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _figure(*, wide: bool = False, height: float | None = None):
+    figure = figure_module.Figure(figsize=(8.6 if wide else 5.6, height or 3.4), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    return figure, axes
+
+
+def _short_number(value: float, position: int) -> str:
+    """Ticks of a logarithmic axis at 1, 2 and 5 times powers of ten; matplotlib's own need its mathematics."""
+    return f"{value:.3g}" if f"{value:e}"[0] in "125" and round(float(f"{value:e}"[:8]), 3) % 1 == 0 else ""
+
+
+def _patches():
+    import matplotlib.patches
+
+    return matplotlib.patches
+
+
+def _gaps(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if not value else value for value in values]
+
+
+def _legend(axes, handles=None) -> None:
+    if handles is None:
+        handles = axes.get_legend_handles_labels()[0]
+    if handles:
+        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+
+
+def _svg(figure, key: str, label: str) -> Markup:
+    """The figure as an <svg> element: no prolog, no metadata, no fixed size; ids of its own within the page."""
+    stream = StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', text)
+    text = re.sub(r'(xlink:href="#|href="#|url\(#)(?!' + re.escape(key) + "-)", rf"\g<1>{key}-", text)
+    text = re.sub(r'^<svg\b([^>]*?)\s(?:width)="[^"]*"', r"<svg\1", text)
+    text = re.sub(r'^<svg\b([^>]*?)\s(?:height)="[^"]*"', r"<svg\1", text)
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(visible(label))}"', 1).strip())
