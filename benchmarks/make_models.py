@@ -12,10 +12,10 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def shards(shape: Shape) -> list[dict[str, tuple[int, ...]]]:
     return [rest | groups[0]] if len(groups) == 1 else [rest, *groups]
 
 
-def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
+def random_tensor(name: str, size: tuple[int, ...], seed: int) -> "torch.Tensor":
+    import torch
+
     if len(size) == 1:
         return torch.ones(size, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
@@ -103,6 +105,8 @@ def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -121,6 +125,8 @@ def write_tokenizer(folder: Path) -> None:
 
 def make_model(shape: Shape, folder: Path, seed: int) -> int:
     """Write the folder and return the number of parameters."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     plan = shards(shape)
     weight_map, total_bytes = {}, 0

@@ -12,14 +12,14 @@ if [ $# -lt 1 ]; then
     echo "usage: benchmarks/peers.sh DIR [llmcompressor] [gptqmodel]" >&2
     exit 2
 fi
-mkdir -p "$1"
-root=$(cd "$1" && pwd)
+root=$(realpath -m "$1")
 shift
 case "$root/" in
     "$repository"/*) echo "peers.sh: $root lies inside the repository; choose a folder outside it" >&2; exit 2 ;;
 esac
 [ $# -gt 0 ] || set -- llmcompressor gptqmodel
 
+mkdir -p "$root"
 torch_pin="torch==2.13.0" # the same torch for all tools: what is compared are the tools, not two builds of torch
 for peer in "$@"; do
     pins="$here/peers/$peer.txt"

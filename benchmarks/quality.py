@@ -20,7 +20,6 @@ from pathlib import Path
 import quality_table
 import tools
 from make_tokens import calibration_ids, evaluation_ids
-from perplexity import perplexity
 from runner import Job
 from safetensors.numpy import save_file
 
@@ -135,6 +134,8 @@ def quantize_ours(job: Job, environment: dict[str, str], log: object) -> str | N
 
 
 def score(case: Case, place: Workplace, failure: str | None, keep: bool) -> None:
+    from perplexity import perplexity
+
     job = place.job(case)
     record: dict[str, object] = asdict(case)
     if failure is None:
@@ -150,6 +151,8 @@ def score(case: Case, place: Workplace, failure: str | None, keep: bool) -> None
 
 
 def score_original(model: str, place: Workplace) -> None:
+    from perplexity import perplexity
+
     path = place.root / model / "original.json"
     if not path.exists():
         figure = perplexity(place.model(model), place.evaluation(model))
