@@ -1,0 +1,80 @@
+"""Train the bundled demo model from text files of short stories.
+
+    python -m compress.demo.train_demo_model --output compress/demo/model stories-1.txt stories-2.txt
+
+Stories are separated by ``<|endoftext|>`` (or by single line breaks in a file without it). Takes about an hour on a
+laptop; the same command with ``--resume`` goes on after an interruption.
+"""
+
+import argparse
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from compress.demo.training.card import write_card
+from compress.demo.training.loop import Settings, TokenStream, Trainer
+from compress.demo.training.model import CONTEXT, VOCABULARY, build_model
+from compress.demo.training.score import bits_per_byte
+from compress.demo.training.text import read_stories, split_stories
+from compress.demo.training.tokenizer import train_tokenizer
+
+log = logging.getLogger("train_demo_model")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Every field of Settings is an option."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text files of stories")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the finished model")
+    parser.add_argument("--work", type=Path, default=Path("demo_training"), help="folder for the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
+    parser.add_argument("--workers", type=int, default=2, help="threads, each with a part of every batch")
+    for field in fields(Settings):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read, split, train, and write the model folder."""
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(1)
+    settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
+
+    stories = [story for path in arguments.files for story in read_stories(path)]
+    training, held_out = split_stories(stories, settings.held_out_share, settings.seed)
+    tokenizer = train_tokenizer(training, VOCABULARY, CONTEXT)
+    stream = TokenStream(tokenizer, training, settings.seed)
+    log.info("%d stories to train on, %d tokens; %d held out", len(training), stream.epoch_tokens, len(held_out))
+
+    generator = torch.Generator().manual_seed(settings.seed)
+    model = build_model(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, generator)
+    trainer = Trainer(model, tokenizer, stream, held_out, settings, arguments.workers)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = arguments.work / "checkpoint.pt"
+    if arguments.resume:
+        trainer.resume(checkpoint)
+    trainer.train(checkpoint)
+
+    model.load_state_dict(trainer.best_weights)
+    model.to(torch.bfloat16)
+    held_out_bits = bits_per_byte(model, tokenizer, held_out)
+    log.info("best step %d; as saved in bfloat16: %.4f bits per byte", trainer.best_step, held_out_bits)
+    model.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    write_card(
+        arguments.output,
+        settings=settings,
+        training_stories=len(training),
+        held_out_stories=len(held_out),
+        epoch_tokens=stream.epoch_tokens,
+        best_step=trainer.best_step,
+        held_out_bits=held_out_bits,
+        training_bits=bits_per_byte(model, tokenizer, training[: len(held_out)]),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How the bundled demo model is made: text, tokenizer, optimizer, loop and card, one file each."""
