@@ -88,12 +88,10 @@ class Workspace:
         publish_dir(self.staged, self.output, replace=journal.last("replaces") is not None)
 
     def close(self, *, keep_stages: bool) -> None:
-        """Everything is published: remove the partial folder, the journal last but for the lock."""
+        """Everything is published: remove the partial folder, the journal last but for the lock's files."""
         if keep_stages and self.stages.exists():
             publish_dir(self.stages, self.kept_stages, replace=True)
         self._clear()
-        for name in (HOLDER_NAME, LOCK_NAME):
-            remove_file(self.partial / name)
         remove_tree(self.partial)
 
     def _clear(self) -> None:

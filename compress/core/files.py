@@ -155,7 +155,8 @@ def make_folder(path: Path) -> Path:
 def link_or_copy(source: Path, target: Path) -> None:
     """Give `target` the bytes of the durable file `source`: a hard link where the file system can, else a copy."""
     with io_errors("link the file", target):
-        target.unlink(missing_ok=True)
+        if target.exists():
+            target.unlink()
         try:
             os.link(source, target)
         except OSError as error:
@@ -184,6 +185,7 @@ def publish_dir(staged: Path, final: Path, *, replace: bool = False) -> None:
             if not replace:
                 raise UsageError("output exists", where=str(final), hint="choose another --output or pass --fresh")
             remove_tree(aside)
+            sync_folder(final)
             os.rename(final, aside)
             sync_folder(final.parent)
         try:
