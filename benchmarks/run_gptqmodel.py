@@ -1,7 +1,7 @@
 """Quantize with GPTQModel; started by its own interpreter. See runner.py for the command line.
 
-Variants of GPTQ: `default` (no activation order in the file, its group-aware order inside the solver), `mse` (scales by
-its error search with the norm that its documentation names). It has no symmetric RTN in the GPTQ format.
+Variants of GPTQ: `default` (its group-aware activation order; per channel the plain one), `mse` (the same, scales by
+its error search with the norm that its documentation names). Its RTN is not compared.
 """
 
 # ruff: noqa: E402, I001  (the memory of the bare imports is taken between two imports)
@@ -36,6 +36,9 @@ def quantize(job: runner.Job) -> None:
         group_size=job.group_size,
         sym=True,
         mse=MSE_NORMS[job.variant],
+        # One group per channel: its group-aware order has nothing to order and refuses; the plain order costs nothing.
+        desc_act=job.group_size == -1,
+        act_group_aware=job.group_size != -1,
         offload_to_disk=job.offload,
     )
     model = GPTQModel.load(job.model, settings, dtype=torch.float32 if job.dtype == "float32" else "auto")
