@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from compress.cli import artifacts, doctor, evaluation, recipes, run, tokens
+from compress.cli import options as opt
 from compress.cli.console import last_output, speak
 from compress.core.errors import CompressError, UsageError
 
@@ -16,7 +17,6 @@ PURPOSE = "Compress Hugging Face causal language models: one recipe, one verifie
 app = typer.Typer(
     name="compress",
     help=PURPOSE,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 bug, 2 usage or recipe, 3 input refused, 4 resources or lock (run again to go on), "
@@ -41,11 +41,13 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help=PURPOSE)
+@app.callback(help=PURPOSE, invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
-    """Options that need no command."""
+    """Options that need no command; without one the help is shown."""
+    opt.help_without_command(context)
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -63,6 +65,8 @@ def run_command(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         last_output().tell("interrupted", style="yellow")
         return INTERRUPTED
+    except SystemExit:  # typer's way to say that nobody reads standard output any more
+        return 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more: no noise at exit
         return 0
@@ -72,8 +76,6 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def _usage(error: typer.exceptions.TyperException) -> int:
     message = error.format_message()
-    if not message:  # no command: the help was asked for
-        return 0
     context = getattr(error, "ctx", None)
     hint = f"{context.command_path} --help" if context else "compress --help"
     last_output().fail(UsageError(message.rstrip("."), hint=hint))

@@ -34,7 +34,10 @@ def inspect(folder: opt.ArtifactFolder, json: opt.Json = False, verbose: opt.Ver
 def verify(
     folder: opt.ArtifactFolder,
     source: Source = None,
-    level: Annotated[Level, typer.Option("--level", help="How far to go.")] = Level.parity,
+    level: Annotated[
+        Level | None,
+        typer.Option("--level", help="How far to go. [default: as far as the folder allows]", show_default=False),
+    ] = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -48,12 +51,15 @@ def verify(
     from compress.core.verify import verify as check
 
     output = speak(json=json, quiet=quiet, verbose=verbose)
-    report = check(folder, source=source, level=level.value)
-    table = grid("", "check", "detail")
+    report = check(folder, source=source, level=level.value if level else None)
+    table = grid("", "check", "detail", figures=False)
     for found in report.checks:
         add_row(table, "ok" if found.ok else "!!", found.name, found.detail)
         output.emit("check", name=found.name, ok=found.ok, detail=found.detail)
     output.show(table)
+    for notice in report.notices:
+        output.tell(f"not checked: {notice}")
+        output.emit("notice", message=notice)
     failed = [found for found in report.checks if not found.ok]
     code = InputError.exit_code if failed else 0
     verdict = (

@@ -16,7 +16,7 @@ def doctor(json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.Verbos
 
     output = speak(json=json, quiet=quiet, verbose=verbose)
     findings = examine()
-    table = grid("", "check", "found")
+    table = grid("", "check", "found", figures=False)
     for finding in findings:
         add_row(table, "ok" if finding.ok else "!!", finding.name, finding.detail)
         output.emit("check", name=finding.name, ok=finding.ok, detail=finding.detail, hint=finding.hint)

@@ -9,10 +9,12 @@ from compress.core.errors import UsageError
 from compress.core.quantities import format_bytes
 from compress.core.scheme import Scheme
 
-CHOICES = (Scheme(8, 128), Scheme(6, 128), Scheme(5, 128), Scheme(4, 32), Scheme(4, 64), Scheme(4, 128), Scheme(3, 64),
-           Scheme(3, 128), Scheme(2, 64))  # fmt: skip
-"""From the most precise to the smallest."""
+_LARGE_FIRST, _SMALL_FIRST = (128, 64, 32), (32, 64, 128)
+_SIZES = {8: _LARGE_FIRST, 6: _LARGE_FIRST, 5: _LARGE_FIRST, 4: _SMALL_FIRST, 3: _SMALL_FIRST, 2: _SMALL_FIRST}
+CHOICES = tuple(Scheme(bits, size) for bits, sizes in _SIZES.items() for size in sizes)
+"""In the order of preference: precise before small, but large groups where groups hardly matter."""
 
+_LENGTH = 2048
 _NOTES = {
     8: "8 bits: close to the original in every measurement we made.",
     6: "6 bits: hardly to be told from the original; fewer engines read it than 4 or 8 bits.",
@@ -30,6 +32,7 @@ class Sizes:
     layers: dict[tuple[int, int], int]
     other_bytes: int
     parameters: int
+    positions: int
 
     def bytes_under(self, scheme: Scheme) -> int:
         """Bytes of the weights under `scheme`: codes, scales of two bytes, and all that stays as it is."""
@@ -52,7 +55,7 @@ def draft_recipe(model: str, budget_bytes: int | None, *, offline: bool = False)
     after = sizes.bytes_under(scheme)
     size = f"{format_bytes(after)}, {8 * after / sizes.parameters:.2f} bits per weight"
     choice = f"{scheme.name} in groups of {scheme.group_size}: {size}"
-    return _text(model, scheme, size, budget_bytes), choice
+    return _text(model, scheme, size, min(sizes.positions, _LENGTH), budget_bytes), choice
 
 
 def read_sizes(model: str, *, offline: bool) -> Sizes:
@@ -69,7 +72,9 @@ def read_sizes(model: str, *, offline: bool) -> Sizes:
             layers[shape] = layers.get(shape, 0) + 1
             quantized_bytes += info.bytes
     total = sum(info.bytes for info in checkpoint.tensors.values())
-    return Sizes(layers, total - quantized_bytes, sum(math.prod(info.shape) for info in checkpoint.tensors.values()))
+    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    positions = checkpoint.config.get("max_position_embeddings")
+    return Sizes(layers, total - quantized_bytes, parameters, positions if isinstance(positions, int) else _LENGTH)
 
 
 def choose(sizes: Sizes, budget_bytes: int | None) -> Scheme:
@@ -79,19 +84,20 @@ def choose(sizes: Sizes, budget_bytes: int | None) -> Scheme:
         widths = ", ".join(str(width) for _, width in sizes.layers)
         raise UsageError(f"no usual group size divides the widths of this model ({widths})", hint="group_size: -1")
     if budget_bytes is None:
-        return next((scheme for scheme in possible if scheme.bits == 4), possible[-1])
+        return max((scheme for scheme in possible if scheme.bits == 4), key=lambda scheme: scheme.group_size)
     fitting = [scheme for scheme in possible if sizes.bytes_under(scheme) <= budget_bytes]
     if not fitting:
         least = sizes.bytes_under(possible[-1])
         raise UsageError(
-            f"even {possible[-1].name} needs {format_bytes(least)}, more than the budget of {format_bytes(budget_bytes)}; "
-            f"{format_bytes(sizes.other_bytes)} of that are embedding, head and norms, which stay as they are",
+            f"even {possible[-1].name} needs {format_bytes(least)}, more than the budget of "
+            f"{format_bytes(budget_bytes)}; {format_bytes(sizes.other_bytes)} of that stay as they are "
+            "(embedding, head, norms)",
             hint="raise --budget, or choose a smaller model",
         )
     return fitting[0]
 
 
-def _text(model: str, scheme: Scheme, size: str, budget_bytes: int | None) -> str:
+def _text(model: str, scheme: Scheme, size: str, length: int, budget_bytes: int | None) -> str:
     gate = ""
     if budget_bytes is not None:
         gate = f"\ngate: {{max_size: {budget_bytes}}}  # bytes; a larger result ends with exit code 5\n"
@@ -103,7 +109,7 @@ model: {_scalar(model)}
 
 # Text that GPTQ looks at: a hub id, a folder, .jsonl, .txt, .parquet, or token ids in .safetensors.
 # Text like what the model will see in use is best.
-calibration: {{dataset: wikitext, samples: 128, length: 2048}}
+calibration: {{dataset: wikitext, samples: 128, length: {length}}}
 
 stages:
   # {_NOTES[scheme.bits]}
@@ -112,7 +118,7 @@ stages:
 
 # Measured on the original, too, so that the report shows what the compression costs.
 evaluate:
-  perplexity: {{dataset: wikitext, window: 2048, stride: 1024}}
+  perplexity: {{dataset: wikitext, window: {length}, stride: {length // 2}}}
   through: transformers
 {gate}"""
 

@@ -45,6 +45,13 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail; tra
 ArtifactFolder = Annotated[Path, typer.Argument(help="Folder of an artifact.", show_default=False)]
 
 
+def help_without_command(context: typer.Context) -> None:
+    """Show the help of a group that was called without a command."""
+    if context.invoked_subcommand is None and not context.resilient_parsing:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
 def choose_device(device: str) -> str:
     """The device to use; EnvironmentRefused if this machine lacks the one asked for."""
     import torch

@@ -10,7 +10,13 @@ import typer
 from compress.cli import options as opt
 from compress.cli.console import Output, speak
 
-group = typer.Typer(help="List, show, write and check recipes.", no_args_is_help=True, rich_markup_mode=None)
+group = typer.Typer(rich_markup_mode=None)
+
+
+@group.callback(invoke_without_command=True)
+def recipes(context: typer.Context) -> None:
+    """List, show, write and check recipes."""
+    opt.help_without_command(context)
 
 
 @group.command("list")

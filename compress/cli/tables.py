@@ -20,11 +20,11 @@ Row = tuple[str, str, str, str]
 _SHARES = ("acc_norm", "acc", "exact_match", "f1")
 
 
-def grid(*columns: str, title: str = "") -> Table:
-    """An empty table in the house style: the first column to the left, figures to the right, the last to the left."""
+def grid(*columns: str, title: str = "", figures: bool = True) -> Table:
+    """An empty table in the house style: columns between the first and the last hold figures, to the right."""
     table = Table(box=box.SIMPLE_HEAD, title=clean(title) or None, title_justify="left", pad_edge=False)
     for number, column in enumerate(columns):
-        right = 0 < number < len(columns) - 1 and len(columns) > 2
+        right = figures and 0 < number < len(columns) - 1
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
 
@@ -108,9 +108,10 @@ def layers_table(stage: "Plan", title: str, *, every: bool) -> Table:
     """The layers that a stage touches: summed up by what happens to them, or every one."""
     if every:
         table = grid("layer", "shape", "bytes", "becomes", title=title)
+        table.columns[0].no_wrap = True
         for layer in stage.layers:
             shape = "×".join(map(str, layer.shape))
-            add_row(table, layer.name, shape, f"{layer.bytes_in:,} → {layer.bytes_out:,}", fate(layer))
+            add_row(table, layer.name, shape, f"{layer.bytes_out:,}", fate(layer))
         return table
     table = grid("layers", "before", "after", "become", title=title)
     fates = Counter(fate(layer) for layer in stage.layers)
