@@ -43,7 +43,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Layers of one input: `rows` output channels in all over `width` input channels, reached by `share` of the tokens."""
+    """Layers of one input: `rows` output channels in all, `width` input channels, reached by `share` of the tokens."""
 
     rows: int
     width: int

@@ -1,0 +1,213 @@
+"""What every weight method must do, whatever it is: inherited for free by each file of the method folders."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.core.calibration import Tokens
+from compress.core.checkpoint import Checkpoint
+from compress.core.errors import UsageError
+from compress.core.formats import compressed_tensors
+from compress.core.methods import available_kinds, find_pass
+from compress.core.passes import Job, Pass
+from compress.core.tensors import QuantTensor
+from compress.core.walk import BlockRecord
+from tests.conftest import TinyModel
+from tests.tiny import FAMILIES, LAYERS
+
+METHODS = [(kind, method) for kind, methods in available_kinds().items() for method in methods]
+QUANTIZERS = [method for kind, method in METHODS if kind == "quantize"]
+methods = pytest.mark.parametrize("method", QUANTIZERS)
+
+
+class Shelf:
+    """A BlockSink in memory, with the first `done` blocks of an earlier run."""
+
+    def __init__(self, earlier: Shelf | None = None, done: int = 0) -> None:
+        self.blocks: list[Mapping[str, torch.Tensor | QuantTensor]] = earlier.blocks[:done] if earlier else []
+        self.records: list[BlockRecord] = earlier.records[:done] if earlier else []
+
+    def finished(self) -> int:
+        return len(self.blocks)
+
+    def load(self, index: int) -> Mapping[str, torch.Tensor | QuantTensor]:
+        return self.blocks[index]
+
+    def record(self, index: int) -> BlockRecord:
+        return self.records[index]
+
+    def commit(self, index: int, tensors: dict[str, torch.Tensor | QuantTensor], record: BlockRecord) -> None:
+        assert index == len(self.blocks)
+        self.blocks.append(tensors)
+        self.records.append(record)
+
+
+def tokens_for(checkpoint: Checkpoint, samples: int = 6, length: int = 48) -> Tokens:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, checkpoint.config["vocab_size"], (samples, length), generator=generator)
+    return Tokens(ids, None, sha256="", source="random")
+
+
+def run(folder: Path, settings: Pass, shelf: Shelf, tokens: Tokens | None = None) -> Shelf:
+    checkpoint = Checkpoint.open(folder)
+    settings.run(Job(checkpoint, tokens or tokens_for(checkpoint), shelf))
+    return shelf
+
+
+def quantized(shelf: Shelf) -> dict[str, QuantTensor]:
+    return {name: value for block in shelf.blocks for name, value in block.items() if isinstance(value, QuantTensor)}
+
+
+def same(left: Shelf, right: Shelf) -> bool:
+    ours, theirs = quantized(left), quantized(right)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(value.packed, theirs[name].packed) and torch.equal(value.scale, theirs[name].scale)
+        for name, value in ours.items()
+    )
+
+
+@pytest.mark.parametrize(("kind", "method"), METHODS)
+def test_settings_are_documented(kind: str, method: str) -> None:
+    found = find_pass(kind, method)
+    assert found.kind == kind and found.paper and found.__doc__
+    assert all(field.description for field in found.model_fields.values())
+    assert found.model_json_schema()["additionalProperties"] is False
+
+
+def test_settings_need_no_torch() -> None:
+    script = (
+        "import sys\n"
+        "from compress.core.methods import available_kinds, find_pass\n"
+        "[find_pass(kind, name)() for kind, names in available_kinds().items() for name in names]\n"
+        "sys.exit(', '.join({'torch._C', 'transformers.utils', 'numpy.linalg'} & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@methods
+@pytest.mark.parametrize("odd", [False, True], ids=["plain", "odd"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_quantized_as_planned(tiny_model: TinyModel, method: str, family: str, odd: bool) -> None:
+    folder = tiny_model(family, odd)
+    checkpoint = Checkpoint.open(folder)
+    settings = find_pass("quantize", method)(scheme="w4a16", group_size=8 if odd else 16)
+    plan = settings.plan(checkpoint, tokens_for(checkpoint))
+    shelf = run(folder, settings, Shelf())
+    done = quantized(shelf)
+    assert {layer.name for layer in plan.layers if layer.scheme} == set(done)
+    for layer in plan.layers:
+        encoded = compressed_tensors.encode(layer.name, done[layer.name])
+        assert sum(tensor.nbytes for tensor in encoded.values()) == layer.bytes_out
+        weight = checkpoint.weight(layer.name).float()
+        error = (done[layer.name].dequantize() - weight).square().mean() / weight.square().mean()
+        assert error < 0.05, layer.name
+    assert len(shelf.records) == LAYERS
+    assert {site.name for record in shelf.records for site in record.sites} == set(done)
+    assert all(site.method for record in shelf.records for site in record.sites)
+    assert plan.bytes_out < sum(info.bytes for info in checkpoint.tensors.values())
+    assert plan.peak_memory_bytes > 0 and plan.minutes > 0
+
+
+@methods
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_width_of_code(tiny_model: TinyModel, method: str, bits: int, symmetric: bool) -> None:
+    settings = find_pass("quantize", method)(scheme=f"w{bits}a16", group_size=-1, symmetric=symmetric)
+    tensors = quantized(run(tiny_model("llama"), settings, Shelf()))
+    assert all(tensor.scheme == settings.wanted for tensor in tensors.values())  # type: ignore[attr-defined]
+    used = torch.cat([tensor.codes().flatten() for tensor in tensors.values()])
+    assert int(used.min()) >= -(1 << (bits - 1)) and int(used.max()) <= (1 << (bits - 1)) - 1
+    assert len(used.unique()) > (1 << bits) * 0.9
+
+
+@methods
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_same_run_gives_the_same_bits(tiny_model: TinyModel, method: str, family: str) -> None:
+    settings = find_pass("quantize", method)(group_size=16)
+    before = torch.random.get_rng_state()
+    first, second = (run(tiny_model(family), settings, Shelf()) for _ in range(2))
+    assert same(first, second)
+    assert first.records == second.records
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@methods
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("done", range(1, LAYERS))
+def test_a_resumed_run_gives_the_same_bits(tiny_model: TinyModel, method: str, family: str, done: int) -> None:
+    settings = find_pass("quantize", method)(group_size=16)
+    whole = run(tiny_model(family), settings, Shelf())
+    resumed = run(tiny_model(family), settings, Shelf(whole, done))
+    assert same(whole, resumed)
+    assert whole.records == resumed.records
+
+
+@methods
+def test_a_group_that_does_not_divide_is_refused_or_handled(tiny_model: TinyModel, method: str) -> None:
+    folder = tiny_model("llama", odd=True)
+    checkpoint = Checkpoint.open(folder)
+    with pytest.raises(UsageError, match=r"group_size 64 does not divide .*sizes that work: 8, -1"):
+        find_pass("quantize", method)(group_size=64).plan(checkpoint, tokens_for(checkpoint))
+    for uneven, expected in (("channel", {-1}), ("smaller", {56, 40})):
+        settings = find_pass("quantize", method)(group_size=64, uneven=uneven)
+        plan = settings.plan(checkpoint, tokens_for(checkpoint))
+        sizes = {layer.scheme.group_size for layer in plan.layers if layer.scheme}
+        assert sizes == expected
+        assert all(
+            layer.scheme.group_size == -1 or layer.shape[1] % layer.scheme.group_size == 0
+            for layer in plan.layers
+            if layer.scheme
+        )
+        tensors = quantized(run(folder, settings, Shelf()))
+        assert {name: tensor.scheme for name, tensor in tensors.items()} == {
+            layer.name: layer.scheme for layer in plan.layers
+        }
+
+
+@methods
+def test_ignored_layers_are_left_alone(tiny_model: TinyModel, method: str) -> None:
+    settings = find_pass("quantize", method)(group_size=16, ignore=("*.down_proj", "model.layers.1.*", "*.nothing"))
+    checkpoint = Checkpoint.open(tiny_model("llama"))
+    plan = settings.plan(checkpoint, tokens_for(checkpoint))
+    assert any("*.nothing" in notice for notice in plan.notices)
+    names = set(quantized(run(tiny_model("llama"), settings, Shelf())))
+    assert names and not any("down_proj" in name or ".layers.1." in name for name in names)
+
+
+@methods
+@pytest.mark.parametrize("trouble", ["dead channels", "zero layer", "huge weight", "one token", "constant input"])
+def test_numerics_under_stress(tiny_model: TinyModel, tmp_path: Path, method: str, trouble: str) -> None:
+    folder = _troubled(tiny_model("llama"), tmp_path / "model", trouble)
+    checkpoint = Checkpoint.open(folder)
+    tokens = tokens_for(checkpoint, 1, 1) if trouble == "one token" else tokens_for(checkpoint)
+    if trouble == "constant input":
+        tokens = Tokens(torch.zeros_like(tokens.ids), None, sha256="", source="constant")
+    shelf = run(folder, find_pass("quantize", method)(group_size=16), Shelf(), tokens)
+    for tensor in quantized(shelf).values():
+        assert bool(tensor.dequantize().isfinite().all())
+    assert all(record.output_error is None or record.output_error < 1 for record in shelf.records)
+
+
+def _troubled(source: Path, folder: Path, trouble: str) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors["model.layers.1.mlp.up_proj.weight"]
+    if trouble == "dead channels":
+        tensors["model.layers.1.post_attention_layernorm.weight"][::3] = 0
+    elif trouble == "zero layer":
+        weight.zero_()
+    elif trouble == "huge weight":
+        weight[3, 5] = 1e4
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
