@@ -35,12 +35,20 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """One figure, and under it the interval of its change."""
+
+    value: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A table (first column names), plots, the protocols that its columns refer to, recipes, and notes."""
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[Cell]]
     plots: Sequence[Plot]
     protocols: Sequence[tuple[str, Sequence[tuple[str, str]]]]
     recipes: Sequence[tuple[str, str]]
@@ -67,7 +75,11 @@ def comparison(artifacts: Sequence[Path | str]) -> Comparison:
     costs = [_costs(entry) for entry in entries]
     fixed = ["artifact", "method", "size", "bits per weight"]
     rows = [
-        [entry.name, entry.summary, format_bytes(entry.bytes), _bits(entry), *cells[number], *costs[number]]
+        [
+            *map(Cell, (entry.name, entry.summary, format_bytes(entry.bytes), _bits(entry))),
+            *cells[number],
+            *costs[number],
+        ]
         for number, entry in enumerate(entries)
     ]
     original = _original_row(entries, columns)
@@ -140,7 +152,7 @@ class _Column:
     of: Sequence[Mapping[str, Any] | None]
 
 
-def _figures(entries: Sequence[Entry]) -> tuple[list[_Column], list[list[str]], list, list[str]]:
+def _figures(entries: Sequence[Entry]) -> tuple[list[_Column], list[list[Cell]], list, list[str]]:
     columns, protocols, notes = [], [], []
     texts = _protocols(entries, _text_protocol)
     for number, protocol in enumerate(texts, start=1):
@@ -182,7 +194,8 @@ def _only_text(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 def _task_columns(entries: Sequence[Entry], notes: list[str]) -> list[_Column]:
     columns = []
-    names = dict.fromkeys((task, metric) for e in entries for task, ms in (e.evaluation.get("tasks") or {}).items() for metric in ms)  # fmt: skip
+    found = [(entry.evaluation.get("tasks") or {}) for entry in entries]
+    names = dict.fromkeys((task, metric) for tasks in found for task, metrics in tasks.items() for metric in metrics)
     for task, metric in names:
 
         def protocol_of(entry: Entry, task: str = task) -> str:
@@ -206,39 +219,33 @@ def _task_columns(entries: Sequence[Entry], notes: list[str]) -> list[_Column]:
     return columns
 
 
-def _cell(kind: str, figures: Mapping[str, Any] | None) -> str:
+def _cell(kind: str, figures: Mapping[str, Any] | None) -> Cell:
     if not figures:
-        return words.NONE
+        return Cell(words.NONE)
     if kind == "kl":
-        return _with(words.number(figures["mean"], 3), words.between(figures["interval"]))
+        return Cell(words.number(figures["mean"], 3), words.between(figures["interval"]))
     if kind == "flips":
-        return _with(words.percent(figures["share"]), words.between(figures["interval"], words.percent))
+        return Cell(words.percent(figures["share"]), words.between(figures["interval"], words.percent))
     if kind == "perplexity":
-        interval = words.between(figures["interval"], words.signed_percent)
-        return _with(words.number(figures["artifact"]), interval or _known(figures["increase"], words.signed_percent))
-    interval = words.between(figures["interval"], words.change)
-    return _with(words.number(figures["artifact"]), interval or _known(figures["difference"], words.change))
-
-
-def _known(value: float | None, text: Any) -> str:
-    return "" if value is None else text(value)
-
-
-def _with(value: str, interval: str) -> str:
-    return f"{value} ({interval})" if interval else value
+        text, change = words.signed_percent, figures["increase"]
+    else:
+        text, change = words.change, figures["difference"]
+    known = "" if change is None else text(change)
+    return Cell(words.number(figures["artifact"]), words.between(figures["interval"], text) or known)
 
 
 def _bits(entry: Entry) -> str:
     return words.number(entry.run["artifact"]["bits_per_weight"]) if entry.run else words.NONE
 
 
-def _costs(entry: Entry) -> list[str]:
+def _costs(entry: Entry) -> list[Cell]:
     measured = (entry.run or {}).get("measured") or {}
     minutes, peak = measured.get("minutes"), measured.get("peak_memory_bytes")
-    return [words.NONE if minutes is None else words.duration(60 * minutes), format_bytes(peak) if peak else words.NONE]
+    seconds = None if minutes is None else 60 * minutes
+    return [Cell(words.duration(seconds)), Cell(format_bytes(peak) if peak else words.NOT_MEASURED)]
 
 
-def _original_row(entries: Sequence[Entry], columns: Sequence[_Column]) -> list[str] | None:
+def _original_row(entries: Sequence[Entry], columns: Sequence[_Column]) -> list[Cell] | None:
     """The common original, where the artifacts have one."""
     if len({entry.source for entry in entries}) > 1:
         return None
@@ -249,7 +256,7 @@ def _original_row(entries: Sequence[Entry], columns: Sequence[_Column]) -> list[
     for column in columns:
         values = {each["original"] for each in column.of if each and each.get("original") is not None}
         figures.append(words.number(values.pop()) if len(values) == 1 else words.NONE)
-    return [entries[0].source, "original", size, bits, *figures, words.NONE, words.NONE]
+    return [Cell(text) for text in (entries[0].source, "original", size, bits, *figures, words.NONE, words.NONE)]
 
 
 def _plots(entries: Sequence[Entry], columns: Sequence[_Column]) -> list[Plot]:

@@ -38,7 +38,7 @@ def _size_rows(run: Mapping[str, Any]) -> list[Row]:
             "size of the weights",
             format_bytes(source["bytes"]),
             format_bytes(artifact["bytes"]),
-            f"{100 * artifact['bytes'] / source['bytes']:.1f} % of it",
+            words.signed_percent(artifact["bytes"] / source["bytes"] - 1),
         ),
         Row("bits per weight", words.number(bits_before), words.number(artifact["bits_per_weight"])),
     ]

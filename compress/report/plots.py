@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -101,10 +102,9 @@ def error_per_layer(outputs: Sequence[float | None], kinds: Mapping[str, Sequenc
         blocks = range(len(outputs))
         marker = "o" if len(outputs) < 20 else "None"
         for number, (kind, errors) in enumerate(kinds.items()):
-            axes.plot(
-                blocks, _gaps(errors), marker=marker, color=COLOURS[(number + 1) % len(COLOURS)], lw=1, ms=3.5, alpha=0.85,
-                label=shortened(kind),
-            )  # fmt: skip
+            colour = COLOURS[(number + 1) % len(COLOURS)]
+            line = axes.plot(blocks, _gaps(errors), marker=marker, color=colour, lw=1, ms=3.5, alpha=0.85)
+            line[0].set_label(shortened(kind))
         if any(error for error in outputs):
             axes.plot(blocks, _gaps(outputs), marker=marker, color=ACCENT, lw=2.4, ms=5, label="output of the block")
         if any(error for errors in (outputs, *kinds.values()) for error in errors):
@@ -171,7 +171,7 @@ def _patches():
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:
-    return [float("nan") if not value else value for value in values]
+    return [value or float("nan") for value in values]
 
 
 def _legend(axes, handles=None) -> None:
@@ -184,7 +184,10 @@ def _legend(axes, handles=None) -> None:
 def _svg(figure, key: str, label: str) -> Markup:
     """The figure as an <svg> element: no prolog, no metadata, no fixed size; ids of its own within the page."""
     stream = StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():
+        # Names in scripts that the measuring font lacks are drawn by the reader's own fonts all the same.
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph", category=UserWarning)
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
