@@ -20,6 +20,8 @@ ARTIFACTS = {
     "llmcompressor-w8a8": Scheme(8, -1, activation_bits=8),
     "gptqmodel-w4": Scheme(4, 32),
 }
+# GPTQModel rounds its fp16 scales to the model's bf16 before it multiplies; the others multiply what is stored.
+TOLERANCE = {"gptqmodel-w4": 2**-7}
 
 
 @pytest.mark.parametrize("name", ARTIFACTS)
@@ -34,7 +36,7 @@ def test_weights_equal_those_of_the_tool(name: str) -> None:
     assert expected
     for layer, wanted in expected.items():
         found = reader.dequantize(layer, lambda name: load_tensor(infos[name]), schemes[layer], wanted.dtype)
-        assert torch.equal(found, wanted)
+        torch.testing.assert_close(found, wanted, rtol=TOLERANCE.get(name, 0), atol=0)
 
 
 @pytest.mark.parametrize("name", ARTIFACTS)
@@ -49,7 +51,7 @@ def test_they_pass_verification(name: str) -> None:
 def test_they_can_be_sources(name: str) -> None:
     checkpoint = Checkpoint.open(ORACLES / name)
     layer, wanted = next(iter(load_file(ORACLES / "expected" / f"{name}.safetensors").items()))
-    assert torch.equal(checkpoint.weight(layer, wanted.dtype), wanted)
+    torch.testing.assert_close(checkpoint.weight(layer, wanted.dtype), wanted, rtol=TOLERANCE.get(name, 0), atol=0)
     with torch.no_grad():
         logits = checkpoint.build_model(torch.float32)(torch.arange(3, 35)[None]).logits
     assert torch.isfinite(logits).all()
