@@ -126,7 +126,7 @@ def _check_dense(contents: Contents, reader: Reader, schemes: Mapping[str, Schem
 
 
 def check_values(name: str, info: TensorInfo) -> None:
-    """Floats are finite; scales are above zero as well."""
+    """Floats are finite; scales are not zero as well (a symmetric grid may be mirrored by a negative scale)."""
     if info.dtype not in FLOATS or info.bytes == 0:
         return
     flat = load_tensor(info).reshape(-1)
@@ -137,8 +137,8 @@ def check_values(name: str, info: TensorInfo) -> None:
         if not (np.isfinite(float(least)) and np.isfinite(float(most))):
             raise ArtifactError("holds NaN or infinite values", where=name)
     is_scale = name.endswith((".weight_scale", ".scales", ".input_scale"))
-    if is_scale and low <= 0:
-        raise ArtifactError("holds a scale that is not above zero", where=name)
+    if is_scale and low <= 0 <= high and bool((flat == 0).any()):
+        raise ArtifactError("holds a scale that is zero", where=name)
 
 
 def check_module(reader: Reader, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> None:

@@ -238,7 +238,7 @@ def remove_tree(path: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of the file, as hex."""
-    with open(path, "rb") as stream:
+    with io_errors("read the file", path), open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
