@@ -13,8 +13,10 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
+from compress.core.files import atomic_write
 from compress.demo import EVALUATION, TASKS_DIR
 
 _SENTENCE_BREAK = re.compile(r"""(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)\s+(?=["A-Z])|(?<=[.!?]")\s+(?=["A-Z])""")
@@ -75,8 +77,9 @@ def write_tasks(folder: Path, stories: list[str]) -> None:
     _write(folder / "word_swap.jsonl", word_swap_items(stories))
 
 
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"[a-z]{3,}", text.lower()))
+@cache
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z]{3,}", text.lower()))
 
 
 def _common_words(stories: list[str]) -> set[str]:
@@ -111,7 +114,7 @@ def _shuffled(items: list, salt: str) -> list:
 
 def _write(path: Path, rows: Iterable[dict]) -> None:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    atomic_write(path, "".join(lines))
 
 
 def main() -> None:

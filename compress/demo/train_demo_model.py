@@ -7,13 +7,15 @@ laptop; the same command with ``--resume`` goes on after an interruption.
 """
 
 import argparse
+import json
 import logging
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from compress.demo.training.card import write_card
+from compress.demo import EVALUATION
+from compress.demo.training.card import Figures, write_card
 from compress.demo.training.loop import Settings, TokenStream, Trainer
 from compress.demo.training.model import CONTEXT, VOCABULARY, build_model
 from compress.demo.training.score import bits_per_byte
@@ -30,7 +32,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--work", type=Path, default=Path("demo_training"), help="folder for the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
-    parser.add_argument("--workers", type=int, default=2, help="threads, each with a part of every batch")
+    parser.add_argument("--workers", type=int, default=2, choices=(1, 2, 4, 8), help="threads that share a batch")
+    parser.add_argument("--remark", default="", help="a sentence about the run for the model card")
     for field in fields(Settings):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
     return parser.parse_args()
@@ -60,19 +63,29 @@ def main() -> None:
 
     model.load_state_dict(trainer.best_weights)
     model.to(torch.bfloat16)
-    held_out_bits = bits_per_byte(model, tokenizer, held_out)
-    log.info("best step %d; as saved in bfloat16: %.4f bits per byte", trainer.best_step, held_out_bits)
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
-    write_card(
-        arguments.output,
-        settings=settings,
+    model.float()  # the rounded weights with float32 arithmetic, which every CPU does quickly
+    figures = measure(trainer, training, held_out)
+    write_card(arguments.output, settings, figures, arguments.remark)
+    log.info("%s", figures)
+
+
+def measure(trainer: Trainer, training: list[str], held_out: list[str]) -> Figures:
+    """The finished model's figures for its card."""
+    model, tokenizer = trainer.model, trainer.tokenizer
+    own = [json.loads(line)["text"] for line in EVALUATION.read_text(encoding="utf-8").splitlines()]
+    sample = training[: len(held_out)]
+    return Figures(
+        parameters=sum(param.numel() for param in model.parameters()),
         training_stories=len(training),
+        training_tokens=trainer.stream.epoch_tokens,
+        training_sample=len(sample),
         held_out_stories=len(held_out),
-        epoch_tokens=stream.epoch_tokens,
         best_step=trainer.best_step,
-        held_out_bits=held_out_bits,
-        training_bits=bits_per_byte(model, tokenizer, training[: len(held_out)]),
+        held_out_bits=bits_per_byte(model, tokenizer, held_out),
+        training_bits=bits_per_byte(model, tokenizer, sample),
+        own_bits=bits_per_byte(model, tokenizer, own),
     )
 
 

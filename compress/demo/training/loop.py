@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from compress.core.files import atomic_file
 from compress.demo.training.muon import Muon
 from compress.demo.training.score import bits_per_byte
 
@@ -38,10 +39,10 @@ class Settings:
 
 
 class TokenStream:
-    """An endless stream of stories, shuffled anew in every epoch; any position can be read, so that a run can resume."""
+    """An endless stream of stories, shuffled anew in every epoch, that can be read from any position."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stories: list[str], seed: int):
-        encoded = tokenizer(stories)["input_ids"]
+        encoded = tokenizer(stories, verbose=False)["input_ids"]
         self._stories = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in encoded]
         self._seed = seed
         self.epoch_tokens = sum(map(len, self._stories))
@@ -167,4 +168,5 @@ class Trainer:
             "best_step": self.best_step,
             "best_weights": self.best_weights,
         }
-        torch.save(state, checkpoint)
+        with atomic_file(checkpoint) as file:
+            torch.save(state, file)

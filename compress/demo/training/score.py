@@ -17,7 +17,7 @@ def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, st
     only the bytes of what was scored count.
     """
     context = model.config.max_position_embeddings
-    encoded = sorted((tokenizer(story)["input_ids"][:context] for story in stories), key=len)
+    encoded = sorted((tokenizer(story, verbose=False)["input_ids"][:context] for story in stories), key=len)
     scored_bytes = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in encoded)
     model.eval()
     nats = sum(_nats(model, batch, tokenizer.pad_token_id) for batch in _batches(encoded))
