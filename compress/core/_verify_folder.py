@@ -104,7 +104,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise InputError("is not UTF-8 text", where=path.name) from None
     manifest = Manifest.parse(text, where=path.name)
     if manifest.text() != text:
-        raise ArtifactError("is not in canonical form: it was changed after it was written", where=path.name)
+        raise ArtifactError("was changed after it was written: its digest does not fit", where=path.name)
     return manifest
 
 

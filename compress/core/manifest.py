@@ -5,6 +5,7 @@ A pure function of the run's fingerprint: no time, host, path or memory figure i
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -50,11 +51,15 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def text(self) -> str:
-        """Canonical JSON: sorted keys, one trailing newline; files and coverage sorted by name."""
+        """Canonical JSON: sorted keys, one trailing newline; files and coverage sorted by name.
+
+        `digest` is the SHA-256 of the same text without it, so that `verify` notices any change of the manifest.
+        """
         data = asdict(self)
         data["files"] = sorted(data["files"], key=lambda file: file["path"])
         data["coverage"] = sorted(data["coverage"], key=lambda item: item["tensor"])
-        return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        digest = hashlib.sha256(_canonical(data).encode()).hexdigest()
+        return _canonical(data | {"digest": digest})
 
     @classmethod
     def parse(cls, text: str, *, where: str = MANIFEST_NAME) -> Manifest:
@@ -76,6 +81,10 @@ class Manifest:
                 raise ArtifactError(f"{key} must be an object", where=where)
         _list(data, "stages", where)
         return cls(**values)
+
+
+def _canonical(data: dict[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
