@@ -119,10 +119,11 @@ def _check_layers(contents: Contents, sizes: Mapping[str, int], architecture: Ar
 
 
 def _check_presence(contents: Contents, schemes: Mapping[str, Scheme], architecture: Architecture) -> None:
-    """Embedding, final norm, head (unless tied), and the linear layers outside experts of every layer."""
-    tied = contents.config.get("tie_word_embeddings", False)
-    outside = [architecture.embedding, architecture.final_norm] + ([] if tied else [architecture.head])
-    for module in outside:
+    """Embedding and head (one of them may stand for both if they are tied), final norm, the layers outside experts."""
+    vocabulary = (architecture.embedding, architecture.head)
+    stored = [module for module in vocabulary if f"{module}.weight" in contents.tensors or module in schemes]
+    tied = contents.config.get("tie_word_embeddings", True)
+    for module in [*(vocabulary if not stored or not tied else ()), architecture.final_norm]:
         _require(contents, schemes, module)
     sparse = architecture.experts is not None
     sites = [site for group in architecture.groups for site in group.sites if not (sparse and group.depth >= 2)]
