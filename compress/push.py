@@ -53,9 +53,8 @@ def push_artifact(plan: PushPlan, *, private: bool = True, message: str = "Uploa
 
     InputError if the hub refuses, EnvironmentRefused if it cannot be reached.
     """
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     api = HfApi()
     try:
@@ -70,6 +69,6 @@ def push_artifact(plan: PushPlan, *, private: bool = True, message: str = "Uploa
         reason = " ".join(str(error).split())
         hint = "log in with `hf auth login`, and check that you may write there"
         raise InputError(f"the hub refuses the upload: {reason}", where=plan.repository, hint=hint) from error
-    except httpx.HTTPError as error:
+    except (HTTPError, OSError) as error:
         raise EnvironmentRefused(f"the hub cannot be reached: {error}", where=plan.repository) from error
     return str(url)

@@ -16,9 +16,9 @@ CHOICES = tuple(Scheme(bits, size) for bits, sizes in _SIZES.items() for size in
 
 _LENGTH = 2048
 _NOTES = {
-    8: "8 bits: close to the original in every measurement we made.",
-    6: "6 bits: hardly to be told from the original; fewer engines read it than 4 or 8 bits.",
-    5: "5 bits: hardly to be told from the original; fewer engines read it than 4 or 8 bits.",
+    8: "8 bits: half the size, and usually hard to tell from the original.",
+    6: "6 bits: usually hard to tell from the original; fewer engines read it than 4 or 8 bits.",
+    5: "5 bits: a small loss; fewer engines read it than 4 or 8 bits.",
     4: "4 bits: the usual choice.",
     3: "3 bits: expect a visible loss; measure it, and read the report.",
     2: "2 bits: expect a large loss. Consider a smaller model at 4 bits instead.",
