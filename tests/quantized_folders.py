@@ -65,9 +65,10 @@ def write_quantized(
     dtype: torch.dtype = torch.float32,
     shards: bool = False,
     ffn: int = 128,
+    layers: int = 2,
 ) -> QuantizedFolder:
     """Write a tiny Llama under `schemes` (one for all sites, or one per module; None keeps the module dense)."""
-    model = tiny_llama(tied=tied, ffn=ffn).to(dtype)
+    model = tiny_llama(tied=tied, ffn=ffn, layers=layers).to(dtype)
     source = {
         name: value.clone() for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")
     }

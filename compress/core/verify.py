@@ -264,7 +264,7 @@ class _Run:
         origin = source
         if manifest is not None:
             self.check("lineage", lambda: covers.check_lineage(manifest, origin))
-        self.check("kept", lambda: covers.check_kept(contents, origin))
+        self.check("kept", lambda: covers.check_kept(contents, origin, stored))
         if reader is not None:
             self.check("closeness", lambda: covers.check_closeness(contents, origin, reader, self.schemes))
 

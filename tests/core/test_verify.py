@@ -1,0 +1,231 @@
+"""verify: what passes, what it says, and that no flipped bit passes. Broken ones: tests/hostile/test_artifacts.py."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.core.errors import UsageError
+from compress.core.files import sha256_file
+from compress.core.manifest import MANIFEST_NAME, Coverage, FileRecord, Manifest
+from compress.core.scheme import Scheme
+from compress.core.verify import VerifyReport, verify
+from tests.quantized_folders import QuantizedFolder, tiny_llama, write_quantized, write_weights
+
+SCHEMES = [
+    Scheme(4, 32),
+    Scheme(3, -1, symmetric=False),
+    Scheme(8, -1, activation_bits=8),
+    Scheme(8, -1, symmetric=False, activation_bits=8),
+]
+
+
+def write_manifest(folder: QuantizedFolder, *, parity: dict[str, object] | None = None) -> None:
+    """What a run would write beside the weights."""
+    coverage = tuple(
+        Coverage(name, "quantized" if name.removesuffix(".weight") in folder.modules else "kept", "")
+        for name in folder.source
+    )
+    write_manifest_of(folder.path, coverage, parity)
+
+
+def write_manifest_of(path: Path, coverage: tuple[Coverage, ...], parity: dict[str, object] | None = None) -> None:
+    files = tuple(
+        FileRecord(file.name, file.stat().st_size, sha256_file(file))
+        for file in sorted(path.iterdir())
+        if file.name != MANIFEST_NAME
+    )
+    manifest = Manifest("1", files, {}, {}, {"source": "tiny"}, coverage, parity=parity)
+    (path / MANIFEST_NAME).write_text(manifest.text())
+
+
+def write_source(path: Path, folder: QuantizedFolder) -> Path:
+    path.mkdir()
+    config = json.loads((folder.path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    write_weights(path, folder.source)
+    return path
+
+
+def failed(report: VerifyReport) -> dict[str, str]:
+    return {check.name: check.detail for check in report.checks if not check.ok}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.name}-{scheme.symmetric}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sound_artifact_passes_all_checks(tmp_path: Path, scheme: Scheme, dtype: torch.dtype) -> None:
+    folder = write_quantized(tmp_path / "artifact", scheme, dtype=dtype, shards=True, tied=True)
+    write_manifest(folder)
+    report = verify(folder.path, source=write_source(tmp_path / "source", folder), level="coverage")
+    names = [check.name for check in report.checks]
+    wanted = ["names", "manifest", "config", "headers", "index", "quantization", "layers", "shapes", "contents"]
+    assert names[: len(wanted)] == wanted
+    assert failed(report).keys() <= {"lineage"}  # this source has no recorded hashes
+    assert "library" in names
+    assert report.bytes > 0
+
+
+def with_lineage(folder: QuantizedFolder, source: Path) -> None:
+    write_manifest(folder)
+    path = folder.path / MANIFEST_NAME
+    manifest = Manifest.parse(path.read_text())
+    manifest.lineage["sha256"] = {file.name: sha256_file(file) for file in source.iterdir()}
+    path.write_text(manifest.text())
+
+
+def test_coverage_against_the_source(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path / "artifact", Scheme(4, 32))
+    source = write_source(tmp_path / "source", folder)
+    with_lineage(folder, source)
+    report = verify(folder.path, source=source)
+    assert report.ok, failed(report)
+    assert report.level == "coverage"
+    details = {check.name: check.detail for check in report.checks}
+    assert details["coverage"] == "14 quantized, 7 kept, 0 dropped"
+    assert details["kept"] == "7 tensors equal to the byte"
+    assert "largest relative error" in details["closeness"]
+
+
+def test_coverage_without_a_manifest(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path / "artifact", Scheme(4, 32))
+    report = verify(folder.path, source=write_source(tmp_path / "source", folder))
+    assert report.ok, failed(report)
+
+
+def test_coverage_needs_something_to_compare_with(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path / "artifact", Scheme(4, 32))
+    assert "needs a manifest or the source" in failed(verify(folder.path, level="coverage"))["coverage"]
+
+
+def test_another_source_is_noticed(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path / "artifact", Scheme(4, 32))
+    source = write_source(tmp_path / "source", folder)
+    with_lineage(folder, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.01
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.randn(128, 64, generator=torch.Generator().manual_seed(1))
+    save_file(tensors, source / "model.safetensors")
+    found = failed(verify(folder.path, source=source))
+    assert "is not the model.safetensors that the artifact was made from" in found["lineage"]
+    assert found["kept"].startswith("model.norm.weight: was kept, but differs")
+    assert found["closeness"].startswith("model.layers.0.mlp.up_proj: is ")
+
+
+def test_a_source_with_other_tensors_is_noticed(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path / "artifact", Scheme(4, 32))
+    source = write_source(tmp_path / "source", folder)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
+    save_file(tensors, source / "model.safetensors")
+    found = failed(verify(folder.path, source=source))
+    assert "model.layers.0.self_attn.q_norm.weight: was dropped without a reason" in found["coverage"]
+
+
+def test_a_dense_model_passes(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    report = verify(tmp_path)
+    assert report.ok, failed(report)
+    assert report.level == "integrity"
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma2", "gemma3_text", "phi3", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe"]
+)
+@pytest.mark.parametrize("odd", [False, True], ids=["plain", "odd"])
+def test_the_shapes_of_every_family_are_known(tiny_model, family: str, odd: bool) -> None:
+    report = verify(tiny_model(family, odd))
+    assert report.ok, failed(report)
+    shapes = next(check.detail for check in report.checks if check.name == "shapes")
+    assert "3 layers" in shapes
+
+
+def test_an_unknown_family_is_checked_as_far_as_possible(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path, Scheme(4, 32))
+    config = json.loads((folder.path / "config.json").read_text()) | {"model_type": "novel"}
+    (folder.path / "config.json").write_text(json.dumps(config))
+    report = verify(folder.path)
+    assert report.ok
+    assert any("'novel' is unknown here" in check.detail for check in report.checks)
+
+
+def test_formats_that_are_not_read_are_a_notice(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = verify(tmp_path)
+    assert report.ok
+    assert any("quantization: not checked" in notice and "'awq'" in notice for notice in report.notices)
+
+
+def test_absence_of_parity_is_a_notice(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path, Scheme(4, 32))
+    write_manifest(folder)
+    report = verify(folder.path, level="parity")
+    assert report.ok
+    assert any(notice.startswith("parity: ") for notice in report.notices)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_record_of_parity_counts(tmp_path: Path, passed: bool) -> None:
+    folder = write_quantized(tmp_path, Scheme(4, 32))
+    write_manifest(folder, parity={"passed": passed})
+    assert verify(folder.path, level="parity").ok == passed
+
+
+def test_the_report_as_data(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    data = json.loads(json.dumps(verify(tmp_path).as_dict()))
+    assert data["ok"] is True
+    assert {"name", "ok", "detail", "seconds"} == set(data["checks"][0])
+
+
+def test_wrong_calls() -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        verify("/nowhere")
+    with pytest.raises(UsageError, match="unknown level"):
+        verify(".", level="deep")
+
+
+def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """300 single flips, spread over every file and the manifest itself: none passes, none raises."""
+    folder = write_quantized(
+        tmp_path / "artifact", Scheme(4, 32), dtype=torch.bfloat16, shards=True, tied=True, layers=1, ffn=64
+    )
+    write_manifest(folder)
+    (folder.path / "tokenizer.json").write_text("{}")
+    write_manifest(folder)
+    assert verify(folder.path, level="integrity").ok
+    files = sorted(folder.path.iterdir())
+    chooser = random.Random(0)
+    for turn in range(300):
+        path = files[turn % len(files)]
+        data = bytearray(path.read_bytes())
+        place = chooser.randrange(len(data) * 8)
+        data[place // 8] ^= 1 << place % 8
+        broken = tmp_path / "broken"
+        shutil.copytree(folder.path, broken)
+        (broken / path.name).write_bytes(data)
+        report = verify(broken, level="integrity", threads=1)
+        shutil.rmtree(broken)
+        assert not report.ok, f"bit {place} of {path.name}"
+
+
+def test_memory_stays_bounded(tmp_path: Path) -> None:
+    """A 96 MB shard is mapped, not loaded."""
+    model = {"model.embed_tokens.weight": torch.ones(96, 64)}
+    big = {f"extra.{index}": torch.ones(1 << 20) for index in range(24)}
+    save_file(model | big, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "novel"}))
+    before = anonymous_bytes()
+    assert verify(tmp_path, threads=1).ok
+    assert anonymous_bytes() - before < 48 << 20
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
