@@ -6,6 +6,7 @@ The result is plain data: deterministic, six significant digits, no times and no
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,8 @@ def evaluate(
 
     Returns protocol, perplexity {original, artifact, increase, interval}, bits_per_byte, kl {mean, p99, interval} in
     nats, flips {share, interval}, tasks {name: {metric: {original, artifact, difference, interval, n}}} and notices.
-    What was not measured is None. Text figures need one block of memory at a time, tasks the whole model.
+    What was not measured is None. Text figures need one block of memory at a time (activations over 256 MB go to
+    unnamed files in `spill_folder`), tasks the whole model.
     Raises UsageError or InputError for what cannot be evaluated.
     """
     if evaluation.through != "transformers":
@@ -59,16 +61,15 @@ def evaluate(
         "notices": [],
     }
     if evaluation.perplexity is not None:
+        from compress.core.files import make_folder
         from compress.core.walk import stream_logits
         from compress.evaluate.text import measure_text
         from compress.evaluate.windows import read_windows
 
         windows = read_windows(evaluation.perplexity, artifact, base_folder, offline=offline)
         options = {"dtype": dtype, "micro_batch": micro_batch, "device": device}
-        streams = [
-            model and stream_logits(model, windows.tokens, spill_folder=_part(spill_folder, name), **options)
-            for model, name in ((original, "original"), (artifact, "artifact"))
-        ]
+        options["spill_folder"] = None if spill_folder is None else make_folder(Path(spill_folder))
+        streams = [model and stream_logits(model, windows.tokens, **options) for model in (original, artifact)]
         result |= measure_text(windows, *streams, seed=evaluation.seed, events=events)
         result["protocol"]["text"] = windows.protocol
     if evaluation.tasks:
@@ -111,13 +112,10 @@ def evaluate_folder(
         base_folder=base_folder,
         device=device,
         dtype=dtype,
+        spill_folder=tempfile.gettempdir(),
         offline=offline,
         events=events,
     )
-
-
-def _part(folder: Path | str | None, name: str) -> Path | None:
-    return None if folder is None else Path(folder) / name
 
 
 def rounded(value: Any, notices: list[str], where: str = "") -> Any:

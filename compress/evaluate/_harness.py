@@ -47,7 +47,12 @@ class Model(HFLM):
         return self._in_pieces(super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list:
-        return self._in_pieces(super().loglikelihood_rolling, requests)
+        """Text after one start token. A tokenizer that adds its own would have that one scored as if it were text."""
+        before, self.add_bos_token = self.add_bos_token, False
+        try:
+            return self._in_pieces(super().loglikelihood_rolling, requests)
+        finally:
+            self.add_bos_token = before
 
     def generate_until(self, requests: list, disable_tqdm: bool = True) -> list:
         return self._in_pieces(super().generate_until, requests)

@@ -126,14 +126,14 @@ def _plots(run: Mapping[str, Any]) -> list[Plot]:
 
 
 def _plan(run: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    planned, measured = run.get("plan") or {}, run.get("measured") or {}
+    planned, measured = run.get("plan") or {}, _measured_as_planned(run)
     rows = []
     for key, name, text in (
         ("bytes", "bytes of the weights", lambda value: f"{value:,.0f}"),
         ("artifact_bytes", "bytes of all files", lambda value: f"{value:,.0f}"),
-        ("peak_memory_bytes", "peak memory", format_bytes),
+        ("peak_memory_bytes", "peak memory of the stages", format_bytes),
         ("disk_bytes", "disk while running", format_bytes),
-        ("minutes", "time", lambda value: words.duration(60 * value)),
+        ("minutes", "time of the stages", lambda value: words.duration(60 * value)),
     ):
         before, after = planned.get(key), measured.get(key)
         if before is None and after is None:
@@ -143,7 +143,27 @@ def _plan(run: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def _measured_as_planned(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of the things that a plan covers: it leaves the evaluation out."""
+    stages = run.get("stages") or []
+    seconds = [stage["seconds"] for stage in stages if stage.get("seconds") is not None]
+    peaks = [stage["peak_memory_bytes"] for stage in stages if stage.get("peak_memory_bytes")]
+    parts = {"minutes": sum(seconds) / 60 if seconds else None, "peak_memory_bytes": max(peaks, default=None)}
+    return {**(run.get("measured") or {}), **parts}
+
+
 def _stages(run: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    minutes = (run.get("measured") or {}).get("minutes")
+    rest = (
+        None if minutes is None else 60 * minutes - sum(stage.get("seconds") or 0 for stage in run.get("stages") or [])
+    )
+    rows = _stage_rows(run)
+    if run.get("evaluation") and rest is not None:
+        rows.append(("evaluate", "original and compressed", words.duration(max(0.0, rest)), words.NONE))
+    return rows
+
+
+def _stage_rows(run: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return [
         (
             str(stage["kind"]),

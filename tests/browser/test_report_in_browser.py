@@ -1,5 +1,6 @@
 """The report as a browser sees it: tables and plots are laid out with a size, nothing is fetched, nothing overflows."""
 
+import html
 import json
 import re
 import shutil
@@ -15,8 +16,9 @@ from tests.sample_run import sample_run
 pytestmark = pytest.mark.browser
 
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--hide-scrollbars",
 )  # fmt: skip
 MEASURE = """
 const seen = [...document.querySelectorAll("table, svg, h1, .tile, pre")].map(node => {
@@ -54,7 +56,7 @@ def look(chromium: str, page: Path, profile: Path, width: int) -> dict:
         copy.as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return json.loads(re.search(r"<body>(.*)</body>", done.stdout, re.DOTALL)[1].replace("&amp;", "&"))
+    return json.loads(html.unescape(re.search(r"<body>(.*)</body>", done.stdout, re.DOTALL)[1]))
 
 
 @pytest.mark.parametrize("width", [1200, 500])

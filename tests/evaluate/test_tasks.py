@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError
@@ -105,6 +107,20 @@ def test_a_folder_of_tasks_runs_with_no_network_and_no_noise(tiny_models, task_f
     assert json.dumps(result, allow_nan=False) == json.dumps(
         evaluate(original, artifact, asked, dtype="float32"), allow_nan=False
     )
+
+
+def test_rolling_text_is_scored_after_one_start_token(tiny_models, task_folder):
+    asked = Evaluation(tasks=("letters_text",), task_folder=str(task_folder), limit=8)
+    result = evaluate(None, Checkpoint.open(tiny_models[1]), asked, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tiny_models[1], dtype=torch.float32)
+    loss = size = 0.0
+    for start in range(8):
+        ids = torch.tensor([[1, *range(3 + start, 7 + start)]])
+        with torch.no_grad():
+            loss += model(ids, labels=ids).loss.item() * 4
+        size += len("a b c d")
+    measured = result["tasks"]["letters_text"]["bits_per_byte"]["artifact"]
+    assert measured == pytest.approx(loss / size / np.log(2), rel=1e-4)
 
 
 def test_limit_and_the_artifact_alone(tiny_models, task_folder):
