@@ -13,7 +13,7 @@ from pathlib import Path
 
 from compress.core.errors import UsageError
 from compress.core.files import make_folder, publish_dir, recover_replaced, remove_file, remove_tree, sha256_file
-from compress.core.journal import Journal
+from compress.core.journal import Entry, Journal
 from compress.core.lock import HOLDER_NAME, LOCK_NAME, FolderLock
 from compress.core.manifest import MANIFEST_NAME
 
@@ -70,10 +70,9 @@ class Workspace:
 
     def open_journal(self, fingerprint: dict[str, object], *, fresh: bool) -> Journal:
         """The journal. A run that may replace an older artifact says so in it, so that a resume may, too."""
-        journal = Journal(self.journal, fingerprint)
-        if fresh and self.output.exists() and journal.last("replaces") is None:
-            journal.add("replaces", {"output": self.output.name})
-        if self.output.exists() and not journal.last("replaces") and not self.is_published(journal):
+        replaces = (Entry("replaces", {}),) if fresh and self.output.exists() else ()
+        journal = Journal(self.journal, fingerprint, replaces)
+        if self.output.exists() and journal.last("replaces") is None and not self.is_published(journal):
             raise _exists(self.output)
         return journal
 

@@ -36,11 +36,11 @@ def canonical(data: object) -> str:
 class Journal:
     """The journal at `path`, opened with the fingerprint of the run that is about to start.
 
-    A missing or empty journal is begun. One with another fingerprint is refused (UsageError lists what changed).
-    A torn last line, left by a kill in the middle of a write, is cut off.
+    A missing or empty journal is begun, with `first` right behind the fingerprint. One with another fingerprint is
+    refused (UsageError lists what changed). A torn last line, left by a kill in the middle of a write, is cut off.
     """
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], first: tuple[Entry, ...] = ()) -> None:
         self.path = path
         # Through JSON, so that tuples and lists compare equal.
         self.fingerprint: dict[str, Any] = json.loads(canonical(fingerprint))
@@ -48,7 +48,8 @@ class Journal:
         if self._entries:
             self._require_same_inputs(self._entries.pop(0))
         else:
-            atomic_write(path, _line(Entry("fingerprint", self.fingerprint)))
+            atomic_write(path, "".join(_line(entry) for entry in (Entry("fingerprint", self.fingerprint), *first)))
+            self._entries = list(first)
 
     @property
     def entries(self) -> tuple[Entry, ...]:

@@ -98,6 +98,8 @@ def child(request: dict[str, Any]) -> None:
 
 def attach(pid: int, request: dict[str, Any]) -> subprocess.Popen[bytes]:
     command = ["strace", "-f", "-y", "-s", "1", "-o", request["trace"], "-e", f"trace={CALLS}"]
+    if request.get("only_path"):
+        command += ["-P", request["only_path"]]
     if request.get("inject"):
         command += ["-e", f"inject={request['inject']}"]
     tracer = subprocess.Popen([*command, "-p", str(pid)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

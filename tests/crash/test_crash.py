@@ -12,11 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TypeVar
 
 import pytest
 
 from tests.crash.conftest import ForkServer, Reference, contents
-from tests.crash.trace import RENAMES, SYNCS, Call, order_violations
+from tests.crash.trace import OPENS, RENAMES, SYNCS, Call, order_violations
 
 pytestmark = pytest.mark.crash
 
@@ -27,26 +28,24 @@ SAMPLED_ERRORS = 24
 ERRORS = {"write": ("ENOSPC", "EIO", "EDQUOT"), "openat": ("ENOSPC",), "mkdir": ("ENOSPC",), "link": ("ENOSPC",)}
 OTHER_ERRORS = ("EIO",)
 
-
-def sample(calls: list[Call], count: int) -> list[Call]:
-    return calls if ALL else random.Random(0).sample(calls, min(count, len(calls)))
+Case = TypeVar("Case")
 
 
-def on_all(servers: list[ForkServer], work: Callable[[ForkServer, Call], str], calls: list[Call]) -> list[str]:
-    """Do `work` for every call, on the servers side by side; what it complains of."""
+def on_all(servers: list[ForkServer], work: Callable[[ForkServer, Case], str], cases: list[Case]) -> list[str]:
+    """Do `work` for every case, on the servers side by side; what it complains of."""
     free: SimpleQueue[ForkServer] = SimpleQueue()
     for server in servers:
         free.put(server)
 
-    def one(call: Call) -> str:
+    def one(case: Case) -> str:
         server = free.get()
         try:
-            return work(server, call)
+            return work(server, case)
         finally:
             free.put(server)
 
     with ThreadPoolExecutor(len(servers)) as pool:
-        return [complaint for complaint in pool.map(one, calls) if complaint]
+        return [complaint for complaint in pool.map(one, cases) if complaint]
 
 
 def end_state(tree: Path, reference: Reference) -> str:
@@ -86,11 +85,16 @@ def kill_at(server: ForkServer, call: Call, reference: Reference) -> str:
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
     servers: list[ForkServer], reference: Reference
 ) -> None:
-    certain = [call for call in reference.calls if call.name in (*RENAMES, *SYNCS)]
-    others = [call for call in reference.calls if call not in certain]
-    points = certain + sample(others, SAMPLED_KILLS)
+    calls = reference.calls[servers[0].name]
+    certain = [place for place, call in enumerate(calls) if call.name in (*RENAMES, *SYNCS)]
+    others = sorted(set(range(len(calls))) - set(certain))
+    points = certain + (others if ALL else random.Random(0).sample(others, SAMPLED_KILLS))
     assert len(points) > 150
-    assert on_all(servers, lambda server, call: kill_at(server, call, reference), points) == []
+
+    def work(server: ForkServer, place: int) -> str:
+        return kill_at(server, reference.calls[server.name][place], reference)
+
+    assert on_all(servers, work, points) == []
 
 
 OLD = {"config.json": "an older artifact", "compress.json": "{}"}
@@ -102,10 +106,15 @@ def put_old_artifact(tree: Path) -> None:
         (tree / "out" / name).write_text(text)
 
 
-def fail_at(server: ForkServer, call: Call, error: str, reference: Reference) -> str:
+def fail_at(server: ForkServer, call: Call, traced: Path, error: str, reference: Reference) -> str:
+    """Let `call`, seen in the tree `traced`, fail. An open is found by its path: how many files are read may vary."""
     tree = server.tree(f"{error}-{call.point}")
     put_old_artifact(tree)
-    failed = server.run(tree, inject=f"{call.name}:error={error}:when={call.when}", fresh=True)
+    if call.name in OPENS:
+        path = tree / call.path.relative_to(traced)
+        failed = server.run(tree, inject=f"{call.name}:error={error}:when={call.nth}", only_path=str(path), fresh=True)
+    else:
+        failed = server.run(tree, inject=f"{call.name}:error={error}:when={call.when}", fresh=True)
     where = f"{call.point} {error} {call.path}"
     if failed.code != 4 or "cannot" not in failed.message:
         return f"{where}: ended with {failed.code}: {failed.message}"
@@ -124,26 +133,32 @@ def has_journal(tree: Path) -> bool:
 def test_write_errors_end_with_4_spare_the_older_artifact_and_can_be_resumed(
     servers: list[ForkServer], reference: Reference
 ) -> None:
-    server = servers[0]
-    tree = server.tree("replacing")
-    put_old_artifact(tree)
-    replacing = server.run(tree, trace=True, fresh=True)
-    assert replacing.code == 0, replacing.message
-    assert end_state(tree, reference) == ""
-    assert order_violations(replacing.calls) == []
-    cases = [(call, error) for call in replacing.calls for error in ERRORS.get(call.name, OTHER_ERRORS)]
-    chosen = cases if ALL else random.Random(1).sample(cases, SAMPLED_ERRORS)
-    errors = {call: [error for other, error in chosen if other == call] for call, _ in chosen}
+    calls = {}
+    for server in servers:
+        tree = server.tree("replacing")
+        put_old_artifact(tree)
+        replacing = server.run(tree, trace=True, fresh=True)
+        assert replacing.code == 0, replacing.message
+        assert end_state(tree, reference) == ""
+        assert order_violations(replacing.calls) == []
+        calls[server.name] = replacing.calls
+    every = [
+        (place, error)
+        for place, call in enumerate(calls[servers[0].name])
+        for error in ERRORS.get(call.name, OTHER_ERRORS)
+    ]
+    chosen = every if ALL else random.Random(1).sample(every, SAMPLED_ERRORS)
 
-    def work(server: ForkServer, call: Call) -> str:
-        return "; ".join(filter(None, (fail_at(server, call, error, reference) for error in errors[call])))
+    def work(server: ForkServer, case: tuple[int, str]) -> str:
+        return fail_at(server, calls[server.name][case[0]], server.tree("replacing"), case[1], reference)
 
-    assert on_all(servers, work, list(errors)) == []
+    assert on_all(servers, work, chosen) == []
 
 
 def test_every_rename_is_preceded_by_fsync_and_followed_by_fsync_of_the_folder(reference: Reference) -> None:
-    assert sum(call.name in RENAMES for call in reference.calls) > 15
-    assert order_violations(reference.calls) == []
+    for calls in reference.calls.values():
+        assert sum(call.name in RENAMES for call in calls) > 15
+        assert order_violations(calls) == []
 
 
 def test_another_folder_locale_time_zone_and_hash_seed_give_equal_bytes(

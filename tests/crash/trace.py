@@ -12,7 +12,7 @@ _PATH = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _DESCRIPTOR = re.compile(r"(?:AT_FDCWD|\d+)<([^>]*)>")
 _WRITING = re.compile(r"O_WRONLY|O_RDWR|O_CREAT|O_TRUNC|O_APPEND")
 _ON_DESCRIPTOR = ("write", "pwrite64", "ftruncate", "fsync", "fdatasync")
-_OPENS = ("openat", "open", "creat")
+OPENS = ("openat", "open", "creat")
 RENAMES = ("rename", "renameat", "renameat2")
 SYNCS = ("fsync", "fdatasync")
 REMOVALS = ("unlink", "unlinkat", "rmdir")
@@ -22,13 +22,15 @@ REMOVALS = ("unlink", "unlinkat", "rmdir")
 class Call:
     """A system call that changes something under the watched folder: the `when`-th of its name in the main thread.
 
-    `path` is what it acts on (a rename: what it makes), `source` what a rename or link starts from.
+    `path` is what it acts on (a rename: what it makes), `source` what a rename or link starts from. `nth` counts the
+    calls of this name on this path, reading ones included.
     """
 
     name: str
     when: int
     path: Path
     source: Path | None = None
+    nth: int = 1
 
     @property
     def point(self) -> str:
@@ -38,6 +40,7 @@ class Call:
 def read_trace(log: Path, pid: int, root: Path) -> list[Call]:
     """Calls of the main thread that change something under `root`, in order."""
     counts: dict[str, int] = {}
+    on_path: dict[tuple[str, Path], int] = {}
     calls: list[Call] = []
     for line in log.read_text(errors="replace").splitlines():
         match = _LINE.match(line)
@@ -48,9 +51,12 @@ def read_trace(log: Path, pid: int, root: Path) -> list[Call]:
         paths = _paths(name, arguments)
         if not paths or not paths[-1].is_relative_to(root):
             continue
-        if name in _OPENS and not _WRITING.search(arguments):
+        key = name, paths[-1]
+        on_path[key] = on_path.get(key, 0) + 1
+        if name in OPENS and not _WRITING.search(arguments):
             continue
-        calls.append(Call(name, counts[name], paths[-1], paths[0] if len(paths) > 1 else None))
+        source = paths[0] if len(paths) > 1 else None
+        calls.append(Call(name, counts[name], paths[-1], source, on_path[key]))
     return calls
 
 
@@ -67,7 +73,7 @@ def _paths(name: str, arguments: str) -> list[Path]:
 def order_violations(calls: list[Call]) -> list[str]:
     """Renames (and links) whose content was not fsynced before, or whose folder was not fsynced right after."""
     problems = []
-    changing = [call for call in calls if call.name not in _OPENS]
+    changing = [call for call in calls if call.name not in OPENS]
     for position, call in enumerate(changing):
         if call.name not in (*RENAMES, "link", "linkat") or call.source is None:
             continue
