@@ -34,8 +34,8 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
 
 def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
-    if value is None and default is not None:
-        return default
+    if value is None:
+        value = default
     if type(value) is not int or not 1 <= value <= _LARGEST:
         raise InputError(f"{key} is {value!r}, not a positive whole number", where="config.json")
     return value
