@@ -11,27 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.core.errors import InputError
 from compress.core.quantities import format_bytes
 from compress.report import words
-from compress.report.data import as_yaml, protocol_lines, summary
+from compress.report.data import as_yaml, protocol_lines
+from compress.report.entries import Entry, read_entries
 from compress.report.plots import Plot, Point, size_quality
 from compress.report.render import html, markdown_text, write_files
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One artifact as found on disk."""
-
-    name: str
-    source: str
-    summary: str
-    bytes: int
-    evaluation: Mapping[str, Any]
-    run: Mapping[str, Any] | None
-    recipe: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,7 +57,7 @@ def compare(artifacts: Sequence[Path | str], folder: Path | str) -> tuple[Path, 
 
 def comparison(artifacts: Sequence[Path | str]) -> Comparison:
     """What a comparison of `artifacts` shows. InputError for a folder that is no artifact of ours."""
-    entries = _distinct([_read(Path(path)) for path in artifacts])
+    entries = read_entries(artifacts)
     columns, cells, protocols, notes = _figures(entries)
     costs = [_costs(entry) for entry in entries]
     fixed = ["artifact", "method", "size", "bits per weight"]
@@ -97,50 +84,6 @@ def comparison(artifacts: Sequence[Path | str]) -> Comparison:
         recipes=[(entry.name, as_yaml(entry.recipe)) for entry in entries],
         notes=notes,
     )
-
-
-def _read(path: Path) -> Entry:
-    manifest = _json(path / "compress.json", "the folder is no artifact of ours: it has no compress.json")
-    evaluation = path / "evaluation.json"
-    run = path.with_name(f"{path.name}.report") / "run.json"
-    recipe = manifest.get("recipe") or {}
-    return Entry(
-        name=path.absolute().name,
-        source=str((manifest.get("lineage") or {}).get("source") or "an unknown source"),
-        summary=summary({"stages": [_as_stage(stage) for stage in recipe.get("stages") or []]}),
-        bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
-        evaluation=_json(evaluation, "") if evaluation.is_file() else {},
-        run=_json(run, "") if run.is_file() else None,
-        recipe=recipe,
-    )
-
-
-def _json(path: Path, if_missing: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(if_missing, where=str(path.parent))
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"the file is not JSON: {error}", where=str(path)) from error
-    if not isinstance(data, dict):
-        raise InputError("the file does not hold a JSON object", where=str(path))
-    return data
-
-
-def _as_stage(written: Mapping[str, Any]) -> dict[str, Any]:
-    kind, settings = next(iter(written.items()))
-    return {"kind": kind, "method": settings.get("method", kind), "settings": settings}
-
-
-def _distinct(entries: Sequence[Entry]) -> list[Entry]:
-    """Names that occur twice are numbered, so that plot and table can be told apart."""
-    seen: dict[str, int] = {}
-    result = []
-    for entry in entries:
-        seen[entry.name] = seen.get(entry.name, 0) + 1
-        number = seen[entry.name]
-        result.append(entry if number == 1 else Entry(**{**vars(entry), "name": f"{entry.name} ({number})"}))
-    return result
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""Entries: artifacts as they lie on disk, for a comparison.
+
+Read are compress.json, evaluation.json, and run.json of the report folder beside the artifact, if it is there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compress.core.errors import InputError
+from compress.report.data import summary
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artifact as found on disk."""
+
+    name: str
+    source: str
+    summary: str
+    bytes: int
+    evaluation: Mapping[str, Any]
+    run: Mapping[str, Any] | None
+    recipe: Mapping[str, Any]
+
+
+def read_entries(artifacts: Sequence[Path | str]) -> list[Entry]:
+    """The artifacts in the order given, each under a name of its own. InputError for a folder that is none of ours."""
+    return _distinct([_read(Path(path)) for path in artifacts])
+
+
+def _read(path: Path) -> Entry:
+    manifest = _json(path / "compress.json", "the folder is no artifact of ours: it has no compress.json")
+    evaluation = path / "evaluation.json"
+    run = path.with_name(f"{path.name}.report") / "run.json"
+    recipe = manifest.get("recipe") or {}
+    return Entry(
+        name=path.absolute().name,
+        source=str((manifest.get("lineage") or {}).get("source") or "an unknown source"),
+        summary=summary({"stages": [_as_stage(stage) for stage in recipe.get("stages") or []]}),
+        bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        evaluation=_json(evaluation, "") if evaluation.is_file() else {},
+        run=_json(run, "") if run.is_file() else None,
+        recipe=recipe,
+    )
+
+
+def _json(path: Path, if_missing: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(if_missing, where=str(path.parent))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"the file is not JSON: {error}", where=str(path)) from error
+    if not isinstance(data, dict):
+        raise InputError("the file does not hold a JSON object", where=str(path))
+    return data
+
+
+def _as_stage(written: Mapping[str, Any]) -> dict[str, Any]:
+    kind, settings = next(iter(written.items()))
+    return {"kind": kind, "method": settings.get("method", kind), "settings": settings}
+
+
+def _distinct(entries: Sequence[Entry]) -> list[Entry]:
+    """Names that occur twice are numbered, so that plot and table can be told apart."""
+    seen: dict[str, int] = {}
+    result = []
+    for entry in entries:
+        seen[entry.name] = seen.get(entry.name, 0) + 1
+        number = seen[entry.name]
+        result.append(entry if number == 1 else replace(entry, name=f"{entry.name} ({number})"))
+    return result
