@@ -73,6 +73,12 @@ class Site:
         self.module.weight = nn.Parameter(weight, requires_grad=False)
         self.replacement = value
 
+    def close(self) -> None:
+        """Let go of the weights; a caller's loop variable may still hold the site."""
+        self.replacement = None
+        self.module = self.module.to_empty(device="meta")
+        self.original = self.module.weight
+
     def note(
         self,
         *,
@@ -199,6 +205,15 @@ class Block:
             value = stored.get(site.name, stored.get(f"{site.name}.weight"))
             if value is not None:
                 site.replace(value)
+
+    def close(self) -> None:
+        """Free weights and statistics: the caller's loop variable keeps the block while the walk goes on."""
+        for group in self.groups:
+            group.release()
+            for site in group.sites:
+                site.close()
+        self.inputs, self.targets = [], []
+        self.module = nn.Module()
 
     def record(self, output_error: float | None) -> BlockRecord:
         tokens = {site.name: group.tokens for group in self.groups if group.gathered for site in group.sites}

@@ -31,8 +31,8 @@ class UnfusedExperts(nn.Module):
     @classmethod
     def like(cls, fused: nn.Module, names: Experts) -> UnfusedExperts:
         """Empty experts of the sizes of a fused module (gate_up_proj [experts, 2·inner, width])."""
-        count, double, width = fused.gate_up_proj.shape
-        return cls(count, width, double // 2, fused.act_fn, names)
+        count, double, width = fused.get_parameter("gate_up_proj").shape
+        return cls(count, width, double // 2, fused.get_submodule("act_fn"), names)
 
     def forward(self, x_ND: Tensor, choice_NA: Tensor, share_NA: Tensor) -> Tensor:
         """`choice_NA`: the experts of each token, `share_NA`: their weights."""

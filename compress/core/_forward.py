@@ -29,7 +29,7 @@ def embed(checkpoint: Checkpoint, ids_NT: Tensor, stream: Activations, dtype: to
     """Fill the stream's inputs with embeddings. Only the rows of tokens that occur are read."""
     info = checkpoint.info(checkpoint.embedding_tensor)
     module = checkpoint.skeleton.module(checkpoint.architecture.embedding)
-    module.padding_idx = None  # rows are renumbered below
+    vars(module)["padding_idx"] = None  # rows are renumbered below
     largest = int(ids_NT.max())
     if largest >= info.shape[0] or int(ids_NT.min()) < 0:
         raise InputError(f"token {largest} is outside of the vocabulary of {info.shape[0]} rows", where=info.name)

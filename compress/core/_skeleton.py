@@ -16,7 +16,6 @@ from compress.core._experts import UnfusedExperts
 from compress.core.architectures import Architecture
 from compress.core.errors import InputError
 
-
 CAST_ELEMENTS = 4 << 20
 
 
@@ -140,7 +139,7 @@ def _read_config(folder: Path) -> Any:
         last_line = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"transformers refuses it: {last_line}", where=str(folder / "config.json")) from error
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     return config
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from compress.core.errors import InputError
 
+FEED_FORWARD_DEPTH = 2
+
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
@@ -33,6 +35,16 @@ class Experts:
     gate: str
     up: str
     down: str
+
+    def groups(self, count: int) -> tuple[GroupSpec, ...]:
+        """Two groups for each of `count` experts."""
+        found = []
+        for index in range(count):
+            name, path = f"experts.{index}", f"{self.on_disk}.{index}"
+            sites = (f"{path}.{self.gate}", f"{path}.{self.up}")
+            found.append(GroupSpec(f"{name}.gate_up", sites, FEED_FORWARD_DEPTH))
+            found.append(GroupSpec(f"{name}.down", (f"{path}.{self.down}",), FEED_FORWARD_DEPTH + 1))
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +70,13 @@ class Architecture:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+
+    def groups_of(self, experts: int) -> tuple[GroupSpec, ...]:
+        """The groups of a block with that many experts, by their names on disk; 0 is a dense block."""
+        if self.experts is None or not experts:
+            return self.groups
+        attention = tuple(group for group in self.groups if group.depth < FEED_FORWARD_DEPTH)
+        return attention + self.experts.groups(experts)
 
     def disk_name(self, name: str) -> str:
         """Name on disk of a parameter or module inside a block."""

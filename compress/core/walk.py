@@ -95,7 +95,7 @@ def walk(
             if sink is not None:
                 sink.commit(index, block.replacements(), block.record(error))
         events(Progress("walk", index + 1, checkpoint.num_blocks, block.name))
-        del block
+        block.close()
         trim_memory()
 
 
@@ -146,13 +146,13 @@ def stream_logits(
     for index in range(checkpoint.num_blocks):
         block = _build(checkpoint, index, compute, device, arguments[index], None)
         advance(block, stream, device)
-        del block
+        block.close()
         trim_memory()
     yield from logits(checkpoint, stream, compute, device)
 
 
 def compute_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype, device: str) -> torch.dtype:
-    """The dtype of the forward. "auto" is the checkpoint's own, but fp32 where a CPU has no fast arithmetic for that."""
+    """The dtype of the forward. "auto" is the checkpoint's own, but fp32 where a CPU is slow at that."""
     if dtype == "auto":
         return torch.float32 if device == "cpu" and not _fast_on_cpu(checkpoint.dtype) else checkpoint.dtype
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -168,7 +168,7 @@ def stream_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype, device: str) 
 
 
 def _fast_on_cpu(dtype: torch.dtype) -> bool:
-    """bf16 products are 5 times as fast as fp32 where the CPU has instructions for them, and 8 times slower elsewhere."""
+    """bf16 products are 5 times as fast as fp32 where the CPU has instructions for them, 8 times slower elsewhere."""
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return dtype is torch.float32 or (dtype is torch.bfloat16 and has_bf16)
 
