@@ -47,6 +47,11 @@ class Output:
         if not self.json and not self.quiet:
             self.result.print(_safe(renderable))
 
+    def line(self, text: object) -> None:
+        """A line of the result that must not be broken, such as a path; left out with --json and --quiet."""
+        if not self.json and not self.quiet:
+            self.result.print(Text(clean(text)), soft_wrap=True)
+
     def answer(self, text: object) -> None:
         """The result in one line; printed with --quiet, too."""
         if not self.json:

@@ -106,7 +106,7 @@ def validate(
         for problem in problems:
             output.fail(problem)
         if not problems:
-            output.show(f"{name}: valid")
+            output.line(f"{name}: valid")
     output.finish("recipes validate", 2 if bad else 0, checked=len(recipes), invalid=bad)
     if bad:
         raise typer.Exit(2)
@@ -169,7 +169,7 @@ def init(
 
 def _say_choice(say: Output, output: Path, choice: str) -> None:
     say.show(choice)
-    say.show(f"next: compress run --recipe {output} --dry-run")
+    say.line(f"next: compress run --recipe {output} --dry-run")
     if say.quiet:
         say.answer(output)
     say.finish("recipes init", path=str(output), choice=choice)

@@ -159,8 +159,8 @@ def _finish(result: "RunResult", output: Output) -> None:
     if not output.quiet:
         output.show(before_after(result.summary))
         output.show(cost_line(result.summary))
-        output.show(f"report    {report}")
-        output.show(f"artifact  {result.artifact}")
+        output.line(f"report    {report}")
+        output.line(f"artifact  {result.artifact}")
     else:
         output.answer(result.artifact)
     for failure in result.gate_failures:

@@ -22,7 +22,7 @@ def read_stages(data: dict[str, Any], allow_code: tuple[str, ...]) -> tuple[list
     raw = data.get("stages")
     path: NodePath = ("stages",)
     if raw is None or raw == []:
-        hint = "for example - quantize: {method: gptq, bits: 4}"
+        hint = "for example - quantize: {method: gptq, scheme: w4a16}"
         return [], [Problem(path, "no stages: a recipe needs at least one", hint, missing=True)]
     if not isinstance(raw, list):
         return [], [Problem(path, f"should be a list, not {shown(raw)}", "start each stage with a dash")]

@@ -91,6 +91,16 @@ def test_the_schema_takes_what_the_reader_takes(name: str) -> None:
         assert not fits({**data, "stages": [{"quantize": {**settings, **wrong}}]}, schema, schema)
 
 
+@pytest.mark.parametrize("page", ["docs/recipes.md", "recipes/ci/README.md"])
+def test_recipes_in_the_documentation_are_valid(page: str, call, tmp_path: Path) -> None:
+    text = (recipes_folder().parent / page).read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for number, block in enumerate(blocks):
+        (tmp_path / f"{number}.yaml").write_text(block)
+        assert call("recipes", "validate", tmp_path / f"{number}.yaml").code == 0
+
+
 def test_list_names_every_recipe(call) -> None:
     called = call("recipes", "list")
     assert called.code == 0
