@@ -2,12 +2,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from compress.cli import options as opt
 from compress.cli.console import Output, speak
+
+if TYPE_CHECKING:
+    from compress.core.inspect import Inspection
 
 
 class Level(StrEnum):
@@ -28,7 +31,7 @@ def inspect(folder: opt.ArtifactFolder, json: opt.Json = False, verbose: opt.Ver
     from compress.core.inspect import inspect as look
 
     output = speak(json=json, verbose=verbose)
-    _show_inspection(look(folder), output)
+    _show_inspection(look(folder), output, every=verbose)
 
 
 def verify(
@@ -107,8 +110,32 @@ def push(
     output.finish("push", url=url, files=plan.files, bytes=plan.bytes, repository=repository)
 
 
-def _show_inspection(found: object, output: Output) -> None:
-    output.show(str(found))
+def _show_inspection(found: "Inspection", output: Output, *, every: bool) -> None:
+    from compress.cli.tables import add_row, grid
+    from compress.core.quantities import format_bytes
+
+    kinds = grid("stored as", "tensors", figures=False)
+    for kind, count in found.schemes.items():
+        add_row(kinds, kind, count)
+    output.show(kinds)
+    if every:
+        layers = grid("layer", "shape", "stored as", "bits per weight", figures=False)
+        for layer in found.layers:
+            shape = " × ".join(map(str, layer.shape))
+            add_row(layers, layer.name, shape, layer.stored, f"{layer.bits_per_weight:.2f}")
+        output.show(layers)
+    for verdict in found.engines:
+        output.tell(verdict.sentence)
+    for notice in found.notices:
+        output.tell(notice)
+    if found.source:
+        output.tell(f"made from {found.source}{f' at {found.revision}' if found.revision else ''}")
+    head = "head tied to the embedding" if found.tied else "head of its own"
+    output.answer(
+        f"{found.folder}: {found.family}, {found.parameters:,} parameters, {format_bytes(found.bytes)}, "
+        f"{found.bits_per_weight:.2f} bits per weight, {head}"
+    )
+    output.finish("inspect", **found.as_dict())
 
 
 def register(app: typer.Typer) -> None:
