@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,9 +56,12 @@ def read_inputs(recipe: Recipe, options: RunOptions) -> Inputs:
     located = recipe.located()
     original = Checkpoint.open(located.model, revision=recipe.revision, offline=options.offline)
     require_composition(recipe, original)
-    tokens = None
-    if located.calibration is not None:
-        tokens = load_tokens(located.calibration, original, recipe.base_folder, offline=options.offline)
+    with ThreadPoolExecutor(1) as beside:
+        hashes = beside.submit(original.sha256)  # kept by the checkpoint, for the fingerprint
+        tokens = None
+        if located.calibration is not None:
+            tokens = load_tokens(located.calibration, original, recipe.base_folder, offline=options.offline)
+        hashes.result()
     micro_batch = options.micro_batch or (default_micro_batch(tokens.ids.shape[1]) if tokens else 1)
     return Inputs(recipe, located, original, tokens, micro_batch, make_plan(recipe, original, tokens))
 

@@ -1,6 +1,6 @@
 """Killed or failed at any system call, a run that is started again ends with the bytes of an uninterrupted one.
 
-By default 60 seeded points plus every rename and fsync; `make crash` sets CRASH_POINTS=all and takes them all.
+By default 60 seeded points plus every rename and fsync; `make crash` sets COMPRESS_CRASH_POINTS=all and takes them all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.crash.trace import OPENS, RENAMES, SYNCS, Call, order_violations
 
 pytestmark = pytest.mark.crash
 
-ALL = os.environ.get("CRASH_POINTS") == "all"
+ALL = os.environ.get("COMPRESS_CRASH_POINTS") == "all"
 BLOCKS = 6  # two stages of three
 SAMPLED_KILLS = 60
 SAMPLED_ERRORS = 24
