@@ -151,36 +151,47 @@ def _verdict(
     label = engine.label
     if reader is None:
         return Verdict(engine.name, "no", f"{label} does not load it: {engine.otherwise} ({engine.evidence})")
-    findings: dict[tuple[Ok, str], None] = {}  # an ordered set
+    findings: dict[tuple[Ok, str], list[str]] = {}  # (verdict, reason) -> the layers that it is about, if a shape is
     for module, scheme in schemes.items():
-        ok, because = _layer(reader, module, scheme, shapes.get(module), format, shards)
-        findings[ok, because] = None
+        ok, because, is_shape = _layer(reader, module, scheme, shapes.get(module), format, shards)
+        findings.setdefault((ok, because), []).extend([module] if is_shape else [])
     if reader.fused_agree:
-        findings |= {("no", sentence): None for sentence in _disagreeing(schemes)}
+        for names, parents in _disagreeing(schemes).items():
+            findings["no", f"{names} are one layer there and must share one scheme"] = parents
     present = set(schemes.values())
     mixed = next((rule for rule in reader.mixed if rule.fits(present)), None)
     if mixed is not None:
-        findings[mixed.ok, mixed.because] = None
+        findings[mixed.ok, mixed.because] = []
     said = {ok for ok, _ in findings}
     worst: Ok = "no" if "no" in said else "with-conditions" if "with-conditions" in said else "yes"
-    reasons = "; ".join(because for ok, because in findings if ok == worst and because)
+    reasons = "; ".join(
+        _about(layers) + because for (ok, because), layers in findings.items() if ok == worst and because
+    )
     verb = {"yes": "loads it", "no": "does not load it", "with-conditions": "loads it on conditions"}[worst]
     return Verdict(engine.name, worst, f"{label} {verb}{': ' if reasons else ''}{reasons} ({engine.evidence})")
 
 
+def _about(layers: list[str]) -> str:
+    if not layers:
+        return ""
+    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    return f"{layers[0]}{more}: "
+
+
 def _layer(
     reader: Reader, module: str, scheme: Scheme, shape: Shape | None, format: str, shards: int
-) -> tuple[Ok, str]:
+) -> tuple[Ok, str, bool]:
+    """Verdict, reason, and whether the reason is the layer's shape rather than its scheme."""
     if shape is not None and (reason := unwritable(scheme, shape, format)) is not None:
-        return "no", f"{module}: {reason}"
+        return "no", reason, True
     rule = next((rule for rule in reader.rules if rule.when.fits(scheme)), None)
     if rule is None:
-        return "no", f"{scheme.name} is not read"
+        return "no", f"{scheme.name} is not read", False
     if rule.ok != "no" and shape is not None:
         reason = _misfit(reader, module, scheme, shape, shards, tiled=rule.tiled)
         if reason is not None:
-            return "no", f"{module}: {reason}"
-    return rule.ok, rule.because.format(bits=scheme.bits, group=scheme.group_size)
+            return "no", reason, True
+    return rule.ok, rule.because.format(bits=scheme.bits, group=scheme.group_size), False
 
 
 def _misfit(reader: Reader, module: str, scheme: Scheme, shape: Shape, shards: int, *, tiled: bool) -> str | None:
@@ -200,15 +211,15 @@ def _misfit(reader: Reader, module: str, scheme: Scheme, shape: Shape, shards: i
     return None
 
 
-def _disagreeing(schemes: Mapping[str, Scheme]) -> list[str]:
-    """Layers that engines fuse into one but that do not share a scheme (or are not all quantized)."""
-    found = []
+def _disagreeing(schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
+    """Names that engines fuse into one layer -> the modules where they do not share a scheme, or not all have one."""
+    found: dict[str, list[str]] = {}
     for names in FUSED:
         parents = {module.rpartition(".")[0]: None for module in schemes if module.rpartition(".")[2] in names}
         for parent in parents:
             if len({schemes.get(f"{parent}.{name}") for name in names}) > 1:
-                found.append(f"{parent}: {', '.join(names)} are one layer there and must share one scheme")
-    return found[:3]
+                found.setdefault(", ".join(names), []).append(parent)
+    return found
 
 
 def markdown() -> str:
