@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from types import TracebackType
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 from compress.cli.console import Output, clean
@@ -31,6 +31,18 @@ def memory_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)
 
 
+_TITLES = {"walk": "compress"}
+"""Stages whose name in the code says little to people."""
+
+
+class _Memory(ProgressColumn):
+    """What the process holds now; for a stage that is over, what it held at its end."""
+
+    def render(self, task: Task) -> Text:
+        held = task.fields["held"] if task.finished else memory_bytes()
+        return Text(f"{format_bytes(held)} held" if held is not None else "", style="dim")
+
+
 class LiveProgress:
     """The listener of a run at the command line: `with LiveProgress(output) as listener: run(…, listener)`."""
 
@@ -40,10 +52,11 @@ class LiveProgress:
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", markup=False),
-            TextColumn("{task.fields[left]}", markup=False),
-            TextColumn("{task.fields[memory]}", markup=False, style="dim"),
+            TextColumn("{task.fields[count]}", markup=False),
+            TextColumn("{task.fields[time]}", markup=False),
+            _Memory(),
             console=output.people,
+            refresh_per_second=4,
         )
         self._tasks: dict[str, TaskID] = {}
         self._pace: dict[str, _Pace] = {}
@@ -62,75 +75,77 @@ class LiveProgress:
     def __call__(self, event: Event) -> None:
         if self._output.json:
             self._emit(event)
+        elif self._output.quiet:
+            return
         elif isinstance(event, Notice):
-            self._notice(event)
+            text = f"{event.where}: {event.message}" if event.where else event.message
+            self._line(f"warning: {text}" if event.level == "warning" else text, event.level == "warning")
         elif isinstance(event, Metric):
             if self._output.verbose:
                 self._line(f"{event.where or event.stage}: {event.name} {event.value:.4g}")
-        elif not self._output.quiet:
-            self._advance(event)
+        elif self._live:
+            self._move_bar(event)
+        else:
+            self._say(event)
 
     def _emit(self, event: Event) -> None:
         extra = {"memory_bytes": memory_bytes()} if isinstance(event, Done) else {}
         self._output.emit(type(event).__name__.lower(), **asdict(event), **extra)
 
-    def _notice(self, event: Notice) -> None:
-        text = f"{event.where}: {event.message}" if event.where else event.message
-        self._line(f"{event.level}: {text}" if event.level == "warning" else text, event.level == "warning")
-
     def _line(self, text: str, warning: bool = False) -> None:
-        if not self._output.quiet:
-            style = "yellow" if warning else "dim"
-            self._output.people.print(Text(clean(text), style=style), soft_wrap=not self._live)
+        style = "yellow" if warning else "dim"
+        self._output.people.print(Text(clean(text), style=style), soft_wrap=not self._live)
 
-    def _advance(self, event: Started | Done | Finished) -> None:
+    def _say(self, event: Started | Done | Finished) -> None:
+        """One line when a stage begins and one when it is over, for logs."""
+        name = _TITLES.get(event.stage, event.stage)
         if isinstance(event, Started):
-            self._start(event)
-        elif isinstance(event, Done):
-            pace = self._pace.setdefault(event.stage, _Pace())
-            pace.note(event.done)
-            if event.stage in self._tasks:
-                left = pace.left(event.total - event.done)
-                self._update(event.stage, completed=event.done, total=event.total, left=left)
-        elif not self._live:
-            self._line(f"{event.stage}: done{f', {event.summary}' if event.summary else ''}")
+            self._line(f"{name}: {event.total} {event.unit}s" if event.total > 1 else name)
+        elif isinstance(event, Finished) and event.stage != "run":
+            self._line(f"{name}: done{f', {event.summary}' if event.summary else ''}")
+
+    def _move_bar(self, event: Started | Done | Finished) -> None:
+        if isinstance(event, Started):
+            self._pace[event.stage] = _Pace(event.unit)
+            title = clean(_TITLES.get(event.stage, event.stage))
+            self._tasks[event.stage] = self._bars.add_task(title, total=event.total, count="", time="", held=None)
         elif event.stage in self._tasks:
-            self._update(event.stage, left="done")
+            done = event.done if isinstance(event, Done) else None
+            self._update(event.stage, done)
 
-    def _start(self, event: Started) -> None:
-        unit = event.unit if event.total == 1 else f"{event.unit}s"
-        self._pace[event.stage] = _Pace()
-        if self._live:
-            previous = self._tasks.pop(event.stage, None)
-            if previous is not None:
-                self._bars.update(previous, left="done")
-            self._tasks[event.stage] = self._bars.add_task(
-                clean(event.stage), total=event.total, unit=unit, left="", memory=""
-            )
-        else:
-            self._line(f"{event.stage}: {event.total} {unit}")
-
-    def _update(self, stage: str, **fields: object) -> None:
-        held = memory_bytes()
-        memory = f"{format_bytes(held)} held" if held is not None else ""
-        self._bars.update(self._tasks[stage], memory=memory, **fields)  # type: ignore[arg-type]
+    def _update(self, stage: str, done: int | None) -> None:
+        """Advance a stage to `done` units; None: to its end."""
+        task, pace = self._tasks[stage], self._pace[stage]
+        total = int(next(bar.total or 0 for bar in self._bars.tasks if bar.id == task))
+        done = total if done is None else done
+        pace.note(done)
+        time_text = pace.left(total - done) if done < total else pace.took()
+        count = f"{done}/{total} {pace.unit}s" if total > 1 else ""
+        self._bars.update(task, completed=done, count=count, time=time_text, held=memory_bytes())
 
 
 class _Pace:
     """How long units take."""
 
-    def __init__(self) -> None:
-        self._since = time.monotonic()
+    def __init__(self, unit: str = "block") -> None:
+        self.unit = unit
+        self._started = self._since = time.monotonic()
         self._done = 0
         self._seconds: deque[float] = deque(maxlen=8)
 
     def note(self, done: int) -> None:
+        """`done` units are finished by now."""
         now = time.monotonic()
         if done > self._done:
             self._seconds.append((now - self._since) / (done - self._done))
-        self._since, self._done = now, done
+            self._since, self._done = now, done
 
     def left(self, units: int) -> str:
+        """Time that `units` more will take; empty before the first is measured."""
         if units <= 0 or not self._seconds:
             return ""
         return f"{duration(median(self._seconds) * units)} left"
+
+    def took(self) -> str:
+        """Time from the start to the last unit."""
+        return f"took {duration(self._since - self._started)}"
