@@ -30,8 +30,8 @@ def checkpoint(tmp_path: Path) -> SimpleNamespace:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     fast.save_pretrained(folder)
-    config = {"model_type": "llama", "vocab_size": len(WORDS), "hidden_size": 8, "num_hidden_layers": 1}
-    config["max_position_embeddings"] = 64
+    config = {"model_type": "llama", "vocab_size": len(WORDS), "num_hidden_layers": 1}
+    config |= {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
     (folder / "config.json").write_text(json.dumps(config))
     return SimpleNamespace(folder=folder, config=config)
 
