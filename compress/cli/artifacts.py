@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compress.cli import options as opt
-from compress.cli.console import Output, speak
+from compress.cli.console import Output, clean, speak
 
 if TYPE_CHECKING:
     from compress.core.inspect import Inspection
@@ -31,7 +31,11 @@ def inspect(folder: opt.ArtifactFolder, json: opt.Json = False, verbose: opt.Ver
     from compress.core.inspect import inspect as look
 
     output = speak(json=json, verbose=verbose)
-    _show_inspection(look(folder), output, every=verbose)
+    found = look(folder)
+    _show(found, output)
+    for notice in found.notices:
+        output.tell(notice, style="yellow")
+    output.finish("inspect", **found.as_dict())
 
 
 def verify(
@@ -110,32 +114,31 @@ def push(
     output.finish("push", url=url, files=plan.files, bytes=plan.bytes, repository=repository)
 
 
-def _show_inspection(found: "Inspection", output: Output, *, every: bool) -> None:
-    from compress.cli.tables import add_row, grid
+def _show(found: "Inspection", output: Output) -> None:
+    from compress.cli.tables import SIGNS, add_row, grid
     from compress.core.quantities import format_bytes
 
-    kinds = grid("stored as", "tensors", figures=False)
-    for kind, count in found.schemes.items():
-        add_row(kinds, kind, count)
-    output.show(kinds)
-    if every:
-        layers = grid("layer", "shape", "stored as", "bits per weight", figures=False)
+    facts = grid("model", clean(found.folder))
+    add_row(facts, "family", found.family if found.supported else f"{found.family}, which this version cannot compress")
+    add_row(facts, "parameters", f"{found.parameters:,}")
+    add_row(facts, "weights", f"{format_bytes(found.bytes)} in {found.files} files")
+    add_row(facts, "bits per weight", f"{found.bits_per_weight:.2f}")
+    add_row(facts, "quantization", found.method or "none")
+    if found.source:
+        add_row(facts, "made from", f"{found.source}{f' at {found.revision}' if found.revision else ''}")
+    output.show(facts)
+    stored = grid("tensors", "stored as")
+    for scheme, count in found.schemes.items():
+        add_row(stored, f"{count:,}", scheme)
+    output.show(stored)
+    if output.verbose:
+        layers = grid("layer", "shape", "bits", "stored as")
         for layer in found.layers:
-            shape = " × ".join(map(str, layer.shape))
-            add_row(layers, layer.name, shape, layer.stored, f"{layer.bits_per_weight:.2f}")
+            shape = "×".join(map(str, layer.shape))
+            add_row(layers, layer.name, shape, f"{layer.bits_per_weight:.2f}", layer.stored)
         output.show(layers)
     for verdict in found.engines:
-        output.tell(verdict.sentence)
-    for notice in found.notices:
-        output.tell(notice)
-    if found.source:
-        output.tell(f"made from {found.source}{f' at {found.revision}' if found.revision else ''}")
-    head = "head tied to the embedding" if found.tied else "head of its own"
-    output.answer(
-        f"{found.folder}: {found.family}, {found.parameters:,} parameters, {format_bytes(found.bytes)}, "
-        f"{found.bits_per_weight:.2f} bits per weight, {head}"
-    )
-    output.finish("inspect", **found.as_dict())
+        output.show(f"{SIGNS[verdict.ok]} {verdict.sentence}")
 
 
 def register(app: typer.Typer) -> None:

@@ -173,7 +173,7 @@ def _finish(result: "RunResult", output: Output) -> None:
 
 
 def _show_plan(recipe: "Recipe", options: "RunOptions", output: Output) -> None:
-    from compress.cli.tables import layers_table, plan_table
+    from compress.cli.tables import SIGNS, layers_table, plan_table
     from compress.core.compatibility import describe, preflight
     from compress.pipeline import plan as plan_run
 
@@ -184,7 +184,7 @@ def _show_plan(recipe: "Recipe", options: "RunOptions", output: Output) -> None:
         output.show(layers_table(planned, f"{stage.kind}: {stage.method}", every=output.verbose))
     output.show(plan_table(plan))
     for verdict in verdicts:
-        output.show(f"{_SIGN[verdict.ok]} {verdict.sentence}")
+        output.show(f"{SIGNS[verdict.ok]} {verdict.sentence}")
     for notice in plan.notices:
         output.show(f"! {notice}")
     output.answer(f"nothing was written; the artifact would be {options.output}")
@@ -201,9 +201,6 @@ def _show_plan(recipe: "Recipe", options: "RunOptions", output: Output) -> None:
         preflight=describe(verdicts),
         layers=layers,
     )
-
-
-_SIGN = {"yes": "+", "no": "-", "with-conditions": "~"}
 
 
 def _layer(layer: object) -> dict[str, object]:

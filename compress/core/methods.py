@@ -73,7 +73,7 @@ def find_pass(kind: str, method: str, allow_code: tuple[str, ...] = ()) -> type[
 def suggestion(word: str, known: list[str]) -> str | None:
     """ "did you mean …?" for the known word that is closest to `word`, if one is close."""
     by_lower = {name.lower(): name for name in known}
-    close = get_close_matches(word[:80].lower(), by_lower, n=1, cutoff=0.7)
+    close = get_close_matches(word[:80].lower(), by_lower, n=1, cutoff=0.65)
     return f"did you mean {by_lower[close[0]]}?" if close else None
 
 
