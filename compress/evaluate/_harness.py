@@ -121,9 +121,9 @@ def seeded(seed: int) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)
+            random.setstate(random.Random(seed).getstate())
+            np.random.set_state(np.random.RandomState(seed).get_state())
+            torch.default_generator.set_state(torch.Generator().manual_seed(seed).get_state())
             yield
     finally:
         random.setstate(python)

@@ -31,10 +31,12 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def percent(share: float | None, digits: int = 3) -> str:
+    """A share of one, in percent."""
     return NOT_MEASURED if share is None else f"{100 * share:.{digits}g} %".replace("-", "−")
 
 
 def signed_percent(share: float | None) -> str:
+    """A relative change with its sign; a factor where it is tenfold or more."""
     if share is None:
         return NOT_MEASURED
     return f"{100 * share:+.2f} %".replace("-", "−") if abs(share) < 10 else f"× {1 + share:.3g}"
@@ -53,6 +55,7 @@ def between(bounds: Sequence[float] | None, text=number) -> str:
 
 
 def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours."""
     if seconds is None:
         return NOT_MEASURED
     if seconds < 60:
