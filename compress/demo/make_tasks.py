@@ -35,25 +35,23 @@ def sentences(story: str) -> list[str]:
 
 
 def next_sentence_items(stories: list[str]) -> list[dict]:
-    """Items of four sentences, of which one continues the story.
+    """Items of four story beginnings, of which one goes on with the sentence; the others have none of its rare words.
 
-    The right one takes up rare words of the story so far; the wrong ones come from other stories, take up none, and are
-    about as long, so that length decides nothing.
+    The sentence is the same for all four, so that only what the model makes of the text before it decides.
     """
     common = _common_words(stories)
     split = [sentences(story) for story in stories]
     items = []
     for number, parts in enumerate(split):
-        elsewhere = [part for index, other in enumerate(split) if index != number for part in other]
         for position in _target_positions(parts, common):
-            context, target = " ".join(parts[:position]), parts[position]
-            known = _words(context) - common
-            others = [part for part in elsewhere if not _words(part) & known]
-            others = sorted(_shuffled(others, context), key=lambda part: abs(len(part) - len(target)))
+            sentence = parts[position]
+            rare = _words(sentence) - common
+            others = [_beginning(other, position) for index, other in enumerate(split) if index != number]
+            others = [other for other in others if not _words(other) & rare]
             label = len(items) % (_DISTRACTORS + 1)
-            choices = others[:_DISTRACTORS]
-            choices.insert(label, target)
-            items.append({"context": context, "choices": choices, "label": label})
+            contexts = _shuffled(others, f"next {number} {position}")[:_DISTRACTORS]
+            contexts.insert(label, _beginning(parts, position))
+            items.append({"contexts": contexts, "sentence": sentence, "label": label})
     return items
 
 
@@ -88,11 +86,15 @@ def _common_words(stories: list[str]) -> set[str]:
     return {word for word, count in counts.items() if count > _COMMON_SHARE * len(stories)}
 
 
+def _beginning(parts: list[str], count: int) -> str:
+    return " ".join(parts[:count])
+
+
 def _target_positions(parts: list[str], common: set[str]) -> list[int]:
     """Where the sentences stand that take up most of what was said before them."""
 
     def links(position: int) -> int:
-        return len((_words(parts[position]) & _words(" ".join(parts[:position]))) - common)
+        return len((_words(parts[position]) & _words(_beginning(parts, position))) - common)
 
     long_enough = [i for i in range(_FIRST_TARGET, len(parts)) if len(parts[i].split()) >= _SHORTEST_TARGET_WORDS]
     return sorted(sorted(long_enough, key=links, reverse=True)[:_TARGETS_PER_STORY])
