@@ -16,8 +16,8 @@ class GPTQ(WeightQuantization):
 
     damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
     activation_order: bool = Field(True, description="round the channels with the largest inputs first (static groups)")
-    order: Literal["auto", "block", "groups"] = Field(
-        "auto", description="gather statistics once a block, or again for each group; auto: groups for 2 bits"
+    order: Literal["block", "groups"] = Field(
+        "block", description="gather statistics once a block, or again for each group (true sequential, slower)"
     )
     tokens_per_channel: float = Field(
         2.0, ge=0, description="an expert that saw fewer tokens than this times its width is rounded to nearest"
@@ -25,15 +25,14 @@ class GPTQ(WeightQuantization):
 
     @property
     def sequential(self) -> bool:
-        return self.wanted.bits < 3 if self.order == "auto" else self.order == "groups"
+        return self.order == "groups"
 
     def run(self, job: Job) -> None:
         from compress.core.statistics import Hessian
         from quantize._gptq import Settings, solve_group
 
         settings = Settings(self.damping, self.activation_order, self.tokens_per_channel, self.clip)
-        order = "groups" if self.sequential else "block"
-        for block in job.walk(collect=frozenset({Hessian}), order=order):
+        for block in job.walk(collect=frozenset({Hessian}), order=self.order):
             for group in block.groups:
                 schemes = {site.name: self.scheme_for(site.name, site.shape[1]) for site in group.sites}
                 sites = [site for site in group.sites if schemes[site.name] is not None]
