@@ -35,7 +35,20 @@ if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
     from compress.core.tensors import QuantTensor
 
-__all__ = ["Block", "BlockRecord", "BlockSink", "Group", "Site", "SiteRecord", "measure", "stream_logits", "walk"]
+__all__ = [
+    "Block",
+    "BlockRecord",
+    "BlockSink",
+    "Group",
+    "Site",
+    "SiteRecord",
+    "compute_dtype",
+    "default_micro_batch",
+    "measure",
+    "stream_dtype",
+    "stream_logits",
+    "walk",
+]
 
 SPILL_ABOVE_BYTES = 256 << 20
 
@@ -72,6 +85,8 @@ def walk(
     """
     compute = compute_dtype(checkpoint, dtype, device)
     done = sink.finished() if sink is not None else 0
+    if done == checkpoint.num_blocks:
+        return
     stream = None
     arguments: Sequence[Mapping[str, Any]] = [{}] * checkpoint.num_blocks
     if batches is not None:
@@ -81,6 +96,8 @@ def walk(
     gathering = Gathering(stream, tuple(collect), order, device)
     events(Started("walk", checkpoint.num_blocks))
     for index in range(checkpoint.num_blocks):
+        if index < done and stream is None:
+            continue
         block = _build(checkpoint, index, compute, device, arguments[index], gathering)
         if sink is not None and index < done:
             block.install(sink.load(index))
@@ -88,7 +105,9 @@ def walk(
         else:
             gathering.before(block)
             _offer(block, stream, frozenset(keep))
+            trim_memory()
             yield block
+            trim_memory()
             error = advance(block, stream, device, compare=True)
             if error is not None:
                 events(Metric("walk", "output_error", error, block.name))
