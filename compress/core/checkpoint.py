@@ -239,13 +239,14 @@ class Checkpoint:
             disk = prefix + self.architecture.disk_name(name)
             if disk == f"{self.architecture.head}.weight":
                 disk = self.head_tensor
-            fill(module, name, self._checked(disk, parameter.shape), dtype, device)
+            fill(module, name, self._checked(disk, parameter.shape, dtype), dtype, device)
         return module.eval()
 
-    def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A parameter by its disk name, with the shape that the config asks for and finite values."""
-        module, _, leaf = name.rpartition(".")
-        value = self.weight(module) if leaf == "weight" else self.tensor(name)
+    def _checked(self, name: str, shape: tuple[int, ...], dtype: dtype) -> Tensor:
+        """A parameter by its disk name, with the shape that the config asks for and finite values: as stored, or
+        dequantized to `dtype`."""
+        module = name.removesuffix(".weight")
+        value = self.weight(module, dtype) if module in self.schemes else self.tensor(name)
         where = str(self.tensors[name].file if name in self.tensors else self.folder)
         if value.shape != shape:
             raise InputError(

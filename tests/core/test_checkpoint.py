@@ -13,9 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.core.architectures import ARCHITECTURES, lookup
+from compress.core.calibration import Tokens
 from compress.core.checkpoint import Checkpoint, load_tokenizer
 from compress.core.errors import InputError
+from compress.core.scheme import Scheme
+from compress.core.walk import stream_logits
 from tests.conftest import TinyModel
+from tests.quantized_folders import write_quantized
 
 Break = Callable[[Path], object]
 
@@ -285,3 +289,25 @@ def test_every_architecture_names_a_class_of_transformers() -> None:
         names = {group.name for group in architecture.groups} | ({"gate_up", "down"} if architecture.experts else set())
         assert {name for norm in architecture.norms for name in norm.feeds} <= names
         assert lookup({"model_type": model_type}) is architecture
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_quantized_weights_are_dequantized_on_read(tmp_path: Path, symmetric: bool) -> None:
+    """The streamed forward, the whole model and the tensors themselves agree on what an artifact means."""
+    quantized = write_quantized(tmp_path / "q", Scheme(4, 32, symmetric=symmetric))
+    checkpoint = Checkpoint.open(quantized.path)
+    assert checkpoint.kind == "quantized"
+    expected = quantized.dequantized()
+    site = checkpoint.sites(0)[0]
+    packed = checkpoint.quant_tensor(site)
+    assert packed is not None
+    assert torch.equal(packed.codes(), quantized.modules[site].codes())
+    assert torch.equal(checkpoint.weight(site, torch.float32), expected[f"{site}.weight"])
+    model = checkpoint.build_model(torch.float32)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
+    ids = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(ids).logits
+    streamed = torch.cat(list(stream_logits(checkpoint, Tokens.of(ids))))
+    torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=1e-5)
+    assert checkpoint.quant_tensor("lm_head") is None
