@@ -20,7 +20,7 @@ from compress.demo.training.loop import Settings, TokenStream, Trainer
 from compress.demo.training.model import CONTEXT, VOCABULARY, build_model
 from compress.demo.training.score import bits_per_byte
 from compress.demo.training.text import read_stories, split_stories
-from compress.demo.training.tokenizer import train_tokenizer
+from compress.demo.training.tokenizer import save_tokenizer, train_tokenizer
 
 log = logging.getLogger("train_demo_model")
 
@@ -64,7 +64,7 @@ def main() -> None:
     model.load_state_dict(trainer.best_weights)
     model.to(torch.bfloat16)
     model.save_pretrained(arguments.output)
-    tokenizer.save_pretrained(arguments.output)
+    save_tokenizer(tokenizer, arguments.output)
     model.float()  # the rounded weights with float32 arithmetic, which every CPU does quickly
     figures = measure(trainer, training, held_out)
     write_card(arguments.output, settings, figures, arguments.remark)

@@ -1,9 +1,13 @@
 """The demo model's tokenizer: byte-level BPE, so that every text decodes to exactly what was encoded."""
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from compress.core.files import atomic_write
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -32,3 +36,12 @@ def train_tokenizer(stories: Iterable[str], vocabulary: int, context: int) -> Pr
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save under the class name that transformers of version 4, and engines built on it, know as well."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("backend", None)
+    atomic_write(path, json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
