@@ -103,6 +103,9 @@ def check_shapes(contents: Contents, schemes: Mapping[str, Scheme], reader: Read
             raise ArtifactError(f"has shape {list(info.shape)}, config.json asks for {list(wanted)}", where=name)
         checked += wanted is not None
     _check_layers(contents, sizes, architecture)
+    if architecture.head in schemes and contents.config.get("tie_word_embeddings") is True:
+        hint = "untie it: set tie_word_embeddings to false"
+        raise ArtifactError("is quantized but tied: loaders ignore it silently", where=architecture.head, hint=hint)
     _check_presence(contents, schemes, architecture)
     return f"{checked} dense tensors, {sizes['layers']} layers of {contents.config['model_type']}"
 

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.core.files import sha256_file
+from compress.core.formats import compressed_tensors
 from compress.core.manifest import MANIFEST_NAME, Coverage, FileRecord, Manifest
 from compress.core.scheme import Scheme
 from compress.core.verify import verify
-from tests.quantized_folders import write_quantized
+from tests.quantized_folders import quantize_weight, write_quantized
 
 Q = "model.layers.0.self_attn.q_proj"
 SHARD, REST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
@@ -173,6 +174,11 @@ def first(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return make
 
 
+def quantize_head(held: dict[str, torch.Tensor]) -> None:
+    head = quantize_weight(held.pop("lm_head.weight"), Scheme(4, 32))
+    held.update(compressed_tensors.encode("lm_head", head))
+
+
 def store_dense(held: dict[str, torch.Tensor]) -> None:
     for name in [name for name in held if name.startswith(Q)]:
         del held[name]
@@ -218,6 +224,15 @@ CASES: dict[str, tuple[str, Change, tuple[str, ...]]] = {
         "symmetric",
         add(f"{Q}.weight_zero_point", torch.zeros(8, 2, dtype=torch.int32)),
         ("zero_point",),
+    ),
+    "head_quantized_but_tied": (
+        "symmetric",
+        lambda folder: (
+            tensors(quantize_head, REST)(folder),
+            quantization(lambda data: data.update(ignore=[]))(folder),
+            config(tie_word_embeddings=True)(folder),
+        ),
+        ("lm_head", "tied"),
     ),
     "group_index_extra": ("symmetric", add(f"{Q}.weight_g_idx", torch.zeros(64, dtype=torch.int32)), ("weight_g_idx",)),
     "zero_point_missing": ("asymmetric", drop(f"{Q}.weight_zero_point"), (f"{Q}.weight_zero_point", "missing")),

@@ -55,7 +55,11 @@ class Reader:
     def modules(self, names: Iterable[str]) -> dict[str, Scheme]:
         """The quantized modules among tensors of these names, each with its scheme."""
         found: dict[str, Scheme] = {}
+        names = set(names)
         for module in self.format.modules_of(names):
+            index = f"{module}.weight_g_idx"
+            if index in names:
+                raise InputError("is a group index (activation order), which readers no longer take", where=index)
             scheme = self.scheme_of(module)
             if scheme is None:
                 raise InputError(f"{module} has quantized tensors, but the config leaves it dense", where=_WHERE)
