@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from safetensors.torch import save_file
 
 from compress.card import model_card
 from compress.core.errors import InputError
@@ -264,7 +266,7 @@ def artifact(folder: Path, name: str, *, bits: int = 4, report: bool = True, cha
     (path / "compress.json").write_text(json.dumps({"recipe": run["recipe"], "lineage": run["lineage"]}))
     if run["evaluation"] is not None:
         (path / "evaluation.json").write_text(json.dumps(run["evaluation"]))
-    (path / "model.safetensors").write_bytes(bytes(run["artifact"]["bytes"] // 1000))
+    save_file({"weights": torch.zeros(1000 * bits, dtype=torch.uint8)}, path / "model.safetensors")
     if report:
         (folder / f"{name}.report").mkdir()
         (folder / f"{name}.report" / "run.json").write_text(json.dumps(run))
@@ -283,6 +285,7 @@ def test_artifacts_of_one_protocol_share_columns_with_their_original(tmp_path):
     assert rows["w4"]["perplexity"] == "15.95"
     assert rows["w3"]["perplexity"] == "16.93"
     assert rows["HuggingFaceTB/SmolLM2-135M"]["perplexity"] == "15.62"
+    assert rows["w4"]["size"] == "4.00 kB"
     assert rows["w4"]["time"] == "7 min 24 s"
     assert len(data.plots) == 1
     page, text, plain = read(compare(paths, tmp_path / "out"))

@@ -16,6 +16,10 @@ from compress.report.plots import Plot, Point, size_quality
 
 SCHEMA_VERSION = 1
 MOST_LINES = 200
+_TEXT_PROTOCOL = (
+    "text", "field", "split", "documents", "documents_read", "window", "stride", "special_tokens", "prefix", "windows",
+    "tokens_scored", "text_bytes", "token_sha256",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def _stage_words(stage: Mapping[str, Any]) -> str:
     size = settings.get("group_size")
     if size:
         text += ", one group per channel" if size == -1 else f", groups of {size}"
-    return text
+    return f"{text}, asymmetric" if settings.get("symmetric") is False else text
 
 
 def as_yaml(data: Any) -> str:
@@ -181,9 +185,8 @@ def protocol_lines(evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]
     text, tasks = protocol.get("text"), protocol.get("tasks")
     lines = [("run through", str(protocol["through"]))] if "through" in protocol else []
     lines += [("computed in", str(protocol["dtype"]))] if "dtype" in protocol else []
-    lines += [
-        (name.replace("_", " "), _plain(value)) for name, value in (text or {}).items() if value not in (None, "")
-    ]
+    known = [(name, (text or {}).get(name)) for name in _TEXT_PROTOCOL]
+    lines += [(name.replace("_", " "), _plain(value)) for name, value in known if value not in (None, "")]
     if text:
         units = "documents" if str(text.get("documents", "")).startswith("each") else "windows"
         lines.append(("intervals", f"95 %, paired bootstrap over {units}, 1000 resamples, seed {protocol.get('seed')}"))

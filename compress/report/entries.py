@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.errors import InputError
+from compress.core.safetensors_io import read_header
 from compress.report.data import summary
 
 
@@ -42,7 +43,7 @@ def _read(path: Path) -> Entry:
         name=path.absolute().name,
         source=str((manifest.get("lineage") or {}).get("source") or "an unknown source"),
         summary=summary({"stages": [_as_stage(stage) for stage in recipe.get("stages") or []]}),
-        bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        bytes=sum(info.bytes for file in path.glob("*.safetensors") for info in read_header(file).values()),
         evaluation=_json(evaluation, "") if evaluation.is_file() else {},
         run=_json(run, "") if run.is_file() else None,
         recipe=recipe,

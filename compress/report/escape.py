@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 _HARMLESS = frozenset("\n\t")
-_MARKUP = re.compile(r"[&<>*_`\[\]\\|#!@~$^{}\"']|(?<=:)//|(?i:www)(?=\.)|(?m:^(?:[-+=](?=[-+= ]|$)|\d+[.)](?= |$)))")
+_MARKUP = re.compile(r"[&<>*_`\[\]\\|#!@~${}]|(?<=:)//|(?i:www)(?=\.)|(?m:^(?:[-+=](?=[-+= ]|$)|\d+[.)](?= |$)))")
 
 
 class Verbatim(str):

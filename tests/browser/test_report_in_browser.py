@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from compress.report import compare, write_report
 from tests.hostile_names import HOSTILE
@@ -88,7 +90,7 @@ def test_a_comparison_is_laid_out_and_hostile_names_run_nothing(chromium, tmp_pa
         run = sample_run(bits=bits)
         (folder / "compress.json").write_text(json.dumps({"recipe": run["recipe"], "lineage": run["lineage"]}))
         (folder / "evaluation.json").write_text(json.dumps(run["evaluation"]))
-        (folder / "model.safetensors").write_bytes(bytes(run["artifact"]["bytes"] // 100))
+        save_file({"weights": torch.zeros(1000 * bits, dtype=torch.uint8)}, folder / "model.safetensors")
         paths.append(folder)
     said = look(chromium, compare(paths, tmp_path / "out")[0], tmp_path / "profile", 1200)
     assert said["rows"] == 3
