@@ -73,10 +73,10 @@ def _buffer(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path | Non
     if folder is None:
         return torch.empty(shape, dtype=dtype)
     elements = math.prod(shape)
-    handle, path = tempfile.mkstemp(prefix="activations-", dir=folder)
     try:
-        os.posix_fallocate(handle, 0, elements * dtype.itemsize)
-        return torch.from_file(path, shared=True, size=elements, dtype=dtype).view(shape)
+        with tempfile.NamedTemporaryFile(prefix="activations-", dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, elements * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=elements, dtype=dtype).view(shape)
     except OSError as error:
         gigabytes = elements * dtype.itemsize / 1e9
         raise ResourceError(
@@ -84,6 +84,3 @@ def _buffer(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path | Non
             where=str(folder),
             hint="free the disk, or use fewer calibration tokens",
         ) from error
-    finally:
-        os.close(handle)
-        os.unlink(path)

@@ -63,9 +63,18 @@ class Site:
     @property
     def weight(self) -> Tensor:
         """The weight as it now is, fp32 [out, in]: a fresh copy at each access."""
-        if self.replacement is None:
-            return self._checkpoint.weight(self.name).to(torch.float32, copy=True)
-        return dense(self.replacement, torch.float32, copy=True)
+        return self.rows(slice(None))
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows of the weight, fp32: a fresh copy of these alone where the weight is stored dense."""
+        value = self.replacement
+        if value is None and self.name not in self._checkpoint.schemes:
+            value = self._checkpoint.weight(self.name)
+        if isinstance(value, Tensor):
+            return value[rows].to(self.original.device, torch.float32, copy=True)
+        if value is None:
+            return self._checkpoint.weight(self.name, torch.float32).to(self.original.device)[rows]
+        return value.dequantize(torch.float32).to(self.original.device)[rows]
 
     def replace(self, value: Tensor | QuantTensor) -> None:
         """Install a new weight [out, in] and keep it for the sink. Later statistics and outputs see what is stored."""
@@ -221,6 +230,6 @@ class Block:
         return BlockRecord(self.index, self.name, output_error, tuple(sites))
 
 
-def dense(value: Tensor | QuantTensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+def dense(value: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
     """A weight as a plain tensor of `dtype`."""
-    return value.to(dtype, copy=copy) if isinstance(value, Tensor) else value.dequantize(dtype)
+    return value.to(dtype) if isinstance(value, Tensor) else value.dequantize(dtype)

@@ -81,6 +81,7 @@ class Gathering:
                 hooks.callback(tap.group.sites[0].module.register_forward_pre_hook(hook).remove)
             for batch in stream.batches():
                 counted = stream.counted(batch)
+                counted = None if counted is None else counted.to(self._device)
                 for tap in taps:
                     tap.counted = counted
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.core.calibration import Tokens
 from compress.core.checkpoint import Checkpoint
-from compress.core.errors import InputError, UsageError
+from compress.core.errors import InputError, ResourceError, UsageError
 from compress.core.events import Event, Metric, Progress
 from compress.core.grid import fit_grid
 from compress.core.scheme import Scheme
@@ -414,3 +415,36 @@ def test_bf16_model_in_fp32_is_close_to_bf16_forward(tiny_model: TinyModel, fami
     assert float((automatic - expected).norm() / expected.norm()) < 0.05
     block = checkpoint.build_block(0, torch.float32)
     assert block.get_parameter("self_attn.q_proj.weight").dtype is torch.bfloat16
+
+
+def test_rows_are_part_of_the_weight(tiny_model: TinyModel) -> None:
+    block = next(iter(walk(Checkpoint.open(tiny_model("llama", dtype="bfloat16")), None)))
+    site = next(block.sites)
+    assert torch.equal(site.rows(slice(3, 9)), site.weight[3:9])
+    site.rows(slice(3, 9)).zero_()
+    assert site.weight[3:9].any()
+    site.replace(rounded(site.weight))
+    assert torch.equal(site.rows(slice(3, 9)), site.weight[3:9])
+
+
+def test_no_room_for_spilling_is_a_resource_error(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    checkpoint = Checkpoint.open(tiny_model("llama"))
+    blocks = walk(checkpoint, tokens_of(checkpoint), spill_folder=tmp_path, spill_above_bytes=1)
+    with pytest.raises(ResourceError, match="no room for 0.0 GB of activations: No space left on device"):
+        next(iter(blocks))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_walk_does_nothing(tiny_model: TinyModel) -> None:
+    checkpoint = Checkpoint.open(tiny_model("llama"))
+    sink = Memory()
+    for block in walk(checkpoint, None, sink=sink):
+        assert block.groups
+    assert list(walk(checkpoint, tokens_of(checkpoint), collect={Hessian}, sink=sink)) == []
+    assert sink.finished() == LAYERS
