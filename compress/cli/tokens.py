@@ -42,7 +42,7 @@ def calibrate(
     asked = loaded.calibration.model_dump(mode="json")
     save_tokens(output, tokens, tokenizer_sha256=tokenizer_sha256(checkpoint.folder), recipe=asked)
     samples, length = tokens.ids.shape
-    say.show(f"{samples} samples of {length} tokens, {tokens.count:,} in all, sha256 {tokens.sha256}")
+    say.line(f"{samples} samples of {length} tokens, {tokens.count:,} in all, sha256 {tokens.sha256}")
     say.answer(output)
     say.finish("calibrate", path=str(output), samples=samples, length=length, tokens=tokens.count, sha256=tokens.sha256)
 
