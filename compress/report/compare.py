@@ -155,7 +155,8 @@ def _task_columns(entries: Sequence[Entry], notes: list[str]) -> list[_Column]:
                 else None
                 for entry in entries
             ]
-            columns.append(_Column(f"{task}: {metric}{mark}", "task", of))
+            if any(of):
+                columns.append(_Column(f"{task}: {metric}{mark}", "task", of))
         note = f"{task} was asked in different ways: its figures stand in columns of their own."
         if len(protocols) > 1 and note not in notes:
             notes.append(note)
