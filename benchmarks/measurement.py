@@ -1,6 +1,7 @@
 """Wall time and peak anonymous memory of a command, taken from outside: every tool is measured by the same code."""
 
 import os
+import resource
 import subprocess
 import time
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ AGE_SCRIPT = "import sys; sys.path.insert(0, {here!r}); {imports}; import runner
 @dataclass(frozen=True)
 class Measurement:
     seconds: float
+    cpu_seconds: float  # user and system time of the command and its children
     peak_rss_anon_bytes: int  # the largest sum over the command and its children, seen every 20 ms
     exit_code: int
     load_before: float  # the machine's load average over the last minute, before the start
@@ -41,15 +43,22 @@ def rss_anon_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
+def cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def measure(command: list[str], environment: dict[str, str], log: IO[bytes]) -> Measurement:
     load = os.getloadavg()[0]
+    cpu_before = cpu_seconds_of_children()
     started = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     peak = 0
     while process.poll() is None:
         peak = max(peak, sum(rss_anon_bytes(pid) for pid in children(process.pid)))
         time.sleep(INTERVAL_S)
-    return Measurement(time.perf_counter() - started, peak, process.returncode, load)
+    seconds = time.perf_counter() - started
+    return Measurement(seconds, cpu_seconds_of_children() - cpu_before, peak, process.returncode, load)
 
 
 def after_imports(python: Path | str, imports: str, figure: str, environment: dict[str, str]) -> float:

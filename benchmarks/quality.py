@@ -97,9 +97,8 @@ def wanted_cases(asked: argparse.Namespace) -> Iterator[Case]:
     for model, seed, bits in product(asked.models, asked.seeds, sorted(asked.bits)):
         for tool, group_size in product(asked.tools, asked.groups):
             for variant in VARIANTS[tool]:
-                if asked.variants and variant not in asked.variants:
-                    continue
-                yield Case(model, tool, variant, "gptq", bits, group_size, seed)
+                if tool == tools.OURS or not asked.variants or variant in asked.variants:
+                    yield Case(model, tool, variant, "gptq", bits, group_size, seed)
             if tool != "gptqmodel" and seed == asked.seeds[0]:
                 yield Case(model, tool, "default", "rtn", bits, group_size, seed)
 
@@ -195,7 +194,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the folder with models/ and text/")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--tools", nargs="+", default=[*VARIANTS], choices=[*VARIANTS])
-    parser.add_argument("--variants", nargs="+", help="only these settings of the tools")
+    parser.add_argument("--variants", nargs="+", help="only these settings of the peers")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--groups", nargs="+", type=int, default=[32, 64, 128, -1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])

@@ -89,6 +89,7 @@ def run_once(contestant: str, inputs: Inputs, work: Path, asked: argparse.Namesp
         "shape": inputs.shape,
         "seconds": measured.seconds,
         "seconds_after_imports": measured.seconds - imports,
+        "cpu_seconds": measured.cpu_seconds,
         "peak_rss_anon_bytes": measured.peak_rss_anon_bytes,
         "bytes_above_bare_imports": measured.peak_rss_anon_bytes - figures["bare_import_bytes"],
         "artifact_bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
