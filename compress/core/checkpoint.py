@@ -140,13 +140,22 @@ class Checkpoint:
 
     def block_tensors(self, index: int) -> list[str]:
         """Disk names of block `index`, in file order."""
-        prefix = self.block_name(index) + "."
-        return [name for name in self.tensors if name.startswith(prefix)]
+        return list(self._by_block[index])
 
     def rest_tensors(self) -> list[str]:
         """Disk names of everything outside the blocks: embedding, final norm, head."""
-        inside = {name for index in range(self.num_blocks) for name in self.block_tensors(index)}
-        return [name for name in self.tensors if name not in inside]
+        return list(self._by_block[-1])
+
+    @cached_property
+    def _by_block(self) -> list[list[str]]:
+        """Disk names of each block, and last those outside."""
+        found: list[list[str]] = [[] for _ in range(self.num_blocks + 1)]
+        prefix = self.architecture.blocks + "."
+        for name in self.tensors:
+            number = name[len(prefix) :].split(".")[0] if name.startswith(prefix) else ""
+            inside = number.isdecimal() and int(number) < self.num_blocks
+            found[int(number) if inside else -1].append(name)
+        return found
 
     def groups(self, index: int) -> list[tuple[str, list[str]]]:
         """(group name, module names on disk) of block `index`, along the forward."""
@@ -155,17 +164,16 @@ class Checkpoint:
     def groups_by_depth(self, index: int) -> list[tuple[str, list[str], int]]:
         """As groups(), with the depth of each: groups of one depth do not feed each other."""
         block = self.block_name(index)
-        specs = self.architecture.groups_of(self._expert_count(block))
+        specs = self.architecture.groups_of(self._expert_count(index))
         return [(spec.name, [f"{block}.{site}" for site in spec.sites], spec.depth) for spec in specs]
 
-    def _expert_count(self, block: str) -> int:
+    def _expert_count(self, index: int) -> int:
         """How many experts a block has on disk; 0 for a dense block."""
         experts = self.architecture.experts
         if experts is None:
             return 0
-        prefix = f"{block}.{experts.on_disk}."
-        numbers = {name[len(prefix) :].split(".")[0] for name in self.tensors if name.startswith(prefix)}
-        return len(numbers)
+        prefix = f"{self.block_name(index)}.{experts.on_disk}."
+        return len({name[len(prefix) :].split(".")[0] for name in self._by_block[index] if name.startswith(prefix)})
 
     def sites(self, index: int) -> list[str]:
         """Module names on disk of block `index`'s linear layers."""
