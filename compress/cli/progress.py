@@ -40,7 +40,7 @@ class _Memory(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         held = task.fields["held"] if task.finished else memory_bytes()
-        return Text(f"{format_bytes(held)} held" if held is not None else "", style="dim")
+        return Text(format_bytes(held) if held is not None else "", style="dim")
 
 
 class LiveProgress:
@@ -51,7 +51,7 @@ class LiveProgress:
         self._live = output.people.is_terminal and not output.json and not output.quiet
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[count]}", markup=False),
             TextColumn("{task.fields[time]}", markup=False),
             _Memory(),

@@ -64,7 +64,7 @@ def quality_rows(evaluation: Mapping[str, Any]) -> Iterator[Row]:
         yield "bits per byte", figure(per_byte["original"]), figure(per_byte["artifact"]), ""
     divergence = evaluation.get("kl")
     if divergence:
-        yield "KL divergence", NOTHING, f"{figure(divergence['mean'])} nats", f"99th: {figure(divergence['p99'])}"
+        yield "KL divergence (nats)", NOTHING, figure(divergence["mean"]), f"99th: {figure(divergence['p99'])}"
     flips = evaluation.get("flips")
     if flips:
         yield "top-1 flips", NOTHING, percent(flips["share"]), ""
@@ -77,7 +77,7 @@ def _task_rows(name: str, metrics: Mapping[str, Any]) -> Iterator[Row]:
     for metric in [main] if main else sorted(metrics):
         found = metrics[metric]
         if metric in _SHARES:
-            moved = change(found.get("difference"), found.get("interval"), "points")
+            moved = change(found.get("difference"), found.get("interval"), "pt")
             yield f"{name} ({metric})", percent(found["original"]), percent(found["artifact"]), moved
         else:
             yield f"{name} ({metric})", figure(found["original"]), figure(found["artifact"]), ""
