@@ -21,6 +21,8 @@ _SAMPLED_ROWS = 64  # rows on which a layer's output power is measured
 
 @dataclass(frozen=True, slots=True)
 class Settings:
+    """What GPTQ takes from its recipe, without the scheme."""
+
     damping: float
     activation_order: bool
     tokens_per_channel: float
@@ -36,7 +38,7 @@ def solve_group(group: Group, sites: list[Site], scheme: Scheme, settings: Setti
         return _fall_back(sites, scheme, settings, job, reason)
     hessian_KK = group.statistics[Hessian]
     importance_K = hessian_KK.diagonal().clone()
-    power = {site.name: _output_power(site.weight, hessian_KK) for site in sites}
+    power = {site.name: _output_power(site, hessian_KK) for site in sites}
     factor = factorise(hessian_KK, damping=settings.damping, activation_order=settings.activation_order)
     if factor is None:
         return _fall_back(sites, scheme, settings, job, "the Hessian could not be factorised at any damping")
@@ -44,7 +46,7 @@ def solve_group(group: Group, sites: list[Site], scheme: Scheme, settings: Setti
         job.events(Notice(f"needed damping {factor.damping:g} after {factor.retries} retries", sites[0].name))
     results = {site.name: _Result(site.shape, scheme, scale_dtype) for site in sites}
     for pieces in _chunks(sites, max(1, _CHUNK_BYTES // (4 * width))):
-        weight_RK = torch.cat([site.weight[rows] for site, rows in pieces])
+        weight_RK = torch.cat([site.rows(rows) for site, rows in pieces])
         grid = fit_grid(
             weight_RK, scheme, scale_dtype=scale_dtype, clip=CLIPS[settings.clip], importance_K=importance_K
         )
@@ -133,11 +135,11 @@ def _chunks(sites: list[Site], rows_at_once: int) -> Iterator[list[tuple[Site, s
         yield pieces
 
 
-def _output_power(weight_OK: torch.Tensor, hessian_KK: torch.Tensor) -> float:
+def _output_power(site: Site, hessian_KK: torch.Tensor) -> float:
     """tr(W H Wᵀ), from evenly spaced rows: what the layer's error is relative to."""
-    step = max(1, len(weight_OK) // _SAMPLED_ROWS)
-    sampled = weight_OK[::step]
-    return float(((sampled @ hessian_KK) * sampled).sum()) * len(weight_OK) / len(sampled)
+    outputs = site.shape[0]
+    sampled_RK = site.rows(slice(None, None, max(1, outputs // _SAMPLED_ROWS)))
+    return float(((sampled_RK @ hessian_KK) * sampled_RK).sum()) * outputs / len(sampled_RK)
 
 
 def _fall_back(sites: list[Site], scheme: Scheme, settings: Settings, job: Job, reason: str) -> None:

@@ -24,10 +24,8 @@ def pack_rows(codes_OK: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned codes [O, K] -> int32 [O, ceil(K*bits/32)]: each row one bit stream, least significant bit first."""
     rows, width = codes_OK.shape
     runs = -(-width // _RUN)
-    joined = codes_OK.to(torch.uint8)
-    if width % _RUN:
-        joined = torch.nn.functional.pad(joined, (0, runs * _RUN - width))
-    joined = joined.contiguous()
+    joined = torch.zeros((rows, runs * _RUN), dtype=torch.uint8, device=codes_OK.device)
+    joined[:, :width] = codes_OK
     held = bits
     for dtype, size in _WIDER:  # neighbours (a, b) of `held` bits each -> a | b << held
         pair = joined.view(dtype)
@@ -46,7 +44,8 @@ def unpack_rows(words_OW: torch.Tensor, bits: int, width: int) -> torch.Tensor:
     """Inverse of `pack_rows`: int32 [O, W] -> uint8 codes [O, width]."""
     rows = words_OW.shape[0]
     runs = -(-width // _RUN)
-    stream = words_OW.contiguous().view(torch.uint8)
+    words = torch.empty(words_OW.shape, dtype=torch.int32, device=words_OW.device)  # plain strides, whatever came in
+    stream = words.copy_(words_OW).view(torch.uint8)
     spaced = torch.zeros((rows, runs, _RUN), dtype=torch.uint8, device=words_OW.device)
     missing = runs * bits - stream.shape[1]
     if missing > 0:

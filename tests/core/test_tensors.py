@@ -41,6 +41,12 @@ def test_the_stream_is_least_significant_bit_first(bits: int) -> None:
     assert [word & 0xFFFFFFFF for word in pack_rows(codes, bits)[0].tolist()] == expected
 
 
+def test_single_columns_with_odd_strides() -> None:
+    codes = torch.tensor([[3, 0, 2]], dtype=torch.uint8).t().contiguous()
+    packed = pack_rows(codes, 2)
+    assert torch.equal(unpack_rows(packed.t().contiguous().t(), 2, 1), codes)
+
+
 def test_dequantize_follows_the_definition() -> None:
     scheme = Scheme(4, group_size=4, symmetric=False)
     codes = torch.tensor([[-8, 7, 0, 3, -1, 2]], dtype=torch.int8)
