@@ -113,23 +113,15 @@ def _fallbacks(blocks: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
 
 
 def run_json(
-    facts: Mapping[str, Any],
-    plan: RunPlan,
-    journal: Journal,
-    *,
-    output: Path,
-    gate: Gate | None,
-    failures: list[str],
+    facts: Mapping[str, Any], plan: RunPlan, journal: Journal, *, gate: Gate | None, failures: list[str]
 ) -> dict[str, Any]:
-    """The content of run.json: the facts, and what this machine took for them."""
+    """The content of run.json: the facts (with path and file_bytes of the artifact), and what this machine took."""
     stages = [{**stage, **_measured(journal, number)} for number, stage in enumerate(facts["stages"])]
     evaluation = journal.last("evaluation") or {}
     seconds = sum(stage["seconds"] for stage in stages) + evaluation.get("seconds", 0.0)
     peaks = [stage["peak_memory_bytes"] for stage in stages] + [evaluation.get("peak_memory_bytes", 0)]
-    file_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return {
         **facts,
-        "artifact": {**facts["artifact"], "path": str(output), "file_bytes": file_bytes},
         "stages": stages,
         "plan": {
             "bytes": plan.bytes_out,
@@ -140,7 +132,7 @@ def run_json(
         },
         "measured": {
             "bytes": facts["artifact"]["bytes"],
-            "artifact_bytes": file_bytes,
+            "artifact_bytes": facts["artifact"]["file_bytes"],
             "peak_memory_bytes": max(peaks),
             "minutes": seconds / 60,
         },

@@ -80,9 +80,10 @@ def _report(inputs: Inputs, workspace: Workspace, journal: Journal) -> RunResult
     from compress.report import write_report
 
     facts = artifact_facts(inputs, Checkpoint.open(workspace.output), journal)
+    facts["artifact"] |= {"path": str(workspace.output), "file_bytes": workspace.output_bytes()}
     gate = inputs.recipe.gate
-    failures = check_gate(gate, facts["evaluation"], {"bytes": facts["artifact"]["bytes"]})
-    summary = run_json(facts, inputs.plan, journal, output=workspace.output, gate=gate, failures=failures)
+    failures = check_gate(gate, facts["evaluation"], {"bytes": facts["artifact"]["file_bytes"]})
+    summary = run_json(facts, inputs.plan, journal, gate=gate, failures=failures)
     make_folder(workspace.report)
     atomic_write(workspace.report / "run.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     write_report(summary, workspace.report)

@@ -57,7 +57,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> 
         bytes_out=bytes_out,
         artifact_bytes=bytes_out + extra_bytes,
         peak_memory_bytes=max(stage.peak_memory_bytes for stage in stages),
-        disk_bytes=_disk_bytes(stages) + extra_bytes,
+        disk_bytes=_disk_bytes(recipe, stages) + extra_bytes,
         minutes=sum(stage.minutes for stage in stages),
         notices=tuple(dict.fromkeys(notice for stage in stages for notice in stage.notices)),
     )
@@ -104,7 +104,12 @@ def _files_beside_tensors(checkpoint: Checkpoint, last: Plan) -> int:
     return headers + aux + _EXTRA_FILES_BYTES
 
 
-def _disk_bytes(stages: tuple[Plan, ...]) -> int:
-    """The most at one time: a stage's own disk beside what the stage before it left."""
+def _disk_bytes(recipe: Recipe, stages: tuple[Plan, ...]) -> int:
+    """The most at one time: a stage's own disk beside what the stage before it left, or beside the rounded result.
+
+    Quantized results are linked, not copied.
+    """
     before = [0, *(stage.bytes_out for stage in stages[:-1])]
-    return max(left + stage.disk_bytes for left, stage in zip(before, stages, strict=True))
+    most = max(left + stage.disk_bytes for left, stage in zip(before, stages, strict=True))
+    is_copied = recipe.stages[-1].settings.gives != "quantized"
+    return max(most, stages[-1].disk_bytes + stages[-1].bytes_out) if is_copied else most

@@ -36,7 +36,11 @@ class Workspace:
 
     def used_bytes(self) -> int:
         """Bytes that an unfinished run already holds."""
-        return sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
+        return _file_bytes(self.partial)
+
+    def output_bytes(self) -> int:
+        """Bytes of all files of the published artifact."""
+        return _file_bytes(self.output)
 
     def stage(self, number: int, kind: str) -> Path:
         return self.stages / f"{number:02d}-{kind}"
@@ -100,6 +104,10 @@ class Workspace:
             if path.name not in held:
                 remove_tree(path)
         remove_file(self.journal)
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _exists(output: Path) -> UsageError:
