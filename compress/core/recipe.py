@@ -7,130 +7,36 @@ transformers; each stage's settings are checked by the Pass of its method.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    SerializeAsAny,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationError, model_serializer
 
 from compress.core.errors import RecipeError
 from compress.core.passes import Pass
 from compress.core.places import locate
 from compress.core.positions import ROOT, Problem, YamlSource
-from compress.core.quantities import Fraction, Size
 from compress.core.recipe_checks import CHECKS, apply_overrides, reserved_problem
+from compress.core.recipe_sections import Calibration, Evaluation, Export, Gate, Perplexity, Section, Text
 from compress.core.recipe_stages import Kind, read_stages
 from compress.core.recipe_words import problems_of
 from compress.core.yaml_source import parse_yaml, read_yaml
 
-Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
+__all__ = [
+    "Calibration",
+    "Evaluation",
+    "Export",
+    "Gate",
+    "Perplexity",
+    "Recipe",
+    "Stage",
+    "check_recipe",
+    "load_recipe",
+    "parse_evaluation",
+    "parse_recipe",
+]
 
 
-def _not_a_number(value: Any) -> Any:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        raise ValueError(f"should be auto, true or false, not {value}")  # pydantic takes 1 for true in a Literal
-    return value
-
-
-SpecialTokens = Annotated[Literal["auto", True, False], BeforeValidator(_not_a_number)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class Calibration(_Section):
-    """Text (or token ids) that calibrated methods look at. `dataset` is a hub id, a folder, .jsonl, .txt, .parquet,
-    token ids in .safetensors, or demo/calibration; relative paths start at the recipe's folder."""
-
-    dataset: Text
-    field: Text = "text"
-    split: Text = "train"
-    samples: Positive = 128
-    length: Annotated[int, Field(ge=2)] = 2048
-    seed: Annotated[int, Field(ge=0)] = 0
-    pack: bool = True
-    special_tokens: SpecialTokens = "auto"
-    prefix: str = ""
-    chat_template: bool = False
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-
-    @model_serializer(mode="wrap")
-    def _as_written(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Token files are taken whole where the recipe leaves their size open; it stays open when written back."""
-        data = dump(self)
-        if self.dataset.endswith(".safetensors"):
-            return {k: v for k, v in data.items() if k in self.model_fields_set or k not in ("samples", "length")}
-        return data
-
-
-class Export(_Section):
-    """How the result is stored on disk."""
-
-    format: Literal["compressed-tensors"] = "compressed-tensors"
-
-
-class Perplexity(_Section):
-    """Perplexity and KL divergence over a text, in windows of `window` tokens that advance by `stride`.
-
-    `documents: true` scores each document by itself; `samples` bounds how many documents are read.
-    """
-
-    dataset: Text
-    field: Text = "text"
-    split: Text = "test"
-    window: Annotated[int, Field(ge=2)] = 2048
-    stride: Positive | None = None
-    samples: Positive | None = None
-    prefix: str = ""
-    special_tokens: SpecialTokens = "auto"
-    documents: bool = False
-
-
-class Evaluation(_Section):
-    """What is measured on the original and on the artifact. Tasks are lm-eval's, by name or from `task_folder`."""
-
-    perplexity: Perplexity | None = None
-    tasks: tuple[Text, ...] = ()
-    task_folder: Text | None = None
-    fewshot: Annotated[int, Field(ge=0)] | None = None
-    limit: Positive | None = None
-    chat_template: bool = False
-    through: Literal["transformers"] = "transformers"
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    def located(self, base_folder: Path) -> "Evaluation":
-        """This evaluation with absolute paths, as `Recipe.located` gives it."""
-        update: dict[str, Any] = {}
-        if self.task_folder:
-            update["task_folder"] = locate(self.task_folder, "tasks", base_folder)
-        if self.perplexity:
-            dataset = locate(self.perplexity.dataset, "evaluation", base_folder)
-            update["perplexity"] = self.perplexity.model_copy(update={"dataset": dataset})
-        return self.model_copy(update=update)
-
-
-class Gate(_Section):
-    """Bounds that the artifact must keep, else the command ends with exit code 5. Each needs its measurement."""
-
-    max_perplexity_increase: Fraction | None = None
-    max_perplexity: Annotated[float, Field(gt=0)] | None = None
-    max_kl: Annotated[float, Field(ge=0)] | None = None
-    max_size: Size | None = None
-    min_accuracy: dict[Text, Fraction] = Field(default_factory=dict)
-    max_accuracy_drop: Fraction | None = None
-
-
-class Stage(_Section):
+class Stage(Section):
     """One step: its kind, its method, and the method's settings. Written as `- quantize: {method: gptq, bits: 4}`."""
 
     kind: Kind
@@ -142,13 +48,13 @@ class Stage(_Section):
         return {self.kind: {"method": self.method, **self.settings.model_dump(mode="json")}}
 
 
-class _WithoutStages(_Section):
-    model: Text
-    revision: Text | None = None
-    calibration: Calibration | None = None
-    export: Export = Export()
-    evaluate: Evaluation | None = None
-    gate: Gate | None = None
+class _WithoutStages(Section):
+    model: Text = Field(description="hub id or folder, or demo; --model replaces it")
+    revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
+    calibration: Calibration | None = Field(None, description="text that calibrated methods look at")
+    export: Export = Field(default_factory=Export, description="how the result is stored")
+    evaluate: Evaluation | None = Field(None, description="what is measured on original and artifact")
+    gate: Gate | None = Field(None, description="bounds; a miss ends the command with exit code 5")
 
 
 class Recipe(_WithoutStages):
