@@ -7,7 +7,7 @@ from typing import Any
 
 import compress
 from compress.core.scheme import Scheme
-from compress.report.data import as_yaml, protocol_lines, summary
+from compress.report.data import as_yaml, model_name, protocol_lines, summary
 from compress.report.escape import visible
 from compress.report.figures import headline
 from compress.report.render import markdown_text
@@ -23,8 +23,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     lineage, source = facts.get("lineage") or {}, facts["source"]
     body = markdown_text(
         "card.md.j2",
-        title=_title(source["id"]),
-        source=source["id"],
+        title=f"{model_name(facts).rsplit('/', 1)[-1]}, compressed",
+        source=model_name(facts),
         revision=source.get("revision"),
         licence=lineage.get("licence"),
         summary=summary(facts),
@@ -41,10 +41,6 @@ def model_card(facts: Mapping[str, Any]) -> str:
         hashes=sorted((lineage.get("sha256") or {}).items()),
     )
     return f"---\n{_metadata(facts)}\n---\n\n{body.strip()}\n"
-
-
-def _title(source: str) -> str:
-    return f"{source.rsplit('/', 1)[-1]}, compressed"
 
 
 def _metadata(facts: Mapping[str, Any]) -> str:

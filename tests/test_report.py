@@ -150,6 +150,13 @@ def test_what_was_not_measured_is_said(tmp_path):
     assert "The original was not measured" in Structure(read(write_report(run, tmp_path))[0]).text
 
 
+def test_the_bundled_model_is_called_by_what_it_is(tmp_path):
+    run = sample_run(blocks=1, model="demo")
+    run["source"]["id"] = "model"
+    assert "<h1>demo model</h1>" in read(write_report(run, tmp_path))[0]
+    assert "# demo model, compressed" in model_card(run)
+
+
 def test_a_failed_gate_is_said_first(tmp_path):
     run = sample_run()
     run["gate"]["failures"] = ["perplexity rose by 2.1 %, more than the 2 % that the gate allows"]

@@ -54,7 +54,7 @@ def report_data(run: Mapping[str, Any]) -> ReportData:
     fallbacks = [(str(item["where"]), str(item["reason"])) for item in run.get("fallbacks") or []]
     rows, note = layers.layer_rows(run, MOST_LINES)
     return ReportData(
-        title=str(run["source"]["id"]),
+        title=model_name(run),
         subtitle=summary(run),
         gate_asked=bool((run.get("gate") or {}).get("asked")),
         gate_failures=(run.get("gate") or {}).get("failures") or [],
@@ -75,6 +75,12 @@ def report_data(run: Mapping[str, Any]) -> ReportData:
         lineage=_lineage(run),
         files=_files(run),
     )
+
+
+def model_name(run: Mapping[str, Any]) -> str:
+    """What the source is called: its hub id, its folder's name, or the demo model."""
+    is_demo = str((run.get("recipe") or {}).get("model")) in ("demo", "demo/model")
+    return "demo model" if is_demo else str(run["source"]["id"])
 
 
 def summary(run: Mapping[str, Any]) -> str:
