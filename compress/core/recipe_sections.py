@@ -59,7 +59,7 @@ class Calibration(Section):
 class Export(Section):
     """How the result is stored on disk."""
 
-    format: Literal["compressed-tensors"] = Field("compressed-tensors", description="format of the artifact")
+    format: Literal["compressed-tensors"] = Field(default="compressed-tensors", description="format of the artifact")
 
 
 class Perplexity(Section):
@@ -105,6 +105,6 @@ class Gate(Section):
     max_perplexity_increase: Fraction | None = Field(None, description="of the artifact over the original, e.g. 2%")
     max_perplexity: Annotated[float, Field(gt=0)] | None = Field(None, description="of the artifact")
     max_kl: Annotated[float, Field(ge=0)] | None = Field(None, description="mean KL divergence, nats per token")
-    max_size: Size | None = Field(None, description="bytes of the weights, e.g. 120MB or 4GiB")
+    max_size: Size | None = Field(None, description="bytes of all files, e.g. 120MB or 4GiB")
     min_accuracy: dict[Text, Fraction] = Field(default_factory=dict, description="least accuracy by task")
     max_accuracy_drop: Fraction | None = Field(None, description="most that the accuracy of any task may fall, e.g. 1%")
