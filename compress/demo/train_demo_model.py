@@ -56,12 +56,12 @@ def main() -> None:
     model = build_model(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, generator)
     trainer = Trainer(model, tokenizer, stream, held_out, settings, arguments.workers)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = arguments.work / "checkpoint.pt"
+    checkpoint = arguments.work / "checkpoint.safetensors"
     if arguments.resume:
         trainer.resume(checkpoint)
     trainer.train(checkpoint)
 
-    model.load_state_dict(trainer.best_weights)
+    model.load_state_dict(trainer.best_weights, strict=False)  # the head is the embedding
     model.to(torch.bfloat16)
     model.save_pretrained(arguments.output)
     save_tokenizer(tokenizer, arguments.output)

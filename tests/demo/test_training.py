@@ -102,10 +102,10 @@ def test_a_resumed_run_ends_in_the_same_weights(tokenizer, tmp_path):
     first = new_trainer(tokenizer, steps=4)
     batches = first._batches
     first._batches = lambda: (batch for _, batch in zip(range(2), batches(), strict=False))
-    first.train(tmp_path / "half.pt")
+    first.train(tmp_path / "half.safetensors")
     second = new_trainer(tokenizer, steps=4)
-    second.resume(tmp_path / "half.pt")
-    second.train(tmp_path / "half.pt")
+    second.resume(tmp_path / "half.safetensors")
+    second.train(tmp_path / "half.safetensors")
     assert second.step == whole.step == 4
     assert second.best_bits == whole.best_bits < 20
     for name, weight in whole.model.state_dict().items():

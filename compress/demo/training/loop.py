@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.core.files import atomic_file
+from compress.core.files import write_safetensors
 from compress.demo.training.muon import Muon
 from compress.demo.training.score import bits_per_byte
 
@@ -109,12 +110,19 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint of the same text and settings; only `steps` may differ."""
-        state = torch.load(checkpoint, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.best_bits, self.best_step = state["step"], state["best_bits"], state["best_step"]
-        self.best_weights = state["best_weights"]
+        with safe_open(checkpoint, framework="pt") as file:
+            facts = file.metadata()
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        self.model.load_state_dict(_part(kept, "model/"), strict=False)
+        for index, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, value in _part(kept, f"optimizer{index}/").items():
+                parameter, _, key = name.partition("/")
+                state.setdefault(int(parameter), {})[key] = value
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        self.best_weights = _part(kept, "best/")
+        self.step, self.best_step = int(facts["step"]), int(facts["best_step"])
+        self.best_bits = float(facts["best_bits"])
         log.info("resumed at step %d", self.step)
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -160,13 +168,18 @@ class Trainer:
             self.best_weights = copy.deepcopy(self.model.state_dict())
 
     def _save(self, checkpoint: Path) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "best_bits": self.best_bits,
-            "best_step": self.best_step,
-            "best_weights": self.best_weights,
-        }
-        with atomic_file(checkpoint) as file:
-            torch.save(state, file)
+        parts = {"model/": self._unique(self.model.state_dict()), "best/": self._unique(self.best_weights)}
+        for index, optimizer in enumerate(self.optimizers):
+            states = optimizer.state_dict()["state"].items()
+            parts[f"optimizer{index}/"] = {f"{i}/{key}": value for i, state in states for key, value in state.items()}
+        facts = {"step": self.step, "best_step": self.best_step, "best_bits": self.best_bits}
+        entries = [(prefix + name, value) for prefix, part in parts.items() for name, value in part.items()]
+        write_safetensors(checkpoint, entries, {key: repr(value) for key, value in facts.items()})
+
+    def _unique(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Without the head, which is the embedding."""
+        return {name: value for name, value in weights.items() if name != "lm_head.weight"}
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
