@@ -99,7 +99,7 @@ def wanted_cases(asked: argparse.Namespace) -> Iterator[Case]:
             for variant in VARIANTS[tool]:
                 if tool == tools.OURS or not asked.variants or variant in asked.variants:
                     yield Case(model, tool, variant, "gptq", bits, group_size, seed)
-            if tool != "gptqmodel" and seed == asked.seeds[0]:
+            if tool != "gptqmodel" and seed == 0:  # no calibration, no seeds
                 yield Case(model, tool, "default", "rtn", bits, group_size, seed)
 
 
