@@ -29,6 +29,8 @@ def fingerprint(
     """Fingerprint of a run, as plain data. Hashes the source's files (cached by the checkpoint)."""
     import torch
 
+    from compress.core.walk import compute_dtype
+
     return {
         "recipe": recipe.model_dump(mode="json"),
         "source": {
@@ -42,7 +44,7 @@ def fingerprint(
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "micro_batch": micro_batch,
-        "dtype": dtype,
+        "dtype": str(compute_dtype(checkpoint, dtype, device)).removeprefix("torch."),
         "evaluates": evaluates,
     }
 
