@@ -13,7 +13,7 @@ from typing import Any
 
 from compress.core.errors import InputError
 from compress.core.safetensors_io import read_header
-from compress.report.data import summary
+from compress.report.data import model_name, summary
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ def _read(path: Path) -> Entry:
     manifest = _json(path / "compress.json", "the folder is no artifact of ours: it has no compress.json")
     evaluation = path / "evaluation.json"
     run = path.with_name(f"{path.name}.report") / "run.json"
-    recipe = manifest.get("recipe") or {}
+    recipe, lineage = manifest.get("recipe") or {}, manifest.get("lineage") or {}
     return Entry(
         name=path.absolute().name,
-        source=str((manifest.get("lineage") or {}).get("source") or "an unknown source"),
+        source=model_name({"recipe": recipe, "source": {"id": lineage.get("source") or "an unknown source"}}),
         summary=summary({"stages": [_as_stage(stage) for stage in recipe.get("stages") or []]}),
         bytes=sum(info.bytes for file in path.glob("*.safetensors") for info in read_header(file).values()),
         evaluation=_json(evaluation, "") if evaluation.is_file() else {},
