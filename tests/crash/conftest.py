@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -106,10 +107,11 @@ def servers(workplace: Path) -> Iterator[list[ForkServer]]:
     """Two servers for two cores. They differ in all that must not matter: folder, locale, time zone, hash seed."""
     if shutil.which("strace") is None:
         pytest.skip("needs strace")
-    from tests.tiny import build
+    from tests import tiny
 
     folder = workplace
-    build(folder / "model", "llama")
+    with patch.dict(tiny.COMMON, num_hidden_layers=2):
+        tiny.build(folder / "model", "llama")
     (folder / "text.txt").write_text(STORY * 2)
     (folder / "short.txt").write_text(STORY[:60])
     plain = {"LC_ALL": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0"}

@@ -84,6 +84,7 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
 def child(request: dict[str, Any]) -> None:
     """Run and leave without the server's own clean-up."""
     code = 1
+    torch.set_num_threads(1)  # makes torch's thread pool anew; threads that find the server's would race for that
     try:
         count_commits(Path(request["commits"]))
         os.environ.update(request.get("environment", {}))
