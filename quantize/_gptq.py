@@ -37,13 +37,14 @@ def solve_group(group: Group, sites: list[Site], scheme: Scheme, settings: Setti
         reason = f"saw {group.tokens} tokens, fewer than {settings.tokens_per_channel:g} per input channel ({width})"
         return _fall_back(sites, scheme, settings, job, reason)
     hessian_KK = group.statistics[Hessian]
-    importance_K = hessian_KK.diagonal().clone()
     power = {site.name: _output_power(site, hessian_KK) for site in sites}
     factor = factorise(hessian_KK, damping=settings.damping, activation_order=settings.activation_order)
     if factor is None:
         return _fall_back(sites, scheme, settings, job, "the Hessian could not be factorised at any damping")
     if factor.retries:
         job.events(Notice(f"needed damping {factor.damping:g} after {factor.retries} retries", sites[0].name))
+    importance_K = torch.empty_like(factor.diagonal_K)
+    importance_K[factor.order_K] = factor.diagonal_K.square()  # what an error costs once later columns made up for it
     results = {site.name: _Result(site.shape, scheme, scale_dtype) for site in sites}
     for pieces in _chunks(sites, max(1, _CHUNK_BYTES // (4 * width))):
         weight_RK = torch.cat([site.rows(rows) for site, rows in pieces])

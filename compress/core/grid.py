@@ -40,8 +40,8 @@ class Clip:
     """
 
     steps: int = 8
-    refinements: int = 2
-    floor: float = 0.4
+    refinements: int = 3
+    floor: float = 0.5
     signed: bool = True
 
 

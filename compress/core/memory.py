@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
 
 IMPORTS_BYTES = 330 << 20  # Python with torch, transformers and this package, after the first forward
-GRID_CANDIDATES = 22  # spans that fit_grid tries
+GRID_CANDIDATES = 24  # spans that fit_grid tries
 GRID_PASSES = 7  # passes over the weights for each of them
 COLUMN_SECONDS = 60e-6  # what one column of a sweep costs beside its arithmetic
-MICRO_BATCH_TOKENS = 2048
 SOLVER_BYTES = 3 * (64 << 20)  # weights, errors and codes of one chunk of rows
 
 
@@ -52,6 +51,7 @@ class _Group:
 
 def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: bool = False) -> Cost:
     """Cost of quantizing every block of `checkpoint`, calibrated on `tokens` (None: no forward passes)."""
+    from compress.core._activations import MICRO_BATCH_TOKENS
     from compress.core.walk import SPILL_ABOVE_BYTES
 
     blocks = [_groups(checkpoint, index) for index in range(checkpoint.num_blocks)]
