@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compress.core.errors import ResourceError
 
+JUDGED_EVERY = 8
 MICRO_BATCH_TOKENS = 1024
 
 
@@ -63,6 +64,10 @@ class Activations:
     def counted(self, batch: slice) -> Tensor | None:
         """Which flattened positions of a micro-batch are tokens, bool [B·T]; None if all are."""
         return None if self._counted_NT is None else self._counted_NT[batch].reshape(-1)
+
+    def judged(self) -> Iterator[tuple[slice, bool]]:
+        """The micro-batches, and whether the block's output error is measured on it: on every eighth is enough."""
+        return ((batch, index % JUDGED_EVERY == 0) for index, batch in enumerate(self.batches()))
 
     def swap(self) -> None:
         """Let the targets be the next block's inputs."""

@@ -75,17 +75,19 @@ def _on_device(value: Any, device: str) -> Any:
 
 
 @torch.no_grad()
-def advance(block: Block, stream: Activations | None, device: str, compare: bool = False) -> float | None:
-    """Overwrite the stream's inputs with the block's outputs. `compare`: return their relative error to the targets."""
+def advance(
+    block: Block, stream: Activations | None, device: str, *, compare: bool = False, last: bool = False
+) -> float | None:
+    """Overwrite the stream's inputs with the block's outputs. `compare`: return their relative error to the targets,
+    on the judged micro-batches. Behind the `last` block nobody reads the outputs: only judged ones are computed."""
     if stream is None:
         return None
-    if compare and not block.replacements():
-        stream.swap()
-        return 0.0
     wrong = size = 0.0
-    for batch in stream.batches():
+    for batch, judged in stream.judged():
+        if last and not (compare and judged):
+            continue
         stream.inputs[batch] = block.forward(stream.inputs[batch].to(device))
-        if compare:
+        if compare and judged:
             wrong_here, size_here = _squares(stream.inputs[batch], stream.targets[batch], stream.counted(batch))
             wrong, size = wrong + wrong_here, size + size_here
     return wrong / size if compare and size else None

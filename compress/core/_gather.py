@@ -38,11 +38,12 @@ class Gathering:
         self._order: Order = order
         self._device = device
 
-    def before(self, block: Block) -> None:
-        """What is due before the caller sees the block: its targets, and in block order its statistics."""
+    def before(self, block: Block, *, all_targets: bool) -> None:
+        """What is due before the caller sees the block: its targets (all, or those of the judged micro-batches), and
+        in block order its statistics."""
         if self._stream is not None:
             wave = self._wave(block.groups) if self._order == "block" and self._collect else []
-            self._forward(block, wave, write_targets=True)
+            self._forward(block, wave, targets="all" if all_targets else "judged")
 
     def read(self, block: Block, group: Group) -> None:
         """Gather `group`'s statistics now, with whatever else fits in the same forward."""
@@ -52,10 +53,10 @@ class Gathering:
         waiting = [other for other in block.groups[block.groups.index(group) :] if not other.gathered]
         if self._order == "groups":
             waiting = [other for other in waiting if other.depth == group.depth]
-            self._forward(block, self._wave(waiting), write_targets=False)
+            self._forward(block, self._wave(waiting), targets="none")
         else:
             with original_weights(block):
-                self._forward(block, self._wave(waiting), write_targets=False)
+                self._forward(block, self._wave(waiting), targets="none")
 
     def _wave(self, groups: Sequence[Group]) -> list[Group]:
         wave: list[Group] = []
@@ -68,18 +69,24 @@ class Gathering:
         return wave
 
     @torch.no_grad()
-    def _forward(self, block: Block, wave: list[Group], *, write_targets: bool) -> None:
+    def _forward(self, block: Block, wave: list[Group], *, targets: Literal["all", "judged", "none"]) -> None:
         stream = self._stream
         if stream is None:
             return
         taps = [_Tap(group, self._collect, self._device) for group in wave]
         experts = next((module for module in block.module.modules() if isinstance(module, UnfusedExperts)), None)
-        last = wave[0] if len(wave) == 1 and not write_targets else None
+        deepest = [tap for tap in taps if tap.group.depth == max(group.depth for group in wave)]
+        last = deepest[0] if len(deepest) == 1 else None  # behind it nothing is of interest, unless it is a target
         with ExitStack() as hooks:
             for tap in taps:
-                hook = tap.hook(experts, stop=tap.group is last)
+                hook = tap.hook(experts)
                 hooks.callback(tap.group.sites[0].module.register_forward_pre_hook(hook).remove)
-            for batch in stream.batches():
+            for batch, judged in stream.judged():
+                wanted = targets == "all" or (judged and targets == "judged")
+                if not (wanted or taps):
+                    continue
+                if last is not None:
+                    last.stop = not wanted
                 counted = stream.counted(batch)
                 counted = None if counted is None else counted.to(self._device)
                 for tap in taps:
@@ -88,7 +95,7 @@ class Gathering:
                     y_BTD = block.forward(stream.inputs[batch].to(self._device))
                 except _Reached:
                     continue
-                if write_targets:
+                if wanted:
                     stream.targets[batch] = y_BTD
         for tap in taps:
             tap.group.set_statistics(tap.running, tap.tokens)
@@ -106,8 +113,9 @@ class _Tap:
         self.running = {kind: kind(group.width, device) for kind in collect}
         self.tokens = 0
         self.counted: Tensor | None = None
+        self.stop = False
 
-    def hook(self, experts: UnfusedExperts | None, stop: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(self, experts: UnfusedExperts | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def listen(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             x_NK: Tensor = inputs[0].reshape(-1, self.group.width)
             if self.counted is not None:
@@ -116,7 +124,7 @@ class _Tap:
             self.tokens += len(x_NK)
             for statistic in self.running.values():
                 statistic.update(x_NK)
-            if stop:
+            if self.stop:
                 raise _Reached
 
         return listen

@@ -94,21 +94,27 @@ def walk(
         stream = _stream(checkpoint, batches, kept, micro_batch, spill_folder, spill_above_bytes)
         arguments = _start(checkpoint, batches, stream, compute, device)
     gathering = Gathering(stream, tuple(collect), order, device)
+    read_only = sink is None
     events(Started("walk", checkpoint.num_blocks))
     for index in range(checkpoint.num_blocks):
         if index < done and stream is None:
             continue
         block = _build(checkpoint, index, compute, device, arguments[index], gathering)
+        last = index == checkpoint.num_blocks - 1
         if sink is not None and index < done:
             block.install(sink.load(index))
-            advance(block, stream, device)
+            advance(block, stream, device, last=last)
         else:
-            gathering.before(block)
+            gathering.before(block, all_targets=read_only or "targets" in keep)
             _offer(block, stream, frozenset(keep))
             trim_memory()
             yield block
             trim_memory()
-            error = advance(block, stream, device, compare=True)
+            if read_only and stream is not None and not block.replacements():
+                stream.swap()  # the targets are the outputs
+                error = 0.0
+            else:
+                error = advance(block, stream, device, compare=True, last=last)
             if error is not None:
                 events(Metric("walk", "output_error", error, block.name))
             if sink is not None:
