@@ -1,0 +1,108 @@
+"""Writes the figures of benchmarks/results into the project's README, between its markers.
+
+python benchmarks/figures.py [--demo runs/demo-w4.report]      # keep that run as results/demo.json first
+python benchmarks/figures.py --check                           # exit 1 if the README says something else
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import quality_table
+import speed
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+README = HERE.parent / "README.md"
+DEMO_FIELDS = ("recipe", "source", "artifact", "evaluation", "measured", "environment")
+
+
+def read(name: str) -> dict[str, object] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def demo_table() -> str:
+    kept = read("demo")
+    return "(not measured)" if kept is None else str(kept["markdown"])
+
+
+def quality_tables() -> str:
+    results = read("quality")
+    if results is None:
+        return "(not measured)"
+    lines = [
+        "**Quality.** Perplexity after GPTQ, ours against the better of llm-compressor 0.14 and GPTQModel 7.6, each in",
+        "the best of its settings for that very case; mean over calibration seeds (their number in brackets).",
+        "",
+    ]
+    for model, original in results["original"].items():
+        cases = [case for case in results["cases"] if case["model"] == model]
+        lines += [f"{model} (original {original:.3f}):", "", "| | ours | best peer | |", "|---|---|---|---|"]
+        lines += [row for bits in (4, 3, 2) for size in (32, 64, 128, -1) if (row := quality_row(cases, bits, size))]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def quality_row(cases: list[dict[str, object]], bits: int, size: int) -> str | None:
+    entries = [case for case in cases if (case["bits"], case["group_size"]) == (bits, size)]
+    ours = [e for e in entries if e["tool"] == "compress" and e["method"] == "gptq" and e["mean"] is not None]
+    peer = quality_table.best_peer(entries)
+    if not ours or peer is None:
+        return None
+    verdict = "better" if ours[0]["mean"] < peer["mean"] else "**worse**"
+    label = f"W{bits} " + ("per channel" if size == -1 else f"g{size}")
+    counted = [f"{e['mean']:.3f} ({len(e['perplexity'])})" for e in (ours[0], peer)]
+    return f"| {label} | {counted[0]} | {counted[1]} {peer['tool']}, {peer['variant']} | {verdict} |"
+
+
+def speed_tables() -> str:
+    lines = []
+    for shape in ("135m", "1b"):
+        results = read(f"speed-{shape}")
+        if results is not None:
+            lines += [f"**Time and memory, {shape} shape.**", "", speed.render(results).strip(), ""]
+    return "\n".join(lines).strip() or "**Time and memory.** Not measured in this version."
+
+
+def memory_lines() -> str:
+    results = read("memory-1b")
+    if results is None:
+        return ""
+    return "\n".join(f"- {line}" for line in results["sentences"])
+
+
+def fill(text: str, name: str, content: str) -> str:
+    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    return pattern.sub(lambda match: match[1] + content + "\n" + match[2], text)
+
+
+def keep_demo(report: Path) -> None:
+    run = json.loads((report / "run.json").read_text())
+    kept = {field: run[field] for field in DEMO_FIELDS if field in run}
+    markdown = (report / "report.md").read_text()
+    table = re.search(r"(^\|.*?\n)(?=\n)", markdown, re.DOTALL | re.MULTILINE)
+    kept["markdown"] = table[1].strip() if table else ""
+    (RESULTS / "demo.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, help="report folder of a demo run to keep")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.demo:
+        keep_demo(arguments.demo)
+    old = README.read_text()
+    figures = "\n\n".join(part for part in (quality_tables(), speed_tables(), memory_lines()) if part)
+    new = fill(fill(old, "demo", demo_table()), "figures", figures)
+    if arguments.check:
+        return int(new != old)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
