@@ -40,3 +40,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
         return built[key]
 
     return get
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the skips that count as failures where everything a test can need is promised to be there."""
+    for reason in _broken_promises(terminalreporter):
+        terminalreporter.write_line(f"skipped although COMPRESS_NO_SKIPS is set: {reason}", red=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and _broken_promises(reporter) and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _broken_promises(reporter: pytest.TerminalReporter) -> list[str]:
+    """Reasons of skipped tests that miss something ("needs …"), if COMPRESS_NO_SKIPS forbids such skips."""
+    if not os.environ.get("COMPRESS_NO_SKIPS"):
+        return []
+    reasons = [str(report.longrepr[2]) for report in reporter.stats.get("skipped", [])]
+    return [reason for reason in reasons if "needs" in reason]
