@@ -60,7 +60,7 @@ def quality_row(cases: list[dict[str, object]], bits: int, size: int) -> str | N
 
 def speed_tables() -> str:
     lines = []
-    for shape in ("135m", "1b"):
+    for shape in ("135m", "135m-4", "1b"):
         results = read(f"speed-{shape}")
         if results is not None:
             lines += [f"**Time and memory, {shape} shape.**", "", speed.render(results).strip(), ""]
@@ -68,10 +68,16 @@ def speed_tables() -> str:
 
 
 def memory_lines() -> str:
-    results = read("memory-1b")
-    if results is None:
-        return ""
-    return "\n".join(f"- {line}" for line in results["sentences"])
+    lines = []
+    for path in sorted(RESULTS.glob("memory-*.json")):
+        found = json.loads(path.read_text())
+        planned, measured = found["planned"], found["measured"]
+        lines.append(
+            f"- {found['model']}, {found['tokens'][0]} x {found['tokens'][1]} tokens: peak RssAnon "
+            f"{measured['peak_rss_anon_bytes'] / 1e6:.0f} MB (planned {planned['peak_memory_bytes'] / 1e6:.0f} MB), "
+            f"{measured['bytes_out']:,} bytes of tensors (planned {planned['bytes_out']:,})"
+        )
+    return "\n".join(["**Memory against the plan.**", "", *lines]) if lines else ""
 
 
 def fill(text: str, name: str, content: str) -> str:

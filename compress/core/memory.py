@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 IMPORTS_BYTES = 330 << 20  # Python with torch, transformers and this package, after the first forward
 GRID_CANDIDATES = 24  # spans that fit_grid tries
 GRID_PASSES = 7  # passes over the weights for each of them
+FORWARD_EFFICIENCY = 0.65  # of the probed product, with attention, norms and narrow layers in it
+START_SECONDS = 1.5  # tokenizer, skeleton, first touch of everything
+BLOCK_SECONDS = 0.25  # an empty block, its shard, fsync, the journal
 COLUMN_SECONDS = 60e-6  # what one column of a sweep costs beside its arithmetic
 SOLVER_BYTES = 3 * (64 << 20)  # weights, errors and codes of one chunk of rows
 
@@ -68,7 +71,7 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
         chunk = min(SOLVER_BYTES, 12 * max(group.rows * group.width for group in largest))
         held += (0 if spilled else 2 * stream_bytes) + statistics + max(passing, chunk + max(squares) // 2)
     speed = _probe()
-    seconds = sum(_seconds(groups, count, speed, true_sequential) for groups in blocks)
+    seconds = START_SECONDS + sum(_seconds(groups, count, speed, true_sequential) for groups in blocks)
     return Cost(held, 2 * stream_bytes if spilled else 0, seconds / 60)
 
 
@@ -86,7 +89,7 @@ def _groups(checkpoint: Checkpoint, index: int) -> list[_Group]:
 def _seconds(groups: list[_Group], tokens: int, speed: Speed, true_sequential: bool) -> float:
     """One block: forwards, Hessians, factorisations, sweeps, and the search for scales."""
     weights = sum(group.rows * group.width for group in groups)
-    seconds = GRID_CANDIDATES * GRID_PASSES * weights / speed.elements
+    seconds = BLOCK_SECONDS + GRID_CANDIDATES * GRID_PASSES * weights / speed.elements
     if tokens == 0:
         return seconds
     forward = sum(2 * tokens * group.share * group.rows * group.width for group in groups)
@@ -95,7 +98,8 @@ def _seconds(groups: list[_Group], tokens: int, speed: Speed, true_sequential: b
     sweeps = sum(group.rows * group.width**2 for group in groups)
     columns = sum(group.width * max(1, group.rows * group.width // (16 << 20)) for group in groups)
     passes = 4 if true_sequential else 2
-    return seconds + (passes * forward + hessians + factors + sweeps) / speed.matmul + columns * COLUMN_SECONDS
+    products = passes * forward / FORWARD_EFFICIENCY + hessians + factors + sweeps
+    return seconds + products / speed.matmul + columns * COLUMN_SECONDS
 
 
 @cache
