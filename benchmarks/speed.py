@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 CONTESTANTS = ("compress/auto", "llmcompressor/float32", "gptqmodel/float32", "llmcompressor/auto", "gptqmodel/auto")
 DEFAULT = CONTESTANTS[:3]
 BARE = "import torch, transformers"
-OUR_IMPORTS = "import torch, transformers, compress.cli, compress.pipeline"
+OUR_IMPORTS = "import torch, transformers, compress.cli, compress.pipeline; from transformers import LlamaForCausalLM"
 SAMPLES, LENGTH = 32, 512
 BITS, GROUP_SIZE = 4, 64
 
