@@ -49,13 +49,18 @@ class Inputs:
 
 def read_inputs(recipe: Recipe, options: RunOptions) -> Inputs:
     """Open the model, tokenize the calibration data, plan. Raises CompressError for what cannot work."""
+    from compress.core._verify_shapes import require_shapes
     from compress.core.calibration import load_tokens
     from compress.core.checkpoint import Checkpoint
     from compress.core.walk import default_micro_batch
+    from compress.evaluate.task_files import require_tasks
 
     located = recipe.located()
+    if located.evaluate is not None and options.evaluate:
+        require_tasks(located.evaluate, recipe.base_folder)
     original = Checkpoint.open(located.model, revision=recipe.revision, offline=options.offline)
     require_composition(recipe, original)
+    require_shapes(original)
     with ThreadPoolExecutor(1) as beside:
         hashes = beside.submit(original.sha256)  # kept by the checkpoint, for the fingerprint
         tokens = None

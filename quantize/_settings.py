@@ -89,7 +89,7 @@ class WeightQuantization(Pass):
 
         layers = []
         for name, shape in self._layers(checkpoint):
-            info = checkpoint.tensors[f"{name}.weight"]
+            info = checkpoint.info(f"{name}.weight")
             scheme = self.scheme_for(name, shape[1])
             size = info.bytes if scheme is None else encoded_bytes(shape, scheme, checkpoint.dtype)
             layers.append(LayerPlan(name, shape, info.bytes, size, scheme, "" if scheme else "ignored by the recipe"))
@@ -116,7 +116,7 @@ class WeightQuantization(Pass):
 
     def _layers(self, checkpoint: Checkpoint) -> list[tuple[str, tuple[int, int]]]:
         names = [name for index in range(checkpoint.num_blocks) for name in checkpoint.sites(index)]
-        shapes = [checkpoint.tensors[f"{name}.weight"].shape for name in names]
+        shapes = [checkpoint.info(f"{name}.weight").shape for name in names]
         return [(name, (shape[0], shape[1])) for name, shape in zip(names, shapes, strict=True)]
 
     def _refuse_ragged(self, layers: list[LayerPlan]) -> None:

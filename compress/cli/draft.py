@@ -60,9 +60,11 @@ def draft_recipe(model: str, budget_bytes: int | None, *, offline: bool = False)
 
 def read_sizes(model: str, *, offline: bool) -> Sizes:
     """Sizes from the headers of a checkpoint."""
+    from compress.core._verify_shapes import require_shapes
     from compress.core.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(model, offline=offline)
+    require_shapes(checkpoint)
     layers: dict[tuple[int, int], int] = {}
     quantized_bytes = 0
     for index in range(checkpoint.num_blocks):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from compress.core._verify_folder import Contents, layer_numbers
-from compress.core.architectures import ARCHITECTURES, Architecture
+from compress.core.architectures import ARCHITECTURES, FEED_FORWARD_DEPTH, Architecture
 from compress.core.errors import ArtifactError, InputError
-from compress.core.formats import Reader
+from compress.core.formats import Reader, reader_for
+from compress.core.safetensors_io import TensorInfo
 from compress.core.scheme import Scheme
 
+if TYPE_CHECKING:
+    from compress.core.checkpoint import Checkpoint
+
 Shape = tuple[int, ...]
+Tensors = dict[str, TensorInfo]
 _LARGEST = 1 << 40
 
 
@@ -92,50 +97,96 @@ def check_shapes(contents: Contents, schemes: Mapping[str, Scheme], reader: Read
     architecture = architecture_of(contents.config)
     if architecture is None:
         return f"not compared: the family {contents.config['model_type']!r} is unknown here"
-    sizes = sizes_of(contents.config)
-    stored = {name for module, scheme in schemes.items() for name in _stored(reader, module, scheme)}
-    checked = 0
-    for name, info in contents.tensors.items():
-        if name in stored:
-            continue
-        wanted = expected_shape(name, sizes, architecture)
-        if wanted is not None and info.shape != wanted:
-            raise ArtifactError(f"has shape {list(info.shape)}, config.json asks for {list(wanted)}", where=name)
-        checked += wanted is not None
-    _check_layers(contents, sizes, architecture)
     if architecture.head in schemes and contents.config.get("tie_word_embeddings") is True:
         hint = "untie it: set tie_word_embeddings to false"
         raise ArtifactError("is quantized but tied: loaders ignore it silently", where=architecture.head, hint=hint)
-    _check_presence(contents, schemes, architecture)
-    return f"{checked} dense tensors, {sizes['layers']} layers of {contents.config['model_type']}"
+    checked = _fit(contents.tensors, contents.config, architecture, schemes, reader)
+    return f"{checked} dense tensors, {contents.config['num_hidden_layers']} layers of {contents.config['model_type']}"
+
+
+def require_shapes(checkpoint: Checkpoint) -> None:
+    """InputError that names folder and tensor if a source lacks a weight, or holds one of another shape than its
+    config.json asks for. Reads headers only."""
+    reader = reader_for(checkpoint.config) if checkpoint.schemes else None
+    try:
+        _fit(checkpoint.tensors, checkpoint.config, checkpoint.architecture, checkpoint.schemes, reader)
+    except InputError as error:
+        raise InputError(error.message, where=f"{checkpoint.folder}: {error.where}", hint=error.hint) from None
+
+
+def _fit(
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    schemes: Mapping[str, Scheme],
+    reader: Reader | None,
+) -> int:
+    """How many dense tensors were compared; ArtifactError for the first thing that does not fit the config."""
+    sizes = sizes_of(config)
+    stored = {name for module, scheme in schemes.items() for name in _stored(reader, module, scheme)}
+    checked = 0
+    for name, info in tensors.items():
+        wanted = None if name in stored else expected_shape(name, sizes, architecture)
+        if wanted is not None and info.shape != wanted:
+            raise ArtifactError(f"has shape {list(info.shape)}, config.json asks for {list(wanted)}", where=name)
+        checked += wanted is not None
+    _check_layers(tensors, sizes, architecture)
+    for module in _required(tensors, config, sizes, architecture, schemes):
+        if f"{module}.weight" not in tensors and module not in schemes:
+            raise ArtifactError("is missing: it is neither stored dense nor quantized", where=f"{module}.weight")
+    return checked
 
 
 def _stored(reader: Reader | None, module: str, scheme: Scheme) -> tuple[str, ...]:
     return () if reader is None else reader.stored_names(module, scheme)
 
 
-def _check_layers(contents: Contents, sizes: Mapping[str, int], architecture: Architecture) -> None:
-    numbers = layer_numbers(contents.tensors, architecture.blocks)
+def _check_layers(tensors: Tensors, sizes: Mapping[str, int], architecture: Architecture) -> None:
+    numbers = layer_numbers(tensors, architecture.blocks)
     count = sizes["layers"]
     if len(numbers) != count or (numbers and max(numbers) != count - 1):
         raise ArtifactError(f"num_hidden_layers is {count}, the files hold {len(numbers)} layers", where="config.json")
 
 
-def _check_presence(contents: Contents, schemes: Mapping[str, Scheme], architecture: Architecture) -> None:
-    """Embedding and head (one of them may stand for both if they are tied), final norm, the layers outside experts."""
+def _required(
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    architecture: Architecture,
+    schemes: Mapping[str, Scheme],
+) -> Iterator[str]:
+    """Modules that must have a weight: embedding and head (one of them may stand for both if they are tied), final
+    norm, and the norms and linear layers of each block."""
     vocabulary = (architecture.embedding, architecture.head)
-    stored = [module for module in vocabulary if f"{module}.weight" in contents.tensors or module in schemes]
-    tied = contents.config.get("tie_word_embeddings", True)
-    for module in [*(vocabulary if not stored or not tied else ()), architecture.final_norm]:
-        _require(contents, schemes, module)
-    sparse = architecture.experts is not None
-    sites = [site for group in architecture.groups for site in group.sites if not (sparse and group.depth >= 2)]
-    sites += [norm.name for norm in architecture.norms]
-    for number in sorted(layer_numbers(contents.tensors, architecture.blocks)):
-        for site in sites:
-            _require(contents, schemes, f"{architecture.blocks}.{number}.{site}")
+    stored = [module for module in vocabulary if f"{module}.weight" in tensors or module in schemes]
+    if not stored or not config.get("tie_word_embeddings", True):
+        yield from vocabulary
+    yield architecture.final_norm
+    with_experts = _blocks_with_experts(tensors, architecture)
+    for number in range(sizes["layers"]):
+        sites = _sites(architecture, with_experts.get(number), sizes["experts"])
+        for site in (*sites, *(norm.name for norm in architecture.norms)):
+            yield f"{architecture.blocks}.{number}.{site}"
 
 
-def _require(contents: Contents, schemes: Mapping[str, Scheme], module: str) -> None:
-    if f"{module}.weight" not in contents.tensors and module not in schemes:
-        raise ArtifactError("is missing: it is neither stored dense nor quantized", where=f"{module}.weight")
+def _blocks_with_experts(tensors: Tensors, architecture: Architecture) -> dict[int, bool]:
+    """Blocks that have experts on disk, and whether these lie there one by one (others' tools fuse them)."""
+    found: dict[int, bool] = {}
+    if architecture.experts is None:
+        return found
+    marker = f".{architecture.experts.on_disk}."
+    for name in tensors:
+        block, _, rest = name.partition(marker)
+        number = block.removeprefix(f"{architecture.blocks}.")
+        if rest and number.isdecimal():
+            found[int(number)] = found.get(int(number), False) or rest.split(".")[0].isdecimal()
+    return found
+
+
+def _sites(architecture: Architecture, one_by_one: bool | None, experts: int) -> list[str]:
+    """Linear layers of a block. `one_by_one` says how its experts lie on disk; None: it has none."""
+    groups = architecture.groups_of(experts if one_by_one else 0)
+    if one_by_one is False:
+        groups = tuple(group for group in groups if group.depth < FEED_FORWARD_DEPTH)
+    router = [architecture.experts.router] if architecture.experts and one_by_one is not None else []
+    return [*(site for group in groups for site in group.sites), *router]

@@ -85,6 +85,8 @@ def _unknown(kind: str, method: str, methods: list[str]) -> str:
 
 
 def _dotted_module(kind: str, method: str, allow_code: tuple[str, ...]) -> str:
+    if not all(part.isidentifier() for part in method.split(".")):
+        raise UsageError(f"{method!r} is no {kind} method", hint="a method is a name or package.module, no path")
     package = method.split(".")[0]
     if package not in allow_code:
         raise UsageError(

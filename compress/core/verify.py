@@ -23,6 +23,7 @@ from compress.core._verify_report import LEVELS, Check, Level, VerifyReport
 from compress.core.errors import ArtifactError, CompressError, InputError, UsageError
 from compress.core.formats import NotRead, Reader, method_of, reader_for
 from compress.core.manifest import MANIFEST_NAME, Manifest
+from compress.core.places import locate
 
 if TYPE_CHECKING:
     from compress.core.safetensors_io import TensorInfo
@@ -39,12 +40,15 @@ def verify(
     threads: int | None = None,
 ) -> VerifyReport:
     """Check a model folder. `level` defaults to coverage where a manifest or `source` is there, else integrity.
+    `source` is a folder, or `demo`.
 
     Raises UsageError for a folder that does not exist or an unknown level, nothing else.
     """
     path = Path(folder)
     if not path.is_dir():
         raise UsageError("there is no such folder", where=str(folder))
+    if source is not None:
+        source = locate(str(source), "model", Path())
     if source is not None and not Path(source).is_dir():
         raise UsageError("there is no such folder", where=str(source))
     if level is not None and level not in LEVELS:

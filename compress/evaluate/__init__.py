@@ -50,9 +50,12 @@ def evaluate(
             f"evaluate.through {evaluation.through!r} does not exist yet: there is no runtime in this version",
             hint="write through: transformers",
         )
+    from compress.core.walk import compute_dtype
+
+    computed_in = str(compute_dtype(artifact, dtype, device)).removeprefix("torch.")
     result: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "protocol": {"through": evaluation.through, "seed": evaluation.seed, "dtype": str(dtype), "text": None},
+        "protocol": {"through": evaluation.through, "seed": evaluation.seed, "dtype": computed_in, "text": None},
         "perplexity": None,
         "bits_per_byte": None,
         "kl": None,
@@ -103,7 +106,9 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """`evaluate` for any model folder or hub id; without `base` only the folder's own figures are measured."""
     from compress.core.checkpoint import Checkpoint
+    from compress.evaluate.task_files import require_tasks
 
+    require_tasks(evaluation, base_folder)
     original = None if base is None else Checkpoint.open(base, offline=offline)
     return evaluate(
         original,

@@ -7,12 +7,17 @@ Python in a task file (`!function`) is refused: such tasks are used by their nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError, RecipeError
 from compress.core.yaml_source import read_yaml
+
+if TYPE_CHECKING:
+    from compress.core.recipe import Evaluation
 
 _MAX_INCLUDES = 8
 
@@ -102,3 +107,44 @@ def choose(names: Sequence[str], folder: Path | None) -> tuple[list[dict[str, An
         for config in there.get(name, []):
             configs[config["task"]] = config
     return list(configs.values()), [name for name in names if name not in there]
+
+
+def require_tasks(evaluation: Evaluation, base_folder: Path | str | None = None) -> None:
+    """RecipeError for tasks that are neither in the task folder nor among lm-eval's own. Does not import lm-eval."""
+    folder = Path(base_folder or ".") / evaluation.task_folder if evaluation.task_folder else None
+    there = read_task_folder(folder) if folder else {}
+    unknown = sorted(_unknown_to_lm_eval({name for name in evaluation.tasks if name not in there}))
+    if unknown:
+        places = f"neither in {folder} nor among lm-eval's own" if folder else "not among lm-eval's own"
+        raise RecipeError(
+            f"no such task: {', '.join(unknown)}, {places}",
+            where="evaluate.tasks",
+            hint=f"the folder has {', '.join(sorted(there))}" if there else "`lm-eval ls tasks` lists them",
+        )
+
+
+def _unknown_to_lm_eval(names: set[str]) -> set[str]:
+    """Those of the names that no task file of the installed lm-eval defines: seconds less than its own index takes.
+
+    Patterns and paths, which lm-eval takes as well, are left to it; so is everything where it is not installed.
+    """
+    unknown = {name for name in names if not re.search(r"[*?\[/]|\.ya?ml$", name)}
+    spec = find_spec("lm_eval")
+    if not unknown or spec is None or spec.origin is None:
+        return set()
+    files = Path(spec.origin).with_name("tasks").rglob("*ml")  # .yaml, .yml, and templates called name_yaml
+    for file in sorted(files, key=lambda file: (file.stem not in unknown, file)):
+        if not unknown:
+            break
+        unknown -= _defined(file.read_text(encoding="utf-8", errors="replace"), unknown)
+    return unknown
+
+
+def _defined(text: str, names: set[str]) -> set[str]:
+    """Those of the names that a task file calls a task, group or tag: alone on a line, or in a list in brackets."""
+    either = "|".join(re.escape(name) for name in sorted(names))
+    alone = rf"^\s*(?:-\s+)*(?:[\"']?(?:task|group|tag)[\"']?:\s*)?[\"']?({either})[\"']?\s*(?:#.*)?$"
+    found = set(re.findall(alone, text, re.MULTILINE))
+    for inside in re.findall(r"\b(?:task|group|tag):\s*\[([^\]]*)\]", text):
+        found |= names & {part.strip(" \n\t\"'") for part in inside.split(",")}
+    return found

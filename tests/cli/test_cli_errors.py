@@ -76,6 +76,7 @@ def test_an_interruption_is_130(failing, call) -> None:
         (["run", "--recipe", "demo-w4", "--dtype", "flaot32"], "did you mean float32?"),
         (["run", "--recipe", "demo-w4", "--device", "gpu"], "unknown device 'gpu'"),
         (["run", "--recipe", "demo-w4", "--set", "stages[0].quantize.bits=3"], "stages[0].quantize.bits: unknown key"),
+        (["run", "--recipe", "demo-w4", "--set", "stages[0].quantize.method=../x"], "or package.module, no path"),
         (["compare", "one"], "two artifacts or more"),
         (["push", "x", "no-owner"], "is no repository"),
         (["calibrate", "--recipe", "rtn-w8a16"], "the recipe has no calibration"),

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.core.errors import UsageError
+from compress.core._verify_shapes import require_shapes
+from compress.core.checkpoint import Checkpoint
+from compress.core.errors import InputError, UsageError
 from compress.core.files import sha256_file
 from compress.core.manifest import MANIFEST_NAME, Coverage, FileRecord, Manifest
 from compress.core.scheme import Scheme
@@ -142,6 +144,39 @@ def test_the_shapes_of_every_family_are_known(tiny_model, family: str, odd: bool
     assert report.ok, failed(report)
     shapes = next(check.detail for check in report.checks if check.name == "shapes")
     assert "3 layers" in shapes
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+        ("mixtral", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("qwen3_moe", "model.layers.2.mlp.experts.0.up_proj.weight"),
+        ("qwen3_moe", "model.layers.1.mlp.up_proj.weight"),
+        ("gemma2", "model.norm.weight"),
+    ],
+)
+def test_a_missing_weight_is_noticed_in_artifacts_and_sources(tiny_model, tmp_path: Path, family, name) -> None:
+    source = tiny_model(family)
+    require_shapes(Checkpoint.open(source))
+    broken = tmp_path / "model"
+    shutil.copytree(source, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, broken / "model.safetensors")
+    assert f"{name}: is missing" in failed(verify(broken))["shapes"]
+    with pytest.raises(InputError, match=f"{broken}: {name}: is missing"):
+        require_shapes(Checkpoint.open(broken))
+
+
+def test_a_quantized_source_fits_its_config(tmp_path: Path) -> None:
+    for number, scheme in enumerate(SCHEMES):
+        require_shapes(Checkpoint.open(write_quantized(tmp_path / str(number), scheme).path))
+
+
+def test_the_bundled_model_is_a_source_by_its_name(tmp_path: Path) -> None:
+    report = verify(write_quantized(tmp_path, Scheme(4, 32)).path, source="demo")
+    assert next(check.ok for check in report.checks if check.name == "source")
 
 
 def test_an_unknown_family_is_checked_as_far_as_possible(tmp_path: Path) -> None:

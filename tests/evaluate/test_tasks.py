@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.core.checkpoint import Checkpoint
-from compress.core.errors import InputError
+from compress.core.errors import InputError, RecipeError
 from compress.core.events import Progress
 from compress.core.recipe import Evaluation
 from compress.evaluate import evaluate
-from compress.evaluate.task_files import choose, read_task_folder
+from compress.evaluate.task_files import choose, read_task_folder, require_tasks
 from compress.evaluate.tasks import aggregated
 
 CHOICE = """
@@ -157,6 +157,21 @@ def test_tags_groups_and_includes_are_found(task_folder):
     configs, names = choose(("all_of_it", "hellaswag", "variant"), task_folder)
     assert len(configs) == 2
     assert names == ["hellaswag"]
+
+
+def test_names_that_lm_eval_knows_are_left_to_it(task_folder):
+    # of lm-eval's own: a task, a group, a tag that only a template names, a pattern
+    names = (
+        "next_letter",
+        "hellaswag",
+        "mmlu",
+        "acp_bench",
+        "mmlu_*",
+    )
+    require_tasks(Evaluation(tasks=names, task_folder=str(task_folder)))
+    for place in (None, str(task_folder)):
+        with pytest.raises(RecipeError, match="no such task: helaswag, n"):
+            require_tasks(Evaluation(tasks=("hellaswag", "helaswag"), task_folder=place))
 
 
 REFUSED = {

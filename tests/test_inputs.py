@@ -1,0 +1,83 @@
+"""What is refused before any work: sources that do not fit their config, tasks that do not exist."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.core.checkpoint import Checkpoint
+from compress.core.errors import InputError, RecipeError
+from compress.core.recipe import Recipe, parse_recipe
+from compress.core.walk import compute_dtype
+from compress.pipeline import RunOptions, plan, run
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_model: Callable[..., Path]) -> Path:
+    """A folder with a model and a text, in which recipes use relative names."""
+    shutil.copytree(tiny_model(dtype="bfloat16"), tmp_path / "model")
+    (tmp_path / "text.txt").write_text("A small boat sailed to the island and a bird sat on its mast. " * 5)
+    return tmp_path
+
+
+def rtn(place: Path, **more: Any) -> Recipe:
+    stage = {"quantize": {"method": "rtn", "group_size": 16}}
+    return parse_recipe({"model": "model", "stages": [stage], **more}, base_folder=place)
+
+
+def edit_tensors(place: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    file = place / "model" / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.layers.0.mlp.down_proj.weight", "is missing"),
+        ("model.layers.2.input_layernorm.weight", "is missing"),
+        ("model.embed_tokens.weight", "is missing"),
+    ],
+)
+def test_a_source_that_lacks_a_weight_is_refused_by_plan_and_run(place: Path, name: str, words: str) -> None:
+    edit_tensors(place, lambda tensors: tensors.pop(name))
+    for act in (plan, run):
+        with pytest.raises(InputError, match=f"{place / 'model'}: {name}: {words}"):
+            act(rtn(place), RunOptions(place / "out"))
+
+
+def test_a_source_with_a_weight_of_another_shape_is_refused_by_plan_and_run(place: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_tensors(place, lambda tensors: tensors.update({name: tensors[name][:, :120].contiguous()}))
+    for act in (plan, run):
+        with pytest.raises(InputError, match=rf"{name}: has shape \[64, 120\], config.json asks for \[64, 128\]"):
+            act(rtn(place), RunOptions(place / "out"))
+
+
+def test_a_task_that_does_not_exist_is_refused_by_plan_and_run(place: Path) -> None:
+    (place / "tasks").mkdir()
+    (place / "tasks" / "one.yaml").write_text("task: letters\n")
+    recipe = rtn(place, evaluate={"tasks": ["letters", "leters"], "task_folder": "tasks"})
+    for act in (plan, run):
+        with pytest.raises(RecipeError, match=r"no such task: leters, .*the folder has letters") as caught:
+            act(recipe, RunOptions(place / "out"))
+        assert caught.value.where == "evaluate.tasks"
+    plan(recipe, RunOptions(place / "out", evaluate=False))
+
+
+def test_the_evaluation_says_in_which_dtype_it_was_computed(place: Path) -> None:
+    text = {"perplexity": {"dataset": "text.txt", "window": 16}}
+    recipe = rtn(place, evaluate=text)
+    assert (
+        run(recipe, RunOptions(place / "out", dtype="float32")).summary["evaluation"]["protocol"]["dtype"] == "float32"
+    )
+    automatic = run(recipe, RunOptions(place / "out", fresh=True)).summary["evaluation"]["protocol"]["dtype"]
+    original = Checkpoint.open(place / "model")
+    assert f"torch.{automatic}" == str(compute_dtype(original, "auto", "cpu"))
