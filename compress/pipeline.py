@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.core.events import Finished, Listener, Notice, silent
+from compress.core.events import Finished, Listener, Notice, Started, silent
 from compress.core.files import atomic_write, make_folder
 from compress.core.journal import Journal
 from compress.facts import artifact_facts, run_json
@@ -39,8 +39,7 @@ class RunResult:
 def plan(recipe: Recipe, options: RunOptions, events: Listener = silent) -> RunPlan:
     """What `run` would write, hold and take. Raises as `run` would for what cannot work or fit; writes nothing."""
     workspace = Workspace(options.output)
-    if not options.fresh:
-        workspace.refuse_existing()
+    workspace.refuse(recipe, fresh=options.fresh, keep_stages=options.keep_stages)
     return _affordable(read_inputs(recipe, options), options, workspace, events).plan
 
 
@@ -50,7 +49,9 @@ def run(recipe: Recipe, options: RunOptions, events: Listener = silent) -> RunRe
     A missed gate is no error here: artifact and report are written, and the result names the bounds.
     """
     workspace = Workspace(options.output)
+    workspace.refuse(recipe, fresh=options.fresh, keep_stages=options.keep_stages)
     with workspace.opened(fresh=options.fresh):
+        events(Started("run", len(recipe.stages), "stage"))
         inputs = _affordable(read_inputs(recipe, options), options, workspace, events)
         journal = workspace.open_journal(fingerprint_of(inputs, options), fresh=options.fresh)
         if journal.last("ready") is None:

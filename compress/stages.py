@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.core.events import Finished, Listener
+from compress.core.events import Finished, Listener, Notice, Started
 from compress.core.files import make_folder, remove_tree
 from compress.core.journal import Journal
 from compress.core.passes import Job
@@ -27,6 +27,8 @@ def run_stages(
     folders = [workspace.stage(number, stage.kind) for number, stage in enumerate(stages)]
     first = sum(1 for _ in journal.of("stage"))
     source = Checkpoint.open(folders[first - 1]) if first else inputs.original
+    if first:
+        events(Notice(f"going on behind stage {first} of {len(stages)}"))
     for number in range(first, len(stages)):
         _run_stage(number, source, inputs, options, workspace, journal, events)
         source = Checkpoint.open(folders[number])
@@ -47,6 +49,8 @@ def _run_stage(
     from compress.core.stage_writer import StageWriter
 
     stage = inputs.recipe.stages[number]
+    name = f"{stage.kind} {stage.method}"
+    events(Started(name, 1, "stage"))
     with units_finish(events) as after_block, PeakMemory() as memory:
         sink = StageWriter(
             workspace.stage(number, stage.kind),
@@ -57,6 +61,8 @@ def _run_stage(
             rounds=stage.settings.gives == "quantized",
             after_commit=after_block,
         )
+        if sink.finished():
+            events(Notice(f"going on behind block {sink.finished()} of {source.num_blocks}", name))
         job = Job(
             checkpoint=source,
             calibration=inputs.tokens,
@@ -71,4 +77,4 @@ def _run_stage(
         stage.settings.run(job)
         sink.finish()
     journal.add("memory", {"stage": number, "peak_memory_bytes": memory.peak_bytes})
-    events(Finished(f"{stage.kind} {stage.method}", f"{source.num_blocks} blocks"))
+    events(Finished(name, f"{source.num_blocks} blocks"))

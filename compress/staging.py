@@ -77,6 +77,7 @@ def _evaluation(
         return done["result"]
     from compress.evaluate import evaluate
 
+    events(Started("evaluate", 1, "artifact"))
     started = time.monotonic()
     with PeakMemory() as memory:
         result = evaluate(

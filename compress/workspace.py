@@ -10,12 +10,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.core.errors import UsageError
-from compress.core.files import make_folder, publish_dir, recover_replaced, remove_file, remove_tree, sha256_file
+from compress.core.files import (
+    aside_of,
+    make_folder,
+    publish_dir,
+    recover_replaced,
+    remove_file,
+    remove_tree,
+    sha256_file,
+)
 from compress.core.journal import Entry, Journal
 from compress.core.lock import HOLDER_NAME, LOCK_NAME, FolderLock
 from compress.core.manifest import MANIFEST_NAME
+from compress.own_folders import (
+    JOURNAL_NAME,
+    is_artifact,
+    is_partial,
+    is_report,
+    is_stages,
+    is_there,
+    refuse_inputs,
+)
+
+if TYPE_CHECKING:
+    from compress.core.recipe import Recipe
 
 
 class Workspace:
@@ -23,10 +44,12 @@ class Workspace:
 
     def __init__(self, output: Path) -> None:
         self.output = output.absolute()
+        if self.output.name in ("", ".."):
+            raise UsageError("this cannot be an output", where=str(output), hint="name a folder that is to be made")
         self.partial = self._beside("partial")
         self.report = self._beside("report")
         self.kept_stages = self._beside("stages")
-        self.journal = self.partial / "journal.jsonl"
+        self.journal = self.partial / JOURNAL_NAME
         self.stages = self.partial / "stages"
         self.spill = self.partial / "spill"
         self.staged = self.partial / "artifact"
@@ -45,21 +68,35 @@ class Workspace:
     def stage(self, number: int, kind: str) -> Path:
         return self.stages / f"{number:02d}-{kind}"
 
-    def refuse_existing(self) -> None:
-        """UsageError if `output` exists and no unfinished run of ours may have put or want it there."""
-        if not self.output.name:
-            raise UsageError(f"{self.output} cannot be an output", hint="name a folder that is to be made")
-        if self.output.exists() and not self.partial.exists():
+    def refuse(self, recipe: Recipe, *, fresh: bool, keep_stages: bool) -> None:
+        """UsageError if a run would write over what is not ours, or over what it reads. Call it before any work.
+
+        Without `fresh`, also if `output` exists and no unfinished run of ours may have put or want it there.
+        """
+        stages = [self.kept_stages] if keep_stages else []
+        refuse_inputs([self.output, self.partial, *stages], recipe)
+        if is_there(self.output) and not is_artifact(self.output):
+            raise _foreign(self.output, "output exists and is no artifact of compress, so it is never replaced")
+        ours = [(self.partial, is_partial), (self.report, is_report), *((folder, is_stages) for folder in stages)]
+        for folder, is_ours in ours:
+            if is_there(folder) and not is_ours(folder):
+                raise _foreign(folder, "the run would write here, but what is here is not of compress")
+        aside = aside_of(self.output)
+        if is_there(aside) and not self.journal.exists():
+            raise _foreign(aside, "an older output would be moved here, but something is here already")
+        if not fresh and is_there(self.output) and not self.partial.exists():
             raise _exists(self.output)
 
     @contextmanager
     def opened(self, *, fresh: bool) -> Iterator[None]:
-        """Make the partial folder and hold its lock; `fresh` throws unfinished work away first."""
-        if not fresh:
-            self.refuse_existing()
+        """Make the partial folder and hold its lock; `fresh` throws unfinished work away first.
+
+        Whether these folders may be written to is for `refuse` to say, before.
+        """
         make_folder(self.partial)
         with FolderLock(self.partial):
-            recover_replaced(self.output)
+            if self.journal.exists():
+                recover_replaced(self.output)
             if fresh:
                 self._clear()
             elif self.output.exists() and not self.journal.exists():
@@ -112,3 +149,7 @@ def _file_bytes(folder: Path) -> int:
 
 def _exists(output: Path) -> UsageError:
     return UsageError("output exists", where=str(output), hint="choose another --output, or --fresh to replace it")
+
+
+def _foreign(folder: Path, message: str) -> UsageError:
+    return UsageError(message, where=str(folder), hint="choose another --output, or move this away")

@@ -19,9 +19,10 @@ from compress.core import verify
 from compress.core.artifact import open_artifact
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import ArtifactError, InputError, LockError, ResourceError, UsageError
-from compress.core.events import Event, Progress, Started
+from compress.core.events import Event, Finished, Notice, Progress, Started
 from compress.core.files import sha256_file
 from compress.core.lock import FolderLock
+from compress.core.manifest import Manifest
 from compress.core.recipe import Evaluation, Gate, Perplexity, Recipe, Stage, parse_recipe
 from compress.pipeline import RunOptions, plan, run
 from compress.workspace import Workspace
@@ -334,16 +335,143 @@ def test_an_existing_output_is_refused_untouched_and_replaced_with_fresh(place: 
             call(rtn(place), RunOptions(place / "out"))
     assert contents(place / "out").keys() == {"mine"}
     assert not (place / "out.partial").exists()
+    put_old_artifact(place / "out")
     result = go(rtn(place), place, fresh=True)
     assert not (result.artifact / "mine").exists()
 
 
+def put_old_artifact(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    old = Manifest(version="0", files=(), recipe={}, fingerprint={}, lineage={}, coverage=())
+    (folder / "compress.json").write_text(old.text())
+
+
 def test_a_replacement_spares_the_old_output_until_the_end_and_resumes_without_fresh(place: Path) -> None:
-    (place / "out").mkdir()
-    (place / "out" / "mine").write_text("precious")
+    put_old_artifact(place / "out")
+    before = contents(place / "out")
     break_off(rtn(place), place, fresh=True)
-    assert contents(place / "out").keys() == {"mine"}
-    assert (go(rtn(place), place).artifact / "compress.json").exists()
+    assert contents(place / "out") == before
+    result = go(rtn(place), place)
+    assert contents(result.artifact) != before
+    assert sorted(path.name for path in place.iterdir()) == ["model", "out", "out.report", "text.txt"]
+
+
+def refused(recipe: Recipe, place: Path, output: Path | str, words: str, **options: Any) -> None:
+    """Refused as a usage error with and without --fresh, as a plan and as a run, and nothing is touched."""
+    before = contents(place), sorted(place.rglob("*"))
+    for call in (plan, run):
+        for fresh in (True, False):
+            with pytest.raises(UsageError, match=words) as caught:
+                call(recipe, RunOptions(Path(output), fresh=fresh, **options))
+            assert caught.value.hint
+    assert (contents(place), sorted(place.rglob("*"))) == before
+
+
+@pytest.mark.parametrize("sort", ["model", "artifact"])
+@pytest.mark.parametrize("output", ["model", "model/../model", "link", "model/inside", "link/inside", ""])
+def test_the_source_model_is_never_the_output(place: Path, output: str, sort: str) -> None:
+    (place / "link").symlink_to("model")
+    if sort == "artifact":  # it may be one of ours: a model that was only pruned
+        put_old_artifact(place / "model")
+    refused(rtn(place), place, place / output, "source model")
+
+
+def test_an_output_that_holds_what_the_run_reads_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {name: place / name for name in ("data", "held", "tasks", "cwd", "home", "recipes")}
+    for folder in inputs.values():
+        put_old_artifact(folder)  # even what could be replaced is refused, because it is read
+        (folder / "deep").mkdir()
+        (folder / "deep" / "text.txt").write_text(STORY)
+    monkeypatch.chdir(inputs["cwd"])
+    monkeypatch.setenv("HOME", str(inputs["home"] / "deep"))
+    data = {
+        "model": str(place / "model"),
+        "calibration": {"dataset": "../data/deep/text.txt"},
+        "stages": [{"quantize": {"method": "gptq", "group_size": 16}}],
+        "evaluate": {"perplexity": {"dataset": str(inputs["held"])}, "tasks": ["x"], "task_folder": "../tasks/deep"},
+    }
+    recipe = parse_recipe(data, base_folder=inputs["recipes"])
+    words = {
+        "data": "calibration.dataset",
+        "held": "perplexity.dataset",
+        "tasks": "task_folder",
+        "cwd": "current directory",
+        "home": "home directory",
+        "recipes": "recipe's folder",
+    }
+    for name, folder in inputs.items():
+        refused(recipe, place, folder, words[name])
+    refused(recipe, place, ".", "current directory")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("out", "folder"),
+        ("out", "file"),
+        ("out", "bad manifest"),
+        ("out", "dangling link"),
+        ("out.partial", "folder"),
+        ("out.partial", "file"),
+        ("out.report", "folder"),
+        ("out.stages", "folder"),
+        (".out.old", "folder"),
+    ],
+)
+def test_what_is_not_ours_is_never_replaced(place: Path, name: str, kind: str) -> None:
+    path = place / name
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "dangling link":
+        path.symlink_to("nowhere")
+    else:
+        path.mkdir()
+        (path / ("compress.json" if kind == "bad manifest" else "thesis.txt")).write_text("{}")
+    refused(rtn(place), place, place / "out", "compress|already", keep_stages=True)
+
+
+def test_empty_folders_are_as_good_as_none_with_fresh(place: Path) -> None:
+    for name in ("out", "out.partial", "out.report", "out.stages"):
+        (place / name).mkdir()
+    go(rtn(place), place, fresh=True, keep_stages=True)
+    assert (place / "out" / "compress.json").exists() and (place / "out.stages" / "00-quantize").exists()
+    go(rtn(place), place, fresh=True, keep_stages=True)  # and all of it is ours
+
+
+@pytest.mark.parametrize("output", ["/", "//", "..", "here/.."])
+def test_an_output_without_a_name_is_a_usage_error(place: Path, output: str) -> None:
+    refused(rtn(place), place, output, "cannot be an output")
+
+
+@pytest.mark.parametrize("output", ["x" * 300, "loop", "loop/out"])
+def test_an_output_that_cannot_be_made_is_a_usage_error(place: Path, output: str) -> None:
+    (place / "loop").symlink_to("loop")
+    with pytest.raises(UsageError):
+        run(rtn(place), RunOptions(place / output, fresh=True))
+
+
+def test_what_starts_finishes_under_the_same_name(place: Path) -> None:
+    evaluation = Evaluation(perplexity=Perplexity(dataset="text.txt", window=32))
+    open_stages: list[str] = []
+    names: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Started):
+            open_stages.append(event.stage)
+            names.append(event.stage)
+        elif isinstance(event, Finished):
+            assert open_stages.pop() == event.stage
+
+    run(gptq(place).model_copy(update={"evaluate": evaluation}), RunOptions(place / "out"), listen)
+    assert open_stages == []
+    assert names[:3] == ["run", "quantize gptq", "walk"] and {"verify", "evaluate"} <= set(names)
+
+
+def test_a_resumed_run_says_where_it_goes_on(place: Path) -> None:
+    break_off(gptq(place), place)
+    notices: list[Event] = []
+    run(gptq(place), RunOptions(place / "out"), notices.append)
+    assert Notice("going on behind block 2 of 3", "quantize gptq") in notices
 
 
 def test_an_output_that_appeared_meanwhile_is_not_replaced(place: Path) -> None:
@@ -361,7 +489,9 @@ def test_two_runs_on_one_output(place: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["uneven", "too much memory", "quantized", "no disk"])
-def test_what_is_refused_before_work_leaves_nothing(place: Path, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused_before_work_leaves_nothing(
+    place: Path, recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     before = sorted(place.iterdir())
     if recipe == "uneven":
         with pytest.raises(UsageError, match="group_size 48"):
@@ -374,7 +504,7 @@ def test_what_is_refused_before_work_leaves_nothing(place: Path, recipe: str, mo
         with pytest.raises(ResourceError, match="of disk and 1.00 MB are free"):
             go(shrink(place, plan_disk_bytes=10**9), place)
     else:
-        source = run(rtn(place), RunOptions(place / "model" / "first")).artifact
+        source = run(rtn(place), RunOptions(tmp_path_factory.mktemp("other") / "first")).artifact
         quantized = rtn(place).model_copy(update={"model": str(source)})
         with pytest.raises(InputError, match="rtn takes dense weights, but the source first is quantized"):
             go(quantized, place)

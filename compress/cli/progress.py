@@ -83,6 +83,8 @@ class LiveProgress:
         elif isinstance(event, Metric):
             if self._output.verbose:
                 self._line(f"{event.where or event.stage}: {event.name} {event.value:.4g}")
+        elif event.stage == "run":
+            return  # the command itself says what it runs and what came of it
         elif self._live:
             self._move_bar(event)
         else:
@@ -101,7 +103,7 @@ class LiveProgress:
         name = _TITLES.get(event.stage, event.stage)
         if isinstance(event, Started):
             self._line(f"{name}: {event.total} {event.unit}s" if event.total > 1 else name)
-        elif isinstance(event, Finished) and event.stage != "run":
+        elif isinstance(event, Finished):
             self._line(f"{name}: done{f', {event.summary}' if event.summary else ''}")
 
     def _move_bar(self, event: Started | Done | Finished) -> None:

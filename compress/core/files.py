@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK_BYTES = 1 << 22
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR}
+_NOT_ALLOWED = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -178,7 +181,7 @@ def publish_dir(staged: Path, final: Path, *, replace: bool = False) -> None:
     Without `replace`, `final` must not exist. With it, a folder at `final` is first moved aside to `.NAME.old` and
     removed once the new one stands; what a run killed in between leaves is for `recover_replaced`.
     """
-    aside = _aside(final)
+    aside = aside_of(final)
     with io_errors("publish the folder", final):
         sync_folder(staged)
         if final.exists() or final.is_symlink():
@@ -200,7 +203,7 @@ def publish_dir(staged: Path, final: Path, *, replace: bool = False) -> None:
 
 def recover_replaced(final: Path) -> None:
     """Undo what a kill inside `publish_dir(replace=True)` left: the older folder returns, or goes if replaced."""
-    aside = _aside(final)
+    aside = aside_of(final)
     if not aside.exists():
         return
     if final.exists():
@@ -212,7 +215,8 @@ def recover_replaced(final: Path) -> None:
         sync_folder(final.parent)
 
 
-def _aside(final: Path) -> Path:
+def aside_of(final: Path) -> Path:
+    """Where the older folder at `final` is while it is exchanged."""
     return final.with_name(f".{final.name}.old")
 
 

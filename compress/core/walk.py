@@ -25,7 +25,7 @@ from compress.core._block import Block, BlockRecord, Group, Site, SiteRecord
 from compress.core._forward import advance, embed, layer_arguments, logits, trim_memory
 from compress.core._gather import Gathering, Order
 from compress.core.errors import UsageError
-from compress.core.events import Listener, Metric, Progress, Started, silent
+from compress.core.events import Finished, Listener, Metric, Progress, Started, silent
 from compress.core.statistics import Statistic
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def walk(
         events(Progress("walk", index + 1, checkpoint.num_blocks, block.name))
         block.close()
         trim_memory()
+    events(Finished("walk", f"{checkpoint.num_blocks} blocks"))
 
 
 def measure(

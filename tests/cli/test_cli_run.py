@@ -1,6 +1,7 @@
 """A tiny model through the whole command line: dry run, run, gate, verify, inspect, eval, report, compare, push."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,19 @@ def test_people_see_a_table_and_where_the_report_is(
     again = call("run", "-r", recipe, "-m", tiny_model("llama"), "-o", "out")
     assert again.code == 2
     assert "output exists" in again.err and "--fresh" in again.err
+
+
+def test_fresh_destroys_nothing_that_is_not_an_artifact(call, recipe: Path, tiny_model, tmp_path: Path) -> None:
+    model = tmp_path / "models" / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    for output in (model, model.parent, model / "inside", tmp_path / "mine", recipe.parent, Path.cwd(), "/"):
+        called = call("run", "-r", recipe, "-m", model, "-o", output, "--fresh")
+        assert called.code == 2, called.err
+        assert "choose another --output" in " ".join(called.err.split()) or output == "/"
+    assert sorted(tmp_path.rglob("*")) == before and recipe.is_file()
 
 
 def test_a_missed_gate_is_5_and_leaves_artifact_and_report(call, recipe: Path, tiny_model, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import pytest
 
+from compress.core.manifest import Manifest
 from tests.crash.conftest import ForkServer, Reference, contents
 from tests.crash.trace import OPENS, RENAMES, SYNCS, Call, order_violations
 
@@ -97,7 +98,8 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
     assert on_all(servers, work, points) == []
 
 
-OLD = {"config.json": "an older artifact", "compress.json": "{}"}
+OLD_MANIFEST = Manifest(version="0", files=(), recipe={}, fingerprint={}, lineage={}, coverage=())
+OLD = {"config.json": "an older artifact", "compress.json": OLD_MANIFEST.text()}
 
 
 def put_old_artifact(tree: Path) -> None:
