@@ -20,8 +20,21 @@ Tensors = dict[str, TensorInfo]
 _LARGEST = 1 << 40
 
 
+# What transformers takes for a family where its config.json leaves a field out
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "mistral": {"num_key_value_heads": 8},
+    "qwen3": {"head_dim": 128},
+    "gemma2": {"head_dim": 256, "num_key_value_heads": 4},
+    "gemma3_text": {"head_dim": 256, "num_key_value_heads": 4},
+    "mixtral": {"num_key_value_heads": 8, "num_local_experts": 8},
+    "qwen3_moe": {"num_key_value_heads": 4, "num_experts": 128, "moe_intermediate_size": 768},
+}
+
+
 def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
     """The sizes that shapes are made of. InputError names the field that is missing or makes no sense."""
+    stated = {key: value for key, value in config.items() if value is not None}
+    config = _DEFAULTS.get(str(config.get("model_type")), {}) | stated
     hidden = _size(config, "hidden_size")
     heads = _size(config, "num_attention_heads")
     return {

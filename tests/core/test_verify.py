@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.core._verify_shapes import require_shapes
+from compress.core._verify_shapes import require_shapes, sizes_of
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError, UsageError
 from compress.core.files import sha256_file
@@ -264,3 +264,15 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
 def anonymous_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"])
+def test_sizes_left_out_of_a_config_are_those_of_transformers(family: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family)
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "num_hidden_layers")
+    sizes = sizes_of({"model_type": family} | {name: getattr(config, name) for name in needed})
+    assert sizes["kv_heads"] == config.num_key_value_heads
+    assert sizes["head_dim"] == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    assert sizes["experts"] == (getattr(config, "num_experts", None) or 1)
