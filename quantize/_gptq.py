@@ -43,33 +43,44 @@ def solve_group(group: Group, sites: list[Site], scheme: Scheme, settings: Setti
         return _fall_back(sites, scheme, settings, job, "the Hessian could not be factorised at any damping")
     if factor.retries:
         job.events(Notice(f"needed damping {factor.damping:g} after {factor.retries} retries", sites[0].name))
-    importance_K = torch.empty_like(factor.diagonal_K)
-    importance_K[factor.order_K] = factor.diagonal_K.square()  # what an error costs once later columns made up for it
-    results = {site.name: _Result(site.shape, scheme, scale_dtype) for site in sites}
-    for pieces in _chunks(sites, max(1, _CHUNK_BYTES // (4 * width))):
-        weight_RK = torch.cat([site.rows(rows) for site, rows in pieces])
-        grid = fit_grid(
-            weight_RK, scheme, scale_dtype=scale_dtype, clip=CLIPS[settings.clip], importance_K=importance_K
-        )
-        codes_RK, loss_R = quantize_rows(weight_RK, grid, factor)
-        start = 0
-        for site, rows in pieces:
-            end = start + rows.stop - rows.start
-            results[site.name].put(rows, codes_RK[start:end], grid, loss_R[start:end], slice(start, end))
-            start = end
+    results = _solve_rows(sites, scheme, settings, factor, scale_dtype)
+    damping, retries = factor.damping, factor.retries
+    del hessian_KK, factor
+    group.release()  # the factor lies in the Hessian's memory: give it back before weights are packed
     for site in sites:
-        result = results[site.name]
+        result = results.pop(site.name)
         site.replace(result.tensor())
         site.note(
             method="gptq",
             bits=scheme.bits,
             group_size=scheme.group_size,
             error=result.loss / max(power[site.name], 1e-30),
-            damping=factor.damping,
-            retries=factor.retries,
+            damping=damping,
+            retries=retries,
             tokens=group.tokens,
         )
     return None
+
+
+def _solve_rows(
+    sites: list[Site], scheme: Scheme, settings: Settings, factor: Factor, scale_dtype: torch.dtype
+) -> dict[str, "_Result"]:
+    """Codes and grids of all sites, their rows stacked and taken chunk by chunk."""
+    width = sites[0].shape[1]
+    importance_K = torch.empty_like(factor.diagonal_K)
+    importance_K[factor.order_K] = factor.diagonal_K.square()  # what an error costs once later columns made up for it
+    results = {site.name: _Result(site.shape, scheme, scale_dtype) for site in sites}
+    for pieces in _chunks(sites, max(1, _CHUNK_BYTES // (4 * width))):
+        weight_RK = torch.cat([site.rows(rows) for site, rows in pieces])
+        clip = CLIPS[settings.clip]
+        grid = fit_grid(weight_RK, scheme, scale_dtype=scale_dtype, clip=clip, importance_K=importance_K)
+        codes_RK, loss_R = quantize_rows(weight_RK, grid, factor)
+        start = 0
+        for site, rows in pieces:
+            end = start + rows.stop - rows.start
+            results[site.name].put(rows, codes_RK[start:end], grid, loss_R[start:end], slice(start, end))
+            start = end
+    return results
 
 
 def quantize_rows(weight_RK: torch.Tensor, grid: Grid, factor: Factor) -> tuple[torch.Tensor, torch.Tensor]:

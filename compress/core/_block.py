@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from compress.core._trim import trim_memory
 from compress.core.statistics import Statistic
 
 if TYPE_CHECKING:
@@ -172,9 +173,10 @@ class Group:
         return self._read()[1]
 
     def release(self) -> None:
-        """Free the statistics."""
+        """Free the statistics, and let the system have their memory."""
         if self._gathered is not None:
             self._gathered[0].clear()
+            trim_memory()
 
 
 class Block:

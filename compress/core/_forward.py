@@ -5,7 +5,6 @@ Shapes: B samples, T positions, D hidden width, V vocabulary; N tokens.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +108,3 @@ def logits(checkpoint: Checkpoint, stream: Activations, dtype: torch.dtype, devi
     step = max(1, LOGITS_BYTES // bytes_per_sample)
     for start in range(0, len(stream.inputs), step):
         yield model(inputs_embeds=stream.inputs[start : start + step].to(device, dtype), use_cache=False).logits
-
-
-def trim_memory() -> None:
-    """Give freed memory back to the system (glibc keeps it otherwise), so that the peak is what is really in use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -69,7 +69,7 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
         statistics = max(squares) if true_sequential else sum(squares)
         passing = 4 * MICRO_BATCH_TOKENS * (2 * max(group.width for group in largest) + max(g.rows for g in largest))
         chunk = min(SOLVER_BYTES, 12 * max(group.rows * group.width for group in largest))
-        held += (0 if spilled else 2 * stream_bytes) + statistics + max(passing, chunk + max(squares) // 2)
+        held += (0 if spilled else 2 * stream_bytes) + statistics + max(passing, chunk, max(squares) // 2)
     speed = _probe()
     seconds = START_SECONDS + sum(_seconds(groups, count, speed, true_sequential) for groups in blocks)
     return Cost(held, 2 * stream_bytes if spilled else 0, seconds / 60)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from compress.core._activations import Activations, default_micro_batch
 from compress.core._block import Block, BlockRecord, Group, Site, SiteRecord
-from compress.core._forward import advance, embed, layer_arguments, logits, trim_memory
+from compress.core._forward import advance, embed, layer_arguments, logits
 from compress.core._gather import Gathering, Order
+from compress.core._trim import trim_memory
 from compress.core.errors import UsageError
 from compress.core.events import Finished, Listener, Metric, Progress, Started, silent
 from compress.core.statistics import Statistic

@@ -131,8 +131,9 @@ def test_every_width_of_code(tiny_model: TinyModel, method: str, bits: int, symm
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_the_same_run_gives_the_same_bits(tiny_model: TinyModel, method: str, family: str) -> None:
     settings = find_pass("quantize", method)(group_size=16)
+    folder = tiny_model(family)
     before = torch.random.get_rng_state()
-    first, second = (run(tiny_model(family), settings, Shelf()) for _ in range(2))
+    first, second = (run(folder, settings, Shelf()) for _ in range(2))
     assert same(first, second)
     assert first.records == second.records
     assert torch.equal(before, torch.random.get_rng_state())
