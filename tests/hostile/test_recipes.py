@@ -143,7 +143,7 @@ BAD = {
     ),
     "method upper case": ("gptq", "GPTQ", "4:24", "unknown quantize method 'GPTQ'", "did you mean gptq?"),
     "private method": ("gptq", "_settings", "4:24", "unknown quantize method '_settings'", None),
-    "method is a path": ("gptq", "../gptq", "4:24", "is code of the package", None),
+    "method is a path": ("gptq", "../gptq", "4:24", "is no quantize method", "no path"),
     "dotted method": ("gptq", "my_package.method", "4:24", "which is not allowed here", "--allow-code my_package"),
     "method is a number": ("gptq", "4", "4:24", "should be the name of a method, not 4", None),
     "method is missing": ("method: gptq, ", "", "4:5", "method: is missing: there are gptq, rtn", None),
