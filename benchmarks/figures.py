@@ -88,6 +88,7 @@ def fill(text: str, name: str, content: str) -> str:
 def keep_demo(report: Path) -> None:
     run = json.loads((report / "run.json").read_text())
     kept = {field: run[field] for field in DEMO_FIELDS if field in run}
+    kept["artifact"] = {key: value for key, value in kept["artifact"].items() if key != "path"}
     markdown = (report / "report.md").read_text()
     table = re.search(r"(^\|.*?\n)(?=\n)", markdown, re.DOTALL | re.MULTILINE)
     kept["markdown"] = table[1].strip() if table else ""
