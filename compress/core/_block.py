@@ -174,7 +174,7 @@ class Group:
 
     def release(self) -> None:
         """Free the statistics, and let the system have their memory."""
-        if self._gathered is not None:
+        if self._gathered is not None and self._gathered[0]:
             self._gathered[0].clear()
             trim_memory()
 

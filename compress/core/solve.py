@@ -17,7 +17,7 @@ import torch
 
 from compress.core.errors import InputError
 
-DAMPING_LADDER = (0.01, 0.1, 1.0, 10.0)
+LADDER_RUNGS = 4
 _TILE = 1024
 
 
@@ -99,7 +99,7 @@ def sweep(
 def _ladder(damping: float) -> tuple[float, ...]:
     if damping <= 0:
         raise InputError(f"damping {damping} must be positive")
-    return tuple(damping * 10**step for step in range(len(DAMPING_LADDER)))
+    return tuple(damping * 10**step for step in range(LADDER_RUNGS))
 
 
 def _cholesky_in_place(hessian_KK: torch.Tensor) -> torch.Tensor | None:
