@@ -12,7 +12,7 @@ from compress.report.escape import visible
 from compress.report.figures import headline
 from compress.report.render import markdown_text
 
-_OF_THE_MACHINE = ("time of the run", "peak memory of the run")
+_OF_THE_MACHINE = ("time of stages and evaluation", "peak memory of the run")
 
 
 def model_card(facts: Mapping[str, Any]) -> str:

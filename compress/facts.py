@@ -108,8 +108,12 @@ def _fallbacks(blocks: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
     for block in blocks:
         for site in block["sites"]:
             if site["fallback"] or site["retries"]:
-                reason = site["fallback"] or f"damping was raised {site['retries']} times, to {site['damping']:g}"
+                reason = site["fallback"] or f"damping was raised {_times(site['retries'])}, to {site['damping']:g}"
                 yield {"where": site["name"], "reason": reason}
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def run_json(

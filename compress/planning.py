@@ -51,6 +51,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> 
     bytes_in = sum(info.bytes for info in checkpoint.tensors.values())
     bytes_out = stages[-1].bytes_out
     extra_bytes = _files_beside_tensors(checkpoint, stages[-1])
+    notices = [*_unknown(checkpoint), *(notice for stage in stages for notice in stage.notices)]
     return RunPlan(
         stages=stages,
         bytes_in=bytes_in,
@@ -59,8 +60,18 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> 
         peak_memory_bytes=max(stage.peak_memory_bytes for stage in stages),
         disk_bytes=_disk_bytes(recipe, stages) + extra_bytes,
         minutes=sum(stage.minutes for stage in stages),
-        notices=tuple(dict.fromkeys(notice for stage in stages for notice in stage.notices)),
+        notices=tuple(dict.fromkeys(notices)),
     )
+
+
+def _unknown(checkpoint: Checkpoint) -> list[str]:
+    from compress.core._verify_shapes import unknown_tensors
+
+    names = unknown_tensors(checkpoint)
+    if not names:
+        return []
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"{names[0]}{others}: not a tensor of {checkpoint.model_type} models, carried over as it is"]
 
 
 def require_composition(recipe: Recipe, checkpoint: Checkpoint) -> None:

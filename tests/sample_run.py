@@ -98,7 +98,7 @@ def sample_run(*, blocks: int = 8, model: str = "HuggingFaceTB/SmolLM2-135M", bi
         "notices": ["asymmetric artifacts load in transformers only with dequantize=True"],
         "fallbacks": [
             {"where": "model.layers.2.mlp.down_proj", "reason": "saw 12 tokens of 576 needed: rounded to nearest"},
-            {"where": "model.layers.5.self_attn.q_proj", "reason": "damping was raised 1 times, to 0.1"},
+            {"where": "model.layers.5.self_attn.q_proj", "reason": "damping was raised once, to 0.1"},
         ],
         "plan": {
             "bytes": 118_204_416,

@@ -81,3 +81,14 @@ def test_the_evaluation_says_in_which_dtype_it_was_computed(place: Path) -> None
     automatic = run(recipe, RunOptions(place / "out", fresh=True)).summary["evaluation"]["protocol"]["dtype"]
     original = Checkpoint.open(place / "model")
     assert f"torch.{automatic}" == str(compute_dtype(original, "auto", "cpu"))
+
+
+def test_a_tensor_that_the_family_does_not_know_is_noticed_and_carried_over(place: Path) -> None:
+    odd = torch.ones(3)
+    edit_tensors(place, lambda tensors: tensors.update({"model.layers.0.adapter.scale": odd}))
+    planned = plan(rtn(place), RunOptions(place / "out"))
+    wanted = "model.layers.0.adapter.scale: not a tensor of llama models, carried over as it is"
+    assert wanted in planned.notices
+    result = run(rtn(place), RunOptions(place / "out"))
+    stored = Checkpoint.open(result.artifact)
+    assert torch.equal(stored.tensor("model.layers.0.adapter.scale"), odd)

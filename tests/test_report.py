@@ -129,7 +129,7 @@ def test_what_was_not_measured_is_said(tmp_path):
     assert "Quality was not measured" in shown
     assert "Quality was not measured" in text
     assert "No layer fell back" in shown
-    assert "time of the run – not measured" in shown
+    assert "time of stages and evaluation – not measured" in shown
     assert "0.00" not in " ".join(line for line in text.splitlines() if "KL" in line)
 
     run["evaluation"] = {

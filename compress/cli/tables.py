@@ -86,7 +86,7 @@ def _task_rows(name: str, metrics: Mapping[str, Any]) -> Iterator[Row]:
 def cost_line(summary: Mapping[str, Any]) -> str:
     """Time, peak memory and fallbacks in one line."""
     measured = summary.get("measured") or {}
-    parts = [f"time {duration(60 * measured.get('minutes', 0))}"]
+    parts = [f"stages and evaluation took {duration(60 * measured.get('minutes', 0))}"]
     parts.append(f"peak memory {format_bytes(measured.get('peak_memory_bytes', 0))}")
     fallbacks = len(summary.get("fallbacks") or ())
     if fallbacks:
@@ -101,7 +101,7 @@ def plan_table(plan: "RunPlan") -> Table:
         table, "weights", f"{format_bytes(plan.bytes_in)} → {format_bytes(plan.bytes_out)} ({plan.bytes_out:,} bytes)"
     )
     add_row(table, "all files of the artifact", f"about {format_bytes(plan.artifact_bytes)}")
-    add_row(table, "peak memory", f"about {format_bytes(plan.peak_memory_bytes)}")
+    add_row(table, "peak memory of the stages", f"about {format_bytes(plan.peak_memory_bytes)}")
     add_row(table, "disk while it runs", f"about {format_bytes(plan.disk_bytes)}")
     add_row(table, "time", f"about {duration(60 * plan.minutes)}, without the evaluation")
     return table

@@ -127,6 +127,18 @@ def require_shapes(checkpoint: Checkpoint) -> None:
         raise InputError(error.message, where=f"{checkpoint.folder}: {error.where}", hint=error.hint) from None
 
 
+def unknown_tensors(checkpoint: Checkpoint) -> list[str]:
+    """Disk names of tensors that neither the family's modules nor a quantized layer account for."""
+    reader = reader_for(checkpoint.config) if checkpoint.schemes else None
+    stored = {name for module, scheme in checkpoint.schemes.items() for name in _stored(reader, module, scheme)}
+    sizes = sizes_of(checkpoint.config)
+    return [
+        name
+        for name in checkpoint.tensors
+        if name not in stored and expected_shape(name, sizes, checkpoint.architecture) is None
+    ]
+
+
 def _fit(
     tensors: Tensors,
     config: Mapping[str, Any],

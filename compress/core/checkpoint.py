@@ -54,12 +54,11 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, model: str | Path, *, revision: str | None = None, offline: bool = False, allow_code: bool = False
+        cls, model: str | Path, *, revision: str | None = None, offline: bool = False
     ) -> Checkpoint:
         """Open a folder, or a hub id (downloaded to the hub's cache, safetensors only, pinned to a commit).
 
-        A model that brings its own model class is refused; `allow_code` opens it all the same, with transformers'
-        class of that family. Code from a model folder never runs.
+        A model that brings its own model class is refused: code from a model folder never runs.
         """
         folder = Path(model)
         source = Source(folder.name)
@@ -70,8 +69,7 @@ class Checkpoint:
             source = Source(str(model), commit)
         config = read_config(folder)
         architecture = lookup(config, str(folder / "config.json"))
-        if not allow_code:
-            _refuse_own_code(config, architecture, folder)
+        _refuse_own_code(config, architecture, folder)
         checkpoint = cls(folder, source, config, read_tensors(folder))
         if checkpoint.kind == "quantized":
             _ = checkpoint.schemes  # refuses formats that are not read
@@ -275,7 +273,7 @@ def _refuse_own_code(config: dict[str, Any], architecture: Architecture, folder:
         raise InputError(
             f"the model asks for code of its own ({own}), which is never run",
             where=str(folder / "config.json"),
-            hint=f"--allow-code model opens its weights with transformers' {architecture.model_class} instead",
+            hint=f"if transformers' {architecture.model_class} computes the same, take auto_map out of config.json",
         )
 
 

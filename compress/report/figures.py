@@ -98,7 +98,7 @@ def _cost_rows(run: Mapping[str, Any]) -> list[Row]:
     measured = run.get("measured") or {}
     minutes, peak = measured.get("minutes"), measured.get("peak_memory_bytes")
     return [
-        Row("time of the run", words.NONE, words.duration(None if minutes is None else 60 * minutes)),
+        Row("time of stages and evaluation", words.NONE, words.duration(None if minutes is None else 60 * minutes)),
         Row("peak memory of the run", words.NONE, format_bytes(peak) if peak else words.NOT_MEASURED),
     ]
 

@@ -85,7 +85,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "layers as text": (lambda f: edit_config(f, num_hidden_layers="3"), "num_hidden_layers is '3'"),
     "own code": (
         lambda f: edit_config(f, auto_map={"AutoModelForCausalLM": "modeling_x.XForCausalLM"}),
-        r"code of its own \(modeling_x.XForCausalLM\), which is never run \(--allow-code model",
+        r"code of its own \(modeling_x.XForCausalLM\), which is never run \(if transformers' LlamaForCausalLM computes the same, take auto_map out",
     ),
     "quantized by others": (
         lambda f: edit_config(f, quantization_config={"quant_method": "aqlm"}),
@@ -200,12 +200,10 @@ def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
         Checkpoint.open(path)
 
 
-def test_own_code_is_ignored_where_transformers_has_the_same_class_or_where_allowed(folder: Path) -> None:
+def test_own_code_is_ignored_where_transformers_has_the_same_class(folder: Path) -> None:
     edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
-    assert Checkpoint.open(folder).num_blocks == 3
-    (folder / "modeling_x.py").write_text("raise SystemExit('code of the model ran')")
-    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_x.XForCausalLM", "AutoConfig": "modeling_x.X"})
-    checkpoint = Checkpoint.open(folder, allow_code=True)
+    (folder / "modeling_llama.py").write_text("raise SystemExit('code of the model ran')")
+    checkpoint = Checkpoint.open(folder)
     checkpoint.build_block(0, torch.float32)
     checkpoint.build_model()
     load_tokenizer(folder)
