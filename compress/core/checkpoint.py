@@ -53,9 +53,7 @@ class Checkpoint:
         self.num_blocks: int = config["num_hidden_layers"]
 
     @classmethod
-    def open(
-        cls, model: str | Path, *, revision: str | None = None, offline: bool = False
-    ) -> Checkpoint:
+    def open(cls, model: str | Path, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
         """Open a folder, or a hub id (downloaded to the hub's cache, safetensors only, pinned to a commit).
 
         A model that brings its own model class is refused: code from a model folder never runs.

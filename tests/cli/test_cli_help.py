@@ -95,18 +95,15 @@ HEAVY = ("torch", "transformers", "numpy", "datasets", "lm_eval", "huggingface_h
 )
 def test_what_needs_no_torch_imports_none(arguments: list[str], allowed: tuple[str, ...]) -> None:
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from compress.cli.app import run_command\n"
         f"code = run_command({arguments!r})\n"
-        f"print(time.process_time(), *(name for name in {HEAVY!r} if name in sys.modules), file=sys.stderr)\n"
+        f"print(*(name for name in {HEAVY!r} if name in sys.modules), file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(3)]
-    assert runs[0].returncode == 0, runs[0].stderr
-    heavy = runs[0].stderr.split()[1:]
-    assert set(heavy) <= set(allowed)
-    seconds = min(float(run.stderr.split()[0]) for run in runs)
-    assert seconds < (0.5 if allowed else 0.3), "processor time, since the machine may be busy"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stderr.split()) <= set(allowed)
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -96,7 +96,10 @@ def test_the_final_table_fits_80_columns_and_hides_nothing() -> None:
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     for words in ("269 MB", "118 MB", "16.00", "7.03", "15.62", "+2.10 %", "nats", "hellaswag (acc_norm)", "pt ["):
         assert words in text
-    assert cost_line(sample_run()) == "stages and evaluation took 7 min 24 s · peak memory 861 MB · 2 fallbacks, see the report"
+    assert (
+        cost_line(sample_run())
+        == "stages and evaluation took 7 min 24 s · peak memory 861 MB · 2 fallbacks, see the report"
+    )
 
 
 def test_what_was_not_measured_has_no_row() -> None:

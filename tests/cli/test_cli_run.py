@@ -140,16 +140,18 @@ def test_interrupted_it_says_how_to_go_on_and_goes_on(recipe: Path, tiny_model, 
     command = [
         *map(str, (sys.executable, "-m", "compress", "run", "-r", recipe, "-m", tiny_model("llama"), "-o", output))
     ]
-    process = subprocess.Popen([*command, "--fresh"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    journal = tmp_path / "out.partial" / "journal.jsonl"
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline and not journal.exists():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("the run was over before it could be interrupted")
-    assert process.returncode == 130, err
+    code, err = 0, ""
+    for _ in range(10):  # on a busy machine the run may be over before the signal is sent
+        process = subprocess.Popen([*command, "--fresh"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        journal = tmp_path / "out.partial" / "journal.jsonl"
+        while process.poll() is None and not journal.exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
+        code = process.returncode
+        if code:
+            break
+    assert code == 130, err
     assert "To go on:" in err
     assert "Traceback" not in err
     resume = err.split("To go on:\n")[1].splitlines()[0]
