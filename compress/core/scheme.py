@@ -6,24 +6,34 @@ from typing import Literal
 
 from compress.core.errors import UsageError
 
+Dtype = Literal["int", "fp8", "nf4", "fp4"]
+_BITS_OF_FLOATS = {"fp8": 8, "nf4": 4, "fp4": 4}
 _NAME = re.compile(r"w(?P<weight>\d+)a(?P<activation>\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Integer codes of `bits` bits with one scale (and zero point, if not symmetric) per group of input channels.
+    """Codes of `bits` bits with one scale (and zero point, if not symmetric) per group of input channels.
 
-    group_size -1 means one group per output channel. Codes are signed: -2^(bits-1) … 2^(bits-1)-1, and the weight is
-    (code - zero) * scale. activation_bits 16 leaves activations alone; 8 is dynamic int8 per token.
+    group_size -1 means one group per output channel. dtype says what a code stands for:
+    int       a whole number, signed: -2^(bits-1) … 2^(bits-1)-1; the weight is (code - zero) * scale
+    fp8       an 8-bit float with 4 exponent and 3 mantissa bits (e4m3, no infinities); the weight is code * scale
+    nf4, fp4  one of the 16 levels of levels.py; the weight is level * scale
+    activation_bits 16 leaves activations alone; 8 is dynamic per token, int8 or, beside fp8 weights, fp8.
     """
 
     bits: int
     group_size: int = -1
     symmetric: bool = True
-    dtype: Literal["int"] = "int"
+    dtype: Dtype = "int"
     activation_bits: int = 16
 
     def __post_init__(self) -> None:
+        if self.dtype not in _BITS_OF_FLOATS and self.dtype != "int":
+            raise UsageError(f"weights of dtype {self.dtype!r} are not supported: choose int, fp8, nf4 or fp4")
+        wanted = _BITS_OF_FLOATS.get(self.dtype, self.bits)
+        if self.bits != wanted or (self.dtype != "int" and not self.symmetric):
+            raise UsageError(f"{self.dtype} weights have {wanted} bits and no zero points")
         if not 2 <= self.bits <= 8:
             raise UsageError(f"weights of {self.bits} bits are not supported: choose 2 to 8")
         if self.group_size != -1 and self.group_size < 1:
@@ -45,7 +55,9 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        return f"w{self.bits}a{self.activation_bits}"
+        if self.dtype == "int":
+            return f"w{self.bits}a{self.activation_bits}"
+        return f"{self.dtype}a16" if self.dtype == "fp8" and self.activation_bits == 16 else self.dtype
 
     def groups_in(self, width: int) -> int:
         """Number of groups in a row of `width` input channels; the last may be ragged."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from compress.core.errors import ArtifactError
+from compress.core.levels import levels
 from compress.core.scheme import Scheme
 
 _RUN = 8  # codes that are combined at once: 8 codes of b bits are exactly b bytes
@@ -71,10 +72,11 @@ def spread(values_OG: torch.Tensor, group_size: int, width: int) -> torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class QuantTensor:
-    """A linear layer's weight [out, in] as integer codes, scales and zero points.
+    """A linear layer's weight [out, in] as codes, scales and zero points.
 
-    packed int32 [out, ceil(in*bits/32)] holds code + 2^(bits-1); scale [out, groups] in its storage dtype;
-    zero int8 [out, groups] in the signed domain, None if symmetric. weight = (code - zero) * scale.
+    packed int32 [out, ceil(in*bits/32)] holds code + 2^(bits-1), or the bit patterns of a scheme whose dtype is not
+    int; scale [out, groups] in its storage dtype; zero int8 [out, groups] in the signed domain, None if symmetric.
+    weight = (code - zero) * scale, or level * scale.
     """
 
     packed: torch.Tensor
@@ -100,20 +102,41 @@ class QuantTensor:
     def from_codes(
         cls, codes_OK: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None, scheme: Scheme
     ) -> "QuantTensor":
-        """Pack signed codes int8 [out, in]."""
-        unsigned = (codes_OK.to(torch.int16) - scheme.lowest).to(torch.uint8)
-        rows, width = codes_OK.shape
-        return cls(pack_rows(unsigned, scheme.bits), scale_OG, zero_OG, scheme, (rows, width))
+        """Pack signed codes int8 [out, in] of an integer scheme."""
+        unsigned_OK = (codes_OK.to(torch.int16) - scheme.lowest).to(torch.uint8)
+        return cls.from_stored(unsigned_OK, scale_OG, zero_OG, scheme)
+
+    @classmethod
+    def from_stored(
+        cls, stored_OK: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None, scheme: Scheme
+    ) -> "QuantTensor":
+        """Pack codes uint8 [out, in] as they are to be stored."""
+        rows, width = stored_OK.shape
+        return cls(pack_rows(stored_OK, scheme.bits), scale_OG, zero_OG, scheme, (rows, width))
+
+    def stored(self) -> torch.Tensor:
+        """Codes as they are packed, uint8 [out, in]."""
+        return unpack_rows(self.packed, self.scheme.bits, self.shape[1])
 
     def codes(self) -> torch.Tensor:
-        """Signed codes, int8 [out, in]."""
-        unsigned = unpack_rows(self.packed, self.scheme.bits, self.shape[1])
-        return (unsigned.to(torch.int16) + self.scheme.lowest).to(torch.int8)
+        """Signed codes of an integer scheme, int8 [out, in]."""
+        return (self.stored().to(torch.int16) + self.scheme.lowest).to(torch.int8)
+
+    def rows(self, start: int, stop: int) -> "QuantTensor":
+        """Output channels `start` up to `stop`, which share this tensor's memory."""
+        part = slice(start, stop)
+        packed, zero = self.packed[part], None if self.zero is None else self.zero[part]
+        return QuantTensor(packed, self.scale[part], zero, self.scheme, (packed.shape[0], self.shape[1]))
+
+    def to(self, device: str | torch.device) -> "QuantTensor":
+        """The same tensor on another device."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return QuantTensor(self.packed.to(device), self.scale.to(device), zero, self.scheme, self.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out, in], computed in fp32 and rounded once to `dtype`."""
         width, size = self.shape[1], self.scheme.group_size
-        weight = self.codes().float()
+        weight = levels(self.stored(), self.scheme)
         if self.zero is not None:
             weight -= spread(self.zero.float(), size, width)
         weight *= spread(self.scale.float(), size, width)

@@ -25,6 +25,7 @@ from compress.core._block import Block, BlockRecord, Group, Site, SiteRecord
 from compress.core._forward import advance, embed, layer_arguments, logits
 from compress.core._gather import Gathering, Order
 from compress.core._trim import trim_memory
+from compress.core.cpu import fast_on_cpu
 from compress.core.errors import UsageError
 from compress.core.events import Finished, Listener, Metric, Progress, Started, silent
 from compress.core.statistics import Statistic
@@ -181,7 +182,7 @@ def stream_logits(
 def compute_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype, device: str) -> torch.dtype:
     """The dtype of the forward. "auto" is the checkpoint's own, but fp32 where a CPU is slow at that."""
     if dtype == "auto":
-        return torch.float32 if device == "cpu" and not _fast_on_cpu(checkpoint.dtype) else checkpoint.dtype
+        return torch.float32 if device == "cpu" and not fast_on_cpu(checkpoint.dtype) else checkpoint.dtype
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
@@ -192,12 +193,6 @@ def stream_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype, device: str) 
     """The dtype of hidden states between blocks: that of the forward, but bf16 models keep bf16 when left to choose."""
     automatic = dtype == "auto" and checkpoint.dtype is torch.bfloat16
     return torch.bfloat16 if automatic else compute_dtype(checkpoint, dtype, device)
-
-
-def _fast_on_cpu(dtype: torch.dtype) -> bool:
-    """bf16 products are 5 times as fast as fp32 where the CPU has instructions for them, 8 times slower elsewhere."""
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dtype is torch.float32 or (dtype is torch.bfloat16 and has_bf16)
 
 
 def _stream(

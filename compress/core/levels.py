@@ -1,0 +1,39 @@
+"""What a code stands for before it is scaled, by the scheme's dtype. See Scheme.
+
+nf4: the 16 quantiles of a normal distribution of QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), in
+ascending order. fp4: sign, two bits of exponent, one of mantissa, in the order of its bit patterns. Both are scaled to
+[-1, 1] and are the tables that bitsandbytes stores beside the weights.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from compress.core.scheme import Scheme
+
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+
+
+@cache
+def table(dtype: str) -> torch.Tensor:
+    """The 16 levels of nf4 or fp4, fp32 on the CPU. Not to be changed in place."""
+    if dtype == "nf4":
+        return torch.tensor(_NF4)
+    positive = torch.tensor(_FP4) / 12
+    return torch.cat((positive, 0 - positive))
+
+
+def levels(stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """fp32 levels of stored codes (uint8, any shape)."""
+    if scheme.dtype == "int":
+        return stored.float() + scheme.lowest
+    if scheme.dtype == "fp8":
+        return stored.view(torch.float8_e4m3fn).float()
+    return table(scheme.dtype).to(stored.device)[stored.int()]

@@ -1,0 +1,99 @@
+"""One way to make a linear layer, whatever its weight is stored as and whichever numerics are asked for.
+
+exact  fp32; a row's result does not depend on the batch. For parity and equality tests.
+fast   the model's compute dtype (see compute_dtype) and packed kernels. A layer without one says so in `slow_reason`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from compress.core.cpu import fast_on_cpu
+from compress.core.errors import UsageError
+from compress.core.tensors import QuantTensor
+from runtime.layers.base import LinearLayer
+from runtime.layers.dense import DenseLinear
+from runtime.layers.exact import ExactDense, ExactPacked
+from runtime.layers.int4pack import Int4Linear, int4_group
+from runtime.layers.int8 import Int8Linear, Int8ProductLinear, fits_int8
+from runtime.layers.packed import DequantizingLinear
+
+__all__ = ["LinearLayer", "Numerics", "compute_dtype", "concatenate", "make_linear"]
+
+Numerics = Literal["exact", "fast"]
+Weight = TypeVar("Weight", Tensor, QuantTensor)
+
+
+def compute_dtype(numerics: Numerics, device: str | torch.device) -> torch.dtype:
+    """The dtype of activations: fp32 in exact mode and where bf16 products are slow, else bf16."""
+    if numerics == "exact":
+        return torch.float32
+    on_cpu = torch.device(device).type == "cpu"
+    return torch.bfloat16 if not on_cpu or fast_on_cpu(torch.bfloat16) else torch.float32
+
+
+def make_linear(
+    weight: Tensor | QuantTensor,
+    bias: Tensor | None = None,
+    *,
+    numerics: Numerics,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LinearLayer:
+    """A layer that computes x Wᵀ + b for weight [out, in] and bias [out].
+
+    `dtype` is that of dense weights in fast mode, `compute_dtype` if left out. Packed weights stay packed; they are
+    repacked at most once, here.
+    """
+    if numerics not in ("exact", "fast"):
+        raise UsageError(f"numerics {numerics!r} are unknown: choose exact or fast")
+    weight = weight.to(device)
+    bias = None if bias is None else bias.to(device)
+    if isinstance(weight, Tensor):
+        if numerics == "exact":
+            return ExactDense(weight, bias)
+        return DenseLinear(weight, bias, dtype or compute_dtype(numerics, device))
+    if numerics == "exact":
+        return ExactPacked(weight, bias)
+    return _fast(weight, bias, torch.device(device))
+
+
+def _fast(weight: QuantTensor, bias: Tensor | None, device: torch.device) -> LinearLayer:
+    scheme = weight.scheme
+    if device.type != "cpu":
+        return DequantizingLinear(weight, bias, f"no {scheme.name} kernel for {device.type} is used yet")
+    if fits_int8(weight) and scheme.activation_bits == 8 and scheme.bits > 4:
+        return Int8ProductLinear(weight, bias)
+    if int4_group(weight) is not None:
+        return Int4Linear(weight, bias)
+    if fits_int8(weight):
+        return Int8Linear(weight, bias)
+    return DequantizingLinear(weight, bias, _why_slow(weight))
+
+
+def _why_slow(weight: QuantTensor) -> str:
+    scheme = weight.scheme
+    if scheme.dtype != "int":
+        return f"torch has no CPU kernel for {scheme.name} weights: they are dequantized at each step"
+    return (
+        f"torch has no CPU kernel for {scheme.bits}-bit weights in groups of {scheme.group_size} over "
+        f"{weight.shape[1]} input channels: they are dequantized at each step"
+    )
+
+
+def concatenate(weights: Sequence[Weight]) -> Weight:
+    """One weight of several of the same kind, along their output channels: q, k, v or gate, up as one layer."""
+    first = weights[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(weights))
+    if any(weight.scheme != first.scheme or weight.shape[1] != first.shape[1] for weight in weights):
+        raise UsageError("layers of different schemes or widths cannot become one")
+    zero = None if first.zero is None else torch.cat([weight.zero for weight in weights])
+    rows = sum(weight.shape[0] for weight in weights)
+    scale = torch.cat([weight.scale for weight in weights])
+    packed = torch.cat([weight.packed for weight in weights])
+    return QuantTensor(packed, scale, zero, first.scheme, (rows, first.shape[1]))
