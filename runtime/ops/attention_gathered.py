@@ -1,0 +1,191 @@
+"""Fast paged attention in torch: gather a sequence's slots, then `scaled_dot_product_attention`.
+
+Decodes of similar length are padded and done together, the heads of a group as the query rows of one product: without
+that a CPU spends its time on starting operations, and on reading keys once per head. Prefill chunks are done one
+sequence at a time and, where a mask is needed, in tiles of queries, so that memory stays linear in length.
+
+Shape suffixes: T tokens, H query heads, G key-value heads, R heads per group (H / G), D head width, P pages, B slots of
+a page, N sequences that decode together, Q queries of a tile, K keys.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from runtime.ops.batch import AttentionBatch
+
+_MASKED_QUERIES = 512  # rows of a tile that needs a mask
+_SCORES = 1 << 22  # scores held at once where a soft-cap forbids the fused product
+_GATHERED_SLOTS = 1 << 14  # slots of decodes gathered at once
+_SIMILAR = 0.75  # decodes go together if the shortest has at least this share of the longest's keys …
+_SHORT = 64  # … or misses fewer keys than this
+
+
+@dataclass(frozen=True)
+class _Decodes:
+    """Sequences with one query each, padded to the same number of keys."""
+
+    row_N: torch.Tensor
+    slot_NK: torch.Tensor
+    visible_N11K: torch.Tensor | None  # None: all of them
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Several queries of one sequence: flat rows start … end - 1; its keys begin at position `first`."""
+
+    start: int
+    end: int
+    position: int  # of the first query
+    first: int
+    slot_K: torch.Tensor
+
+
+def attend_gathered(
+    q_THD: torch.Tensor,
+    k_PBGD: torch.Tensor,
+    v_PBGD: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`paged_attention`, as fast as torch alone gets it; rows depend on their neighbours in the last bits."""
+    block = k_PBGD.shape[1]
+    key = "gathered", block, window
+    if key not in batch.plans:
+        batch.plans[key] = [*_plan_decodes(batch, block, window), *_plan_chunks(batch, block, window)]
+    out_THD = torch.empty_like(q_THD)
+    for part in batch.plans[key]:
+        if isinstance(part, _Decodes):
+            _attend_decodes(out_THD, q_THD, k_PBGD, v_PBGD, part, scale, softcap)
+        else:
+            _attend_chunk(out_THD, q_THD, k_PBGD, v_PBGD, part, scale, window, softcap)
+    return out_THD
+
+
+def _visible(batch: AttentionBatch, sequence: int, window: int | None) -> tuple[int, int]:
+    """The slots that some query of a sequence sees: first, end. Slot i holds position i."""
+    start, end = batch.starts[sequence : sequence + 2]
+    first = 0 if window is None else max(0, batch.positions[start] - window + 1)
+    return first, min(batch.kv_len[sequence], batch.positions[end - 1] + 1)
+
+
+def _plan_decodes(batch: AttentionBatch, block: int, window: int | None) -> Iterator[_Decodes]:
+    single = [s for s in range(len(batch.kv_len)) if batch.starts[s + 1] - batch.starts[s] == 1]
+    ranges = {s: _visible(batch, s, window) for s in single}
+    keys = {s: end - first for s, (first, end) in ranges.items()}
+    single.sort(key=lambda s: -keys[s])
+    while single:
+        most = keys[single[0]]
+        least = min(most * _SIMILAR, most - _SHORT)
+        limit = max(1, _GATHERED_SLOTS // most)
+        together = [s for s in single[:limit] if keys[s] >= least]
+        single = single[len(together) :]
+        yield _decodes(batch, together, [ranges[s] for s in together], block)
+
+
+def _decodes(batch: AttentionBatch, together: list[int], ranges: list[tuple[int, int]], block: int) -> _Decodes:
+    device = batch.table_SP.device
+    sequence_N = torch.tensor(together, device=device)
+    first_N1, end_N1 = torch.tensor(ranges, device=device).T[:, :, None]
+    most = max(end - first for first, end in ranges)
+    index_NK = first_N1 + torch.arange(most, device=device)
+    inside_NK = index_NK < end_N1
+    index_NK = torch.minimum(index_NK, end_N1 - 1)  # padding repeats the sequence's own last slot: finite, then masked
+    page_NK = batch.table_SP[sequence_N].long().gather(1, index_NK // block)
+    even = all(end - first == most for first, end in ranges)
+    return _Decodes(
+        row_N=batch.starts_S1[sequence_N].long(),
+        slot_NK=page_NK * block + index_NK % block,
+        visible_N11K=None if even else inside_NK[:, None, None, :],
+    )
+
+
+def _plan_chunks(batch: AttentionBatch, block: int, window: int | None) -> Iterator[_Chunk]:
+    for sequence in range(len(batch.kv_len)):
+        start, end = batch.starts[sequence : sequence + 2]
+        if end - start > 1:
+            first, stop = _visible(batch, sequence, window)
+            index_K = torch.arange(first, stop, device=batch.table_SP.device)
+            slot_K = batch.table_SP[sequence].long()[index_K // block] * block + index_K % block
+            yield _Chunk(start, end, batch.positions[start], first, slot_K)
+
+
+def _gather(pool_PBGD: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    rows = pool_PBGD.flatten(0, 1).index_select(0, slots.reshape(-1)).to(dtype)
+    return rows.view(*slots.shape, *rows.shape[1:])
+
+
+def _attend_decodes(
+    out_THD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k_PBGD: torch.Tensor,
+    v_PBGD: torch.Tensor,
+    part: _Decodes,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    heads, width = q_THD.shape[1:]
+    groups = k_PBGD.shape[2]
+    k_NGKD = _gather(k_PBGD, part.slot_NK, q_THD.dtype).transpose(1, 2)
+    v_NGKD = _gather(v_PBGD, part.slot_NK, q_THD.dtype).transpose(1, 2)
+    q_NGRD = q_THD[part.row_N].view(-1, groups, heads // groups, width)
+    out_NGRD = _attend(q_NGRD, k_NGKD, v_NGKD, part.visible_N11K, scale, softcap)
+    out_THD[part.row_N] = out_NGRD.reshape(-1, heads, width)
+
+
+def _attend_chunk(
+    out_THD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k_PBGD: torch.Tensor,
+    v_PBGD: torch.Tensor,
+    part: _Chunk,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    groups = k_PBGD.shape[2]
+    queries, heads, width = part.end - part.start, *q_THD.shape[1:]
+    q_GRQD = q_THD[part.start : part.end].view(queries, groups, heads // groups, width).permute(1, 2, 0, 3)
+    k_G1KD, v_G1KD = (_gather(pool, part.slot_K, q_THD.dtype).transpose(0, 1)[:, None] for pool in (k_PBGD, v_PBGD))
+    keys = k_G1KD.shape[2]
+    out_QGRD = out_THD[part.start : part.end].view(queries, groups, heads // groups, width)
+    if softcap is None and queries == keys and (window is None or keys <= window):
+        k_GRKD, v_GRKD = (x.expand(-1, heads // groups, -1, -1) for x in (k_G1KD, v_G1KD))
+        out_GRQD = scaled_dot_product_attention(q_GRQD, k_GRKD, v_GRKD, is_causal=True, scale=scale)
+        out_QGRD.copy_(out_GRQD.permute(2, 0, 1, 3))
+        return
+    rows = _MASKED_QUERIES if softcap is None else max(1, min(_MASKED_QUERIES, _SCORES // (heads * keys)))
+    for at in range(0, queries, rows):
+        position_Q = part.position + torch.arange(at, min(at + rows, queries), device=q_THD.device)
+        last = part.position + at + len(position_Q)
+        low = 0 if window is None else max(0, part.position + at - window + 1 - part.first)
+        high = last - part.first
+        ahead_QK = position_Q[:, None] - (part.first + torch.arange(low, high, device=q_THD.device))
+        visible_QK = (ahead_QK >= 0) if window is None else (ahead_QK >= 0) & (ahead_QK < window)
+        out_GRQD = _attend(
+            q_GRQD[:, :, at : at + rows], k_G1KD[:, :, low:high], v_G1KD[:, :, low:high], visible_QK, scale, softcap
+        )
+        out_QGRD[at : at + rows] = out_GRQD.permute(2, 0, 1, 3)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention of 4-D tensors whose two leading dimensions broadcast."""
+    if softcap is None:
+        shared = (-1, q.shape[1], -1, -1)
+        return scaled_dot_product_attention(q, k.expand(shared), v.expand(shared), attn_mask=visible, scale=scale)
+    score = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
+    if visible is not None:
+        score = score.masked_fill_(~visible, float("-inf"))
+    return torch.softmax(score, dim=-1) @ v

@@ -1,0 +1,166 @@
+"""The reference of paged attention: tiles of queries times tiles of keys, with running max and sum, in fp32.
+
+Every product has one fixed shape, and a row's place in its tile follows from its position alone: a query at position p
+is row p % QUERY_TILE of its tile, key tiles begin at multiples of KEY_TILE. Only the number of products done at once
+varies. A tile of which a row sees nothing leaves that row's running values as they are, to the bit. So a row meets the
+same arithmetic in any batch and under any chunking. Memory is independent of the sequences' lengths.
+
+Shape suffixes: T tokens, H query heads, G key-value heads, R heads per group (H / G), D head width, P pages, B slots of
+a page, L lanes (query tiles worked on at once), Q queries of a tile, K keys of a tile.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from runtime.ops.batch import AttentionBatch
+
+QUERY_TILE = 8
+KEY_TILE = 128
+_LANES = 32
+_FLOOR = -1e30  # running maximum before any key was seen: finite, so that differences to -inf are never NaN
+
+
+@dataclass(frozen=True)
+class _Lanes:
+    """Query tiles worked on at once, the ones with the most key tiles first."""
+
+    row: torch.Tensor  # flat rows of the batch …
+    place: torch.Tensor  # … and where each lies in [L * Q]
+    position_LQ: torch.Tensor  # -1 where there is no query
+    table_LP: torch.Tensor
+    last_slot_L1: torch.Tensor
+    first_tile_L1: torch.Tensor
+    tiles: list[int]
+
+
+def attend_tiled(
+    q_THD: torch.Tensor,
+    k_PBGD: torch.Tensor,
+    v_PBGD: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`paged_attention`, its rows independent of batch and chunking to the bit."""
+    key = "tiled", window
+    if key not in batch.plans:
+        batch.plans[key] = list(_plan(batch, window))
+    out_THD = torch.empty_like(q_THD)
+    for lanes in batch.plans[key]:
+        _attend_lanes(out_THD, q_THD, k_PBGD, v_PBGD, lanes, scale, window, softcap)
+    return out_THD
+
+
+def _plan(batch: AttentionBatch, window: int | None) -> Iterator[_Lanes]:
+    """Cut every sequence's queries at multiples of QUERY_TILE and sort the pieces by their number of key tiles."""
+    pieces = []  # (key tiles, first key tile, sequence, first row, end row)
+    for sequence, kv_len in enumerate(batch.kv_len):
+        row, end = batch.starts[sequence], batch.starts[sequence + 1]
+        while row < end:
+            position = batch.positions[row]
+            stop = min(end, row + QUERY_TILE - position % QUERY_TILE)
+            first = 0 if window is None else max(0, position - window + 1) // KEY_TILE
+            seen = min(kv_len, batch.positions[stop - 1] + 1)
+            pieces.append((-(-seen // KEY_TILE) - first, first, sequence, row, stop))
+            row = stop
+    pieces.sort(key=lambda piece: -piece[0])
+    for start in range(0, len(pieces), _LANES):
+        yield _lanes(batch, pieces[start : start + _LANES])
+
+
+def _lanes(batch: AttentionBatch, pieces: list[tuple[int, int, int, int, int]]) -> _Lanes:
+    device = batch.table_SP.device
+    rows, places = [], []
+    for lane, (_, _, _, row, stop) in enumerate(pieces):
+        rows += range(row, stop)
+        places += [lane * QUERY_TILE + batch.positions[at] % QUERY_TILE for at in range(row, stop)]
+    row, place = torch.tensor([rows, places], device=device)
+    position = torch.full((len(pieces) * QUERY_TILE,), -1, device=device)
+    position[place] = batch.position_T[row]
+    sequences = torch.tensor([sequence for _, _, sequence, _, _ in pieces], device=device)
+    return _Lanes(
+        row=row,
+        place=place,
+        position_LQ=position.view(-1, QUERY_TILE),
+        table_LP=batch.table_SP[sequences].long(),
+        last_slot_L1=batch.kv_len_S[sequences].long()[:, None] - 1,
+        first_tile_L1=torch.tensor([[first] for _, first, _, _, _ in pieces], device=device),
+        tiles=[tiles for tiles, *_ in pieces],
+    )
+
+
+def _attend_lanes(
+    out_THD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k_PBGD: torch.Tensor,
+    v_PBGD: torch.Tensor,
+    lanes: _Lanes,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Write the results of the lanes' queries into `out_THD`."""
+    heads, width = q_THD.shape[1:]
+    groups = k_PBGD.shape[2]
+    repeats, count = heads // groups, len(lanes.tiles)
+    placed = q_THD.new_zeros((count * QUERY_TILE, heads, width), dtype=torch.float32)
+    placed[lanes.place] = q_THD[lanes.row].float()
+    q_LGQRD = placed.view(count, QUERY_TILE, groups, repeats, width).transpose(1, 2).contiguous()
+    acc_LGQRD = torch.zeros_like(q_LGQRD)
+    top_LGQR = torch.full(q_LGQRD.shape[:-1], _FLOOR, device=q_THD.device)
+    sum_LGQR = torch.zeros_like(top_LGQR)
+    for tile in range(lanes.tiles[0]):
+        active = sum(tiles > tile for tiles in lanes.tiles)
+        position_LK, slot_LK = _key_tile(lanes, active, tile, k_PBGD.shape[1])
+        hidden_LQK = _hidden(lanes.position_LQ[:active], position_LK, window)
+        score_LGQRK = _product(q_LGQRD[:active], _gather(k_PBGD, slot_LK).transpose(2, 3)) * scale
+        if softcap is not None:
+            score_LGQRK = softcap * torch.tanh(score_LGQRK / softcap)
+        score_LGQRK.masked_fill_(hidden_LQK[:, None, :, None], float("-inf"))
+        old = top_LGQR[:active]
+        new = torch.maximum(old, score_LGQRK.amax(-1))
+        share_LGQRK = score_LGQRK.sub_(new[..., None]).exp_()
+        fade = (old - new).exp_()
+        sum_LGQR[:active] = sum_LGQR[:active] * fade + share_LGQRK.sum(-1)
+        acc_LGQRD[:active] = acc_LGQRD[:active] * fade[..., None] + _product(share_LGQRK, _gather(v_PBGD, slot_LK))
+        top_LGQR[:active] = new
+    result = acc_LGQRD / sum_LGQR.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    result = result.transpose(1, 2).reshape(count * QUERY_TILE, heads, width)
+    out_THD[lanes.row] = result[lanes.place].to(out_THD.dtype)
+
+
+def _key_tile(lanes: _Lanes, active: int, tile: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions [L, K] and slots in the pool [L, K] of each lane's next keys.
+
+    Past a sequence's end the slot is its last one: finite numbers, which the mask hides.
+    """
+    within = torch.arange(KEY_TILE, device=lanes.table_LP.device)
+    index_LK = (lanes.first_tile_L1[:active] + tile) * KEY_TILE + within
+    stored_LK = torch.minimum(index_LK, lanes.last_slot_L1[:active])
+    page_LK = lanes.table_LP[:active].gather(1, stored_LK // block)
+    return index_LK, page_LK * block + stored_LK % block  # slot i holds position i
+
+
+def _hidden(query_LQ: torch.Tensor, key_LK: torch.Tensor, window: int | None) -> torch.Tensor:
+    ahead_LQK = query_LQ[:, :, None] - key_LK[:, None, :]  # how far the query is ahead of the key
+    hidden_LQK = ahead_LQK < 0
+    return hidden_LQK if window is None else hidden_LQK | (ahead_LQK >= window)
+
+
+def _gather(pool_PBGD: torch.Tensor, slot_LK: torch.Tensor) -> torch.Tensor:
+    """fp32 [L, G, K, D], contiguous."""
+    lanes, keys = slot_LK.shape
+    rows = pool_PBGD.flatten(0, 1).index_select(0, slot_LK.reshape(-1))
+    return rows.view(lanes, keys, *rows.shape[1:]).transpose(1, 2).float().contiguous()
+
+
+def _product(a_LGQRX: torch.Tensor, b_LGXY: torch.Tensor) -> torch.Tensor:
+    """Each lane's and group's [Q * R, X] times [X, Y]: the one shape of product there is."""
+    lanes, groups, queries, repeats, inner = a_LGQRX.shape
+    a = a_LGQRX.reshape(lanes * groups, queries * repeats, inner)
+    product = torch.bmm(a, b_LGXY.flatten(0, 1))
+    return product.view(lanes, groups, queries, repeats, -1)

@@ -1,0 +1,31 @@
+"""Which implementation an operation runs: Triton for tensors on a GPU, torch for all others."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+_torch_only: ContextVar[bool] = ContextVar("torch_only", default=False)
+
+
+@cache
+def triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def uses_triton(x: torch.Tensor) -> bool:
+    """Whether an operation on `x` runs as a Triton kernel."""
+    return x.is_cuda and triton_installed() and not _torch_only.get()
+
+
+@contextmanager
+def torch_only() -> Iterator[None]:
+    """Switch all kernels off inside the block: every operation runs its torch implementation."""
+    token = _torch_only.set(True)
+    try:
+        yield
+    finally:
+        _torch_only.reset(token)

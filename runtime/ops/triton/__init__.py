@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operation. Import a module only where Triton is installed."""

@@ -1,0 +1,306 @@
+"""Paged attention in Triton: one kernel for prefill chunks and decodes, and a reduce for decodes with split keys.
+
+A program owns the query heads of one key-value head and several tokens of one sequence: packed, they fill the rows of
+one product, and each key is read once per group (Kwon et al., 2023, arXiv:2309.06180; Dao et al., 2022,
+arXiv:2205.14135). Few decodes would leave most of a GPU idle: then a sequence's keys are shared out among SEGMENTS
+programs whose partial results `_merge` joins. No grid depends on a sequence's length, so that graphs can be captured.
+
+Shape suffixes: T tokens, H query heads, G key-value heads, D head width, P pages, B slots of a page. In the kernels:
+M rows of a program (tokens times heads of a group), N keys of a tile.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from runtime.ops.batch import AttentionBatch
+from runtime.ops.triton.device import processors
+
+_LOG2_E = math.log2(math.e)
+_MOST_SEGMENTS = 32
+_FLOOR = tl.constexpr(-1e30)  # running maximum before any key was seen: finite, so that differences are never NaN
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one launch is cut: rows of queries, keys of a tile, warps, pipeline stages."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+def tile_for(*, decode: bool, group: int, width: int, element_bytes: int) -> Tile:
+    """Shapes that fit the shared memory of every GPU since sm_80, chosen without timing anything."""
+    wide = triton.next_power_of_2(width) * element_bytes > 256
+    m = max(16, triton.next_power_of_2(group))
+    if decode:
+        return Tile(m, n=32 if wide else 64, warps=4, stages=2 if wide else 3)
+    if element_bytes > 2:
+        return Tile(max(m, 32), n=16 if wide else 32, warps=4, stages=2)
+    return Tile(max(m, 64), n=32 if wide else 64, warps=4, stages=2)
+
+
+def segments_for(programs: int, max_kv: int, processors: int) -> int:
+    """A power of two: enough programs for two on every processor, unless the keys are few."""
+    wanted = min(2 * processors // max(programs, 1), max_kv // 256, _MOST_SEGMENTS)
+    return 1 << max(wanted, 1).bit_length() - 1
+
+
+def attend(
+    q_THD: torch.Tensor,
+    k_PBGD: torch.Tensor,
+    v_PBGD: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    segments: int | None = None,
+) -> torch.Tensor:
+    """`paged_attention`. The decodes that lead the batch and the chunks that follow are launched apart.
+
+    `segments` (a power of two) fixes the number of parts that a decode's keys are cut into; else it follows from the
+    number of sequences.
+    """
+    q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    decodes, sequences = batch.decodes, len(batch.kv_len)
+    if decodes:
+        if segments is None:
+            segments = segments_for(decodes * k_PBGD.shape[2], batch.max_kv, processors(q_THD.device))
+        _launch(out_THD, q_THD, k_PBGD, v_PBGD, batch, 0, decodes, segments, scale, window, softcap)
+    if decodes < sequences:
+        _launch(out_THD, q_THD, k_PBGD, v_PBGD, batch, decodes, sequences, 1, scale, window, softcap)
+    return out_THD
+
+
+def _launch(
+    out_THD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k_PBGD: torch.Tensor,
+    v_PBGD: torch.Tensor,
+    batch: AttentionBatch,
+    first: int,
+    end: int,
+    segments: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Attention of sequences first … end - 1."""
+    tokens, heads, width = q_THD.shape
+    block, groups = k_PBGD.shape[1:3]
+    group = heads // groups
+    queries = batch.starts[end] - batch.starts[first]
+    tile = tile_for(decode=queries == end - first, group=group, width=width, element_bytes=q_THD.element_size())
+    block_q = tile.m // group
+    block_d = max(16, triton.next_power_of_2(width))
+    if segments == 1:
+        part, top, total = out_THD, out_THD, out_THD
+    else:
+        part = torch.empty((tokens, heads, segments, width), dtype=torch.float32, device=q_THD.device)
+        top, total = torch.empty((2, tokens, heads, segments), dtype=torch.float32, device=q_THD.device)
+    _attend[(queries // block_q + end - first, groups, segments)](
+        q_THD,
+        k_PBGD,
+        v_PBGD,
+        part,
+        top,
+        total,
+        batch.starts_S1[first:],
+        batch.kv_len_S[first:],
+        batch.table_SP[first:],
+        batch.position_T,
+        scale * _LOG2_E if softcap is None else scale / softcap,
+        0.0 if softcap is None else softcap * _LOG2_E,
+        0 if window is None else window,
+        end - first,
+        batch.table_SP.stride(0),
+        q_THD.stride(0),
+        q_THD.stride(1),
+        k_PBGD.stride(0),
+        k_PBGD.stride(1),
+        k_PBGD.stride(2),
+        v_PBGD.stride(0),
+        v_PBGD.stride(1),
+        v_PBGD.stride(2),
+        GROUPS=groups,
+        GROUP=group,
+        WIDTH=width,
+        BLOCK=block,
+        BLOCK_D=block_d,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_Q=block_q,
+        SEGMENTS=segments,
+        WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if segments > 1:
+        _merge[(queries, heads)](
+            out_THD,
+            part,
+            top,
+            total,
+            batch.starts_S1[first:],
+            HEADS=heads,
+            WIDTH=width,
+            BLOCK_D=block_d,
+            SEGMENTS=segments,
+        )
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))  # 2 log2(e); right at both infinities
+
+
+@triton.jit(do_not_specialize=["window", "sequences", "table_stride"])
+def _attend(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    top_ptr,
+    sum_ptr,
+    starts_ptr,
+    kv_len_ptr,
+    table_ptr,
+    position_ptr,
+    scale,
+    cap,
+    window,
+    sequences,
+    table_stride,
+    q_stride_t,
+    q_stride_h,
+    k_stride_p,
+    k_stride_b,
+    k_stride_g,
+    v_stride_p,
+    v_stride_b,
+    v_stride_g,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Program (b, g, segment): the b-th piece of BLOCK_Q tokens, counted with one piece to spare per sequence.
+
+    `scale` and `cap` bring scores to base 2: score * scale, or tanh(score * scale) * cap.
+    """
+    piece = tl.program_id(0)
+    g = tl.program_id(1)
+    segment = tl.program_id(2)
+    base = tl.load(starts_ptr)
+    sequence = tl.full([], 0, tl.int32)
+    above = sequences
+    while above - sequence > 1:  # the last sequence whose first piece is not past this one
+        middle = (sequence + above) // 2
+        opens = (tl.load(starts_ptr + middle) - base) // BLOCK_Q + middle
+        sequence = tl.where(opens <= piece, middle, sequence)
+        above = tl.where(opens <= piece, above, middle)
+    row = tl.load(starts_ptr + sequence)
+    rows = tl.load(starts_ptr + sequence + 1) - row
+    skipped = (piece - (row - base) // BLOCK_Q - sequence) * BLOCK_Q
+    if skipped >= rows:
+        return
+
+    m = tl.arange(0, BLOCK_M)
+    token = skipped + m // GROUP
+    real_m = (m // GROUP < BLOCK_Q) & (token < rows)
+    flat = (row + token).to(tl.int64)
+    head = g * GROUP + m % GROUP
+    d = tl.arange(0, BLOCK_D)
+    real_d = d < WIDTH
+    q_at = flat[:, None] * q_stride_t + head[:, None] * q_stride_h + d[None, :]
+    q = tl.load(q_ptr + q_at, mask=real_m[:, None] & real_d[None, :], other=0.0)
+    position = tl.load(position_ptr + flat, mask=real_m, other=-1).to(tl.int32)
+
+    # slot i holds position i, so that positions bound the slots to read
+    end = tl.minimum(tl.load(kv_len_ptr + sequence), tl.max(position, 0) + 1)
+    first = 0
+    if WINDOW:
+        first = tl.maximum(tl.min(tl.where(real_m, position, 2147483647), 0) - window + 1, 0)
+    first_tile = first // BLOCK_N
+    tiles = tl.cdiv(end, BLOCK_N) - first_tile
+    share = tl.cdiv(tiles, SEGMENTS)
+    begin = first_tile + segment * share
+    stop = tl.minimum(begin + share, first_tile + tiles)
+
+    top = tl.full([BLOCK_M], _FLOOR, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for tile in range(begin, stop):
+        slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        stored = slot < end
+        page = tl.load(table_ptr + sequence.to(tl.int64) * table_stride + slot // BLOCK, mask=stored, other=0)
+        page = page.to(tl.int64)  # a pool of more than 2^31 elements is common
+        k_at = page * k_stride_p + (slot % BLOCK) * k_stride_b + g * k_stride_g
+        k = tl.load(k_ptr + k_at[None, :] + d[:, None], mask=stored[None, :] & real_d[:, None], other=0.0)
+        score = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+        if SOFTCAP:
+            score = _tanh(score) * cap
+        visible = stored[None, :] & (slot[None, :] <= position[:, None])
+        if WINDOW:
+            visible = visible & (slot[None, :] > position[:, None] - window)
+        score = tl.where(visible, score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(weight, 1)
+        v_at = page * v_stride_p + (slot % BLOCK) * v_stride_b + g * v_stride_g
+        v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=stored[:, None] & real_d[None, :], other=0.0)
+        v = v.to(q.dtype)
+        acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        top = higher
+
+    place = flat * (GROUPS * GROUP) + head
+    if SEGMENTS == 1:
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    else:
+        place = place * SEGMENTS + segment
+        tl.store(top_ptr + place, top, mask=real_m)
+        tl.store(sum_ptr + place, total, mask=real_m)
+    out_at = place[:, None] * WIDTH + d[None, :]
+    tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=real_m[:, None] & real_d[None, :])
+
+
+@triton.jit
+def _merge(
+    out_ptr,
+    part_ptr,
+    top_ptr,
+    sum_ptr,
+    starts_ptr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Program (t, h): join the segments of one token and head."""
+    token = tl.load(starts_ptr) + tl.program_id(0)
+    place = token.to(tl.int64) * HEADS + tl.program_id(1)
+    segment = tl.arange(0, SEGMENTS)
+    d = tl.arange(0, BLOCK_D)
+    top = tl.load(top_ptr + place * SEGMENTS + segment)
+    weight = tl.exp2(top - tl.max(top, 0))
+    total = tl.sum(weight * tl.load(sum_ptr + place * SEGMENTS + segment), 0)
+    part_at = (place * SEGMENTS + segment)[:, None] * WIDTH + d[None, :]
+    part = tl.load(part_ptr + part_at, mask=(d < WIDTH)[None, :], other=0.0)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + place * WIDTH + d, out.to(out_ptr.dtype.element_ty), mask=d < WIDTH)
