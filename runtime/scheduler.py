@@ -1,0 +1,306 @@
+"""Who computes what in the next step: one flat batch of decodes and prefill chunks, as far as tokens and pages go.
+
+Continuous batching (Orca, OSDI'22), chunked prefill without stalls (Sarathi-Serve, arXiv 2403.02310): all decodes
+first, then prefills under way, then new sequences. Pages for the whole prompt are taken at admission, those for
+generated tokens as they come; when pages run out, the last in precedence gives its own back and starts over later.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import insort
+from collections.abc import Callable
+from itertools import count
+from typing import TYPE_CHECKING
+
+from compress.core.errors import UsageError
+from runtime.admission import QueueFull, RequestTooLong, require_fit, require_place
+from runtime.blocks import BlockPool
+from runtime.fairness import ServiceMeter
+from runtime.plan import Plan
+from runtime.policies import make_policy, place
+from runtime.sequence import Sequence
+from runtime.settings import SchedulerSettings
+from runtime.step import Row, Step, StepOutput
+
+if TYPE_CHECKING:
+    from runtime.trace import Recorder
+
+__all__ = ["QueueFull", "RequestTooLong", "Row", "Scheduler", "SchedulerSettings", "Step", "StepOutput"]
+
+
+class Scheduler:
+    """Sequences wait, run and finish; `schedule` and `postprocess` take turns. Time enters only as `arrival`.
+
+    `max_length`: tokens that a sequence may have. `meter` tells each tenant's service, the largest gap and its bound.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        settings: SchedulerSettings,
+        *,
+        max_length: int,
+        clock: Callable[[], float] = time.monotonic,
+        recorder: Recorder | None = None,
+    ) -> None:
+        if max_length < 1:
+            raise UsageError(f"max_length must be at least 1, not {max_length}")
+        self.pool = pool
+        self.settings = settings
+        self.max_length = max_length
+        self.policy = make_policy(settings.policy)
+        self.meter = ServiceMeter(settings, pool.slots)
+        self.running: list[Sequence] = []  # in order of precedence
+        self.preemptions = 0
+        self.recorder = recorder
+        self._clock = clock
+        self._sequences: dict[int, Sequence] = {}  # all that wait or run
+        self._orders, self._indices = count(), count()
+        self._in_flight: Step | None = None
+        self._short_of_pages = False  # somebody was preempted, and nobody admitted since
+        self._most_running = min(settings.max_sequences, settings.token_budget)  # each gets a token in every step
+        pool.prefix_cache = pool.prefix_cache and settings.prefix_cache
+        if recorder:
+            recorder.started(self)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Sequences in line; under `vtc` tenant by tenant."""
+        return list(self.policy)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._sequences)
+
+    # Sequences come and go
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a new sequence in line.
+
+        RequestTooLong names the limit that it could never keep; QueueFull says that too many wait already.
+        """
+        require_fit(sequence, self.max_length, self.pool)
+        require_place(len(self.policy), self.settings.max_queue)
+        self._enter(sequence)
+        self.policy.add(sequence)
+        if self.recorder:
+            self.recorder.added(sequence)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let `child`, another sample of the parent's request, share all that the parent has computed of its tokens.
+
+        The child begins with the parent's tokens, and may already end in another last one. It runs at once where the
+        parent runs and one more may; otherwise it gets in line. Not to be called while a step is in flight.
+        """
+        require_fit(child, self.max_length, self.pool)
+        shared = min(parent.computed, len(child.tokens) - 1)  # its last token is computed in any case
+        if child.tenant != parent.tenant or child.tokens[:shared] != parent.tokens[:shared]:
+            raise UsageError(f"sequence {child.id} does not begin like sequence {parent.id}, its parent")
+        if self._in_flight is not None:
+            raise RuntimeError(f"sequence {parent.id} cannot be forked while step {self._in_flight.index} is in flight")
+        self._enter(child)
+        if self.recorder:
+            self.recorder.forked(parent, child)
+        child.charged = parent.charged  # they share one prompt
+        if parent.status == "running" and parent.pending == 1 and len(self.running) < self._most_running:
+            self.pool.fork(parent, child, shared)
+            self._start(child)
+        else:
+            self.policy.add(child)
+
+    def abort(self, id: int) -> None:
+        """End a sequence at once: its pages are there for the next step. Nothing happens if it has ended already."""
+        sequence = self._sequences.get(id)
+        if sequence is not None:
+            self._finish(sequence, "abort")
+            if self.recorder:
+                self.recorder.aborted(sequence)
+
+    # Steps
+
+    def schedule(self) -> Step | None:
+        """The next step, or None if nothing waits or runs. `postprocess` must follow before the next call."""
+        if self._in_flight is not None:
+            raise RuntimeError(f"step {self._in_flight.index} is still in flight: postprocess or abandon it first")
+        if not self._sequences:
+            return None
+        self.meter.observe(self.policy.tenants())
+        plan = Plan(self.settings.token_budget, self.pool.page.tokens, chunked=self.settings.chunked_prefill)
+        self._continue_running(plan)
+        self._admit(plan)
+        self.meter.observe(self.policy.tenants())
+        if not plan.rows:
+            raise RuntimeError(f"{len(self._sequences)} sequences are there but none can run")
+        self._in_flight = Step(next(self._indices), tuple(plan.rows), tuple(plan.copies))
+        if self.recorder:
+            self.recorder.scheduled(self._in_flight)
+        return self._in_flight
+
+    def postprocess(self, step: Step, output: StepOutput) -> list[Sequence]:
+        """Take in what came of `step`; returns the sequences that finished, whose pages are given back.
+
+        Rows of sequences that were aborted in the meantime are passed over. "length" is decided here.
+        """
+        if step is not self._in_flight:
+            raise RuntimeError(f"step {step.index} is not in flight")
+        self._require_tokens(step, output)
+        self._in_flight = None
+        finished = []
+        generated: dict[str, int] = {}
+        for row in step.rows:
+            sequence = self._sequences.get(row.sequence)
+            if sequence is None:
+                continue
+            sequence.computed += len(row.tokens)
+            sequence.kv_len[0] += len(row.tokens)
+            is_computed = sequence.computed == len(sequence.tokens)
+            if row.samples and row.sequence in output.tokens:
+                sequence.tokens.append(output.tokens[row.sequence])
+                generated[sequence.tenant] = generated.get(sequence.tenant, 0) + 1
+            reason = output.finished.get(row.sequence)
+            if reason is None and is_computed and len(sequence.tokens) >= len(sequence.prompt) + sequence.max_tokens:
+                reason = "length"
+            if reason is not None:
+                self._finish(sequence, reason)
+                finished.append(sequence)
+        for tenant, tokens in generated.items():
+            self.policy.charge(tenant, self.meter.serve(tenant, generated=tokens))
+        if self.recorder:
+            self.recorder.processed(output)
+        return finished
+
+    def abandon(self) -> list[Sequence]:
+        """Give up the step in flight, because the model failed; returns the sequences that it ended ("error").
+
+        What the step should have stored may be missing, so everything that runs ends and the prefix cache is emptied.
+        """
+        self._in_flight = None
+        ended = list(self.running)
+        for sequence in ended:
+            self._finish(sequence, "error")
+        self.pool.forget()
+        if self.recorder:
+            self.recorder.abandoned()
+        return ended
+
+    def check_integrity(self) -> None:
+        """RuntimeError with what is wrong, unless pool, lines and sequences agree."""
+        self.pool.check_integrity(self._sequences.values())
+        everybody = [*self.policy, *self.running]
+        if len(everybody) != len(self._sequences) or {s.id for s in everybody} != self._sequences.keys():
+            raise RuntimeError(f"{sorted(s.id for s in everybody)} wait or run, known are {sorted(self._sequences)}")
+        if any(s.status != "running" for s in self.running) or any(s.status != "waiting" for s in self.policy):
+            raise RuntimeError("a sequence is not in the state that its line says")
+        if any(sequence.table[0] for sequence in self.policy):
+            raise RuntimeError("a waiting sequence holds pages")
+        if len(self.running) > self._most_running:
+            raise RuntimeError(f"{len(self.running)} sequences run, more than {self._most_running}")
+
+    # How a step is made
+
+    def _continue_running(self, plan: Plan) -> None:
+        decodes = [sequence for sequence in self.running if len(sequence.tokens) - sequence.computed == 1]
+        prefills = [sequence for sequence in self.running if len(sequence.tokens) - sequence.computed > 1]
+        for sequence in decodes + prefills:
+            if sequence.status != "running":
+                continue  # preempted by one before it
+            tokens = plan.chunk(len(sequence.tokens) - sequence.computed)
+            if tokens and self._secure(sequence, sequence.kv_len[0] + tokens, plan):
+                self._plan_row(plan, sequence, tokens)
+
+    def _secure(self, sequence: Sequence, slots: int, plan: Plan) -> bool:
+        """Get the sequence its pages, preempting others behind it if need be; False if it had to give way itself."""
+        while (copies := self.pool.reserve(sequence, slots)) is None:
+            # Never one whose row is in this step already: of the others, this one is first.
+            victim = next(other for other in reversed(self.running) if other.id not in plan.planned)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        plan.copies.extend(copies)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        sequence.status = "waiting"
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self._short_of_pages = True
+        self.policy.add(sequence)
+
+    def _admit(self, plan: Plan) -> None:
+        """Let sequences in as long as the next one finds tokens and pages: nobody overtakes the policy's first."""
+        while plan.left > 0 and len(self.running) < self._most_running:
+            sequence = self.policy.next()
+            if sequence is None:
+                return
+            found = self.pool.lookup(sequence)
+            tokens = plan.chunk(len(sequence.tokens) - len(found) * self.pool.page.tokens)
+            if not tokens or self.pool.room_after(found, len(sequence.tokens)) < self._reserve_pages():
+                return
+            self._short_of_pages = False
+            self.policy.remove(sequence)
+            self.pool.begin(sequence, found)
+            self.pool.reserve(sequence, len(sequence.tokens))
+            self._start(sequence)
+            self._charge_prompt(sequence)
+            self._plan_row(plan, sequence, tokens)
+
+    def _reserve_pages(self) -> int:
+        """Pages that must stay available after an admission, for those who run to grow into.
+
+        More of them after a preemption, so that who was preempted does not come back just to be preempted again. None
+        if nobody runs, so that somebody always does.
+        """
+        if not self.running:
+            return 0
+        share = self.settings.hysteresis if self._short_of_pages else self.settings.watermark
+        return math.ceil(share * self.pool.pages)
+
+    def _plan_row(self, plan: Plan, sequence: Sequence, tokens: int) -> None:
+        plan.add(sequence, tokens)
+        # Now, not after the step: its other rows may share what this one fills.
+        self.pool.register(sequence, sequence.kv_len[0] + tokens)
+
+    # Bookkeeping
+
+    def _enter(self, sequence: Sequence) -> None:
+        if sequence.id in self._sequences or sequence.status != "waiting" or sequence.order >= 0:
+            raise UsageError(f"sequence {sequence.id} is here already, or was")
+        if sequence.arrival is None:
+            sequence.arrival = self._clock()
+        sequence.order = next(self._orders)
+        self._sequences[sequence.id] = sequence
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.status = "running"
+        insort(self.running, sequence, key=self.policy.precedence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        del self.running[place(self.running, sequence, self.policy.precedence)]
+        self.pool.release(sequence)
+
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        if reason == "error":  # its keys and values may be as broken as its logits
+            self.pool.forget(sequence.table[0])
+        if sequence.status == "running":
+            self._stop(sequence)
+        else:
+            self.policy.remove(sequence)
+        del self._sequences[sequence.id]
+        sequence.status = "finished"
+        sequence.finish_reason = reason
+
+    def _charge_prompt(self, sequence: Sequence) -> None:
+        if not sequence.charged:  # again after a preemption it is not the tenant's doing
+            sequence.charged = True
+            self.policy.charge(sequence.tenant, self.meter.serve(sequence.tenant, prompt=len(sequence.prompt)))
+
+    def _require_tokens(self, step: Step, output: StepOutput) -> None:
+        """A row that samples must have got a token or an end; checked before anything is changed."""
+        for row in step.rows:
+            id = row.sequence
+            if row.samples and id not in output.tokens and id not in output.finished and id in self._sequences:
+                raise RuntimeError(f"step {step.index} samples for sequence {id}, but its output has no token for it")

@@ -1,0 +1,47 @@
+"""What goes from the scheduler to the model and back: plain values that can be recorded and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One sequence's part of a step. A named tuple, because 256 of them are made per step."""
+
+    sequence: int  # its id
+    start: int  # logical position of the first token computed in this step
+    tokens: tuple[int, ...]
+    kv_len: int  # slots stored before these tokens are written
+    table: tuple[int, ...]  # pages that cover `kv_len + len(tokens)` slots
+    samples: bool  # whether a token is to be sampled after the last one
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass of the model.
+
+    First `copies` (from page, to page), in order. Then the rows as one flat batch: a row may read pages that another
+    row of the same step fills (a shared prompt), so every layer stores the whole batch before it attends.
+    """
+
+    index: int
+    rows: tuple[Row, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Length of the flat batch."""
+        return sum(len(row.tokens) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What came of a step: the sampled token of each row with `samples`, and who is done (stop, error) by id.
+
+    A row that ends in an error needs no token. Lengths are the scheduler's matter.
+    """
+
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    finished: Mapping[int, str] = field(default_factory=dict)
