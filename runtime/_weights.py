@@ -1,0 +1,183 @@
+"""The tensors of a model folder as the runtime's layers: taken by their names on disk, each exactly once.
+
+Weights are mapped from their files and packed ones stay packed. A tensor that is missing, has the wrong shape or has no
+place in the model is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.core.architectures import Architecture
+from compress.core.checkpoint import Checkpoint
+from compress.core.errors import InputError
+from compress.core.formats import reader_for
+from compress.core.tensors import QuantTensor
+from runtime.layers.linear import Numerics, concatenate, make_linear
+from runtime.layers.merged import Merged
+from runtime.layers.norm import RMSNorm
+from runtime.models.config import ModelConfig
+
+Weight = Tensor | QuantTensor
+COMPUTED = ".rotary_emb.inv_freq"  # older files carry what follows from the config
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A linear layer as stored."""
+
+    module: str
+    weight: Weight
+    bias: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Output channels."""
+        return self.weight.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Input channels."""
+        return self.weight.shape[1]
+
+
+class Weights:
+    """Takes tensors out of a checkpoint and makes layers of them."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, numerics: Numerics, dtype: torch.dtype, device: str
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.numerics: Numerics = numerics
+        self.dtype = dtype
+        self.device = device
+        self._reader = reader_for(checkpoint.config) if checkpoint.schemes else None
+        self._taken: set[str] = set()
+
+    # taking
+
+    def vector(self, name: str, length: int) -> Tensor:
+        """A norm's weight or a bias."""
+        value = self._dense(name)
+        if tuple(value.shape) != (length,):
+            raise self.misfit(name, value, f"[{length}]")
+        return value
+
+    def embedding(self) -> Tensor:
+        """The embedding [vocabulary, hidden], as stored; a tied file may hold it under the head's name."""
+        name = self.checkpoint.embedding_tensor if self.config.tied else f"{self._names.embedding}.weight"
+        if name.removesuffix(".weight") in self.checkpoint.schemes:
+            raise InputError(f"{name} is quantized: the runtime reads rows of dense embeddings", where=self._where())
+        value = self._dense(name)
+        wanted = (self.config.vocab, self.config.hidden)
+        if tuple(value.shape) != wanted:
+            raise self.misfit(name, value, str(list(wanted)))
+        return value
+
+    def part(self, module: str, *, rows: int | None = None, columns: int | None = None, bias: bool = False) -> Part:
+        """A linear layer by its name on disk, with the stated numbers of output and input channels."""
+        packed = module in self.checkpoint.schemes
+        weight = self._packed(module) if packed else self._dense(f"{module}.weight")
+        found = tuple(weight.shape)
+        if len(found) != 2 or found != (rows or found[0], columns or found[1]):
+            wanted = f"[{rows or '…'}, {columns or '…'}]"
+            raise self.misfit(f"{module}.weight", weight, wanted)
+        return Part(module, weight, self.vector(f"{module}.bias", weight.shape[0]) if bias else None)
+
+    def finish(self) -> None:
+        """InputError for the first tensor on disk that nothing took."""
+        for name in self.checkpoint.tensors:
+            if name in self._taken or name.endswith(COMPUTED) or self._idle(name):
+                continue
+            raise InputError(f"tensor {name!r} has no place in this model", where=self._where(name))
+
+    # making
+
+    def linear(self, part: Part) -> nn.Module:
+        """The layer of one weight."""
+        return self._make(part.weight, part.bias)
+
+    def merged(self, parts: Sequence[Part], widths: Sequence[int] | None = None) -> Merged:
+        """Layers with a common input as one, if their weights are of one kind; `widths` cuts a single part's output."""
+        widths = widths or [part.rows for part in parts]
+        if len(parts) == 1 or not _alike(parts):
+            return Merged([self.linear(part) for part in parts], widths)
+        biases = [part.bias for part in parts if part.bias is not None]
+        weight = concatenate([part.weight for part in parts])
+        return Merged([self._make(weight, torch.cat(biases) if biases else None)], widths)
+
+    def norm(self, module: str, length: int | None = None) -> RMSNorm:
+        """A norm over `length` channels, those of the hidden state if left out."""
+        weight = self.vector(f"{module}.weight", length or self.config.hidden).to(self.device, self.dtype)
+        return RMSNorm(weight, self.config.norm_eps, self.config.norm_plus_one)
+
+    def head(self, embedding_VD: Tensor) -> nn.Module:
+        """The layer that gives logits; a tied one shares the embedding's memory where their dtypes are one."""
+        module = self._names.head
+        name = f"{module}.weight"
+        if not self.config.tied:
+            return self.linear(self.part(module, rows=self.config.vocab, columns=self.config.hidden))
+        if module in self.checkpoint.schemes:
+            hint = "set tie_word_embeddings to false"
+            raise InputError(f"{module} is quantized, but tied to the embedding", where=self._where(), hint=hint)
+        if name in self.checkpoint.tensors and name != self.checkpoint.embedding_tensor:
+            own = self._dense(name)
+            if own.shape != embedding_VD.shape or not torch.equal(own, embedding_VD.to(own.device)):
+                hint = "set tie_word_embeddings to false"
+                raise InputError(
+                    f"{name} differs from the embedding that it is tied to", where=self._where(), hint=hint
+                )
+        return self._make(embedding_VD, None)
+
+    def misfit(self, name: str, value: Weight, wanted: str) -> InputError:
+        """The error for a tensor of the wrong shape."""
+        return InputError(
+            f"tensor {name!r} has shape {list(value.shape)}, the model needs {wanted}", where=self._where(name)
+        )
+
+    def _make(self, weight: Weight, bias: Tensor | None) -> nn.Module:
+        return make_linear(weight, bias, numerics=self.numerics, device=self.device, dtype=self.dtype)
+
+    def _dense(self, name: str) -> Tensor:
+        value = self.checkpoint.tensor(name)
+        if not value.is_floating_point():
+            raise InputError(f"tensor {name!r} is {value.dtype}, not a float", where=self._where(name))
+        self._taken.add(name)
+        return value
+
+    def _packed(self, module: str) -> Weight:
+        weight = self.checkpoint.quant_tensor(module)
+        if weight is None or self._reader is None:
+            raise InputError(f"{module} has no quantized weight", where=self._where())
+        self._taken.update(self._reader.stored_names(module, self.checkpoint.schemes[module]))
+        return weight
+
+    def _idle(self, name: str) -> bool:
+        """Whether a tensor changes nothing: some tools write a bias of zeros beside each quantized weight."""
+        return name.endswith(".bias") and not bool(self.checkpoint.tensor(name).any())
+
+    @property
+    def _names(self) -> Architecture:
+        return self.checkpoint.architecture
+
+    def _where(self, name: str = "") -> str:
+        info = self.checkpoint.tensors.get(name)
+        return str(self.checkpoint.folder if info is None else info.file)
+
+
+def _alike(parts: Sequence[Part]) -> bool:
+    """Whether weights can be joined along their output channels without changing what any of them means."""
+    if len({part.bias is None for part in parts}) != 1:
+        return False
+    return len({_kind(part.weight) for part in parts}) == 1
+
+
+def _kind(weight: Weight) -> tuple[object, ...]:
+    if isinstance(weight, Tensor):
+        return "dense", weight.dtype
+    return "packed", weight.scheme, weight.packed.dtype, weight.scale.dtype

@@ -1,0 +1,103 @@
+"""The one model of the runtime: a decoder that its ModelConfig describes. Modules come filled from runtime.loader.
+
+Shape suffixes: T tokens of the flat batch, K hidden channels, V vocabulary, N rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from runtime.cache import KVCache
+from runtime.layers.attention import Attention
+from runtime.layers.embedding import Embedding
+from runtime.layers.norm import RMSNorm
+from runtime.layers.rotary import Rotary
+from runtime.models.config import ModelConfig
+from runtime.ops.attention import AttentionBatch
+
+
+class Block(nn.Module):
+    """One decoder layer. Gemma also norms what attention and feed-forward give (`after_*`)."""
+
+    def __init__(
+        self,
+        before_attention: RMSNorm,
+        attention: Attention,
+        before_ffn: RMSNorm,
+        ffn: nn.Module,
+        *,
+        after_attention: RMSNorm | None = None,
+        after_ffn: RMSNorm | None = None,
+    ) -> None:
+        super().__init__()
+        self.before_attention = before_attention
+        self.attention = attention
+        self.after_attention = after_attention
+        self.before_ffn = before_ffn
+        self.ffn = ffn
+        self.after_ffn = after_ffn
+
+    def forward(
+        self,
+        x_TK: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        batch: AttentionBatch,
+        pages: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        y_TK = self.attention(self.before_attention(x_TK), rotation, batch, *pages)
+        x_TK = x_TK + (y_TK if self.after_attention is None else self.after_attention(y_TK))
+        y_TK = self.ffn(self.before_ffn(x_TK))
+        return x_TK + (y_TK if self.after_ffn is None else self.after_ffn(y_TK))
+
+
+class Decoder(nn.Module):
+    """Token ids to logits over paged keys and values. In `exact` numerics everything is fp32, and the bits of a row
+    depend on its own sequence alone, neither on the rest of the batch nor on how its prompt was cut into chunks."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Embedding,
+        blocks: Sequence[Block],
+        norm: RMSNorm,
+        head: nn.Module,
+        *,
+        numerics: Literal["exact", "fast"],
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.numerics = numerics
+        self.dtype = dtype
+        self.device = device
+        self.embedding = embedding
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.head = head
+        kinds = [(layer.rope, layer.head_dim) for layer in config.layers]
+        self._kinds = list(dict.fromkeys(kinds))
+        self._kind_of_layer = [self._kinds.index(kind) for kind in kinds]
+        self.rotaries = nn.ModuleList(Rotary(rope, head_dim, device) for rope, head_dim in self._kinds)
+
+    @torch.inference_mode()
+    def forward(self, ids_T: Tensor, batch: AttentionBatch, cache: KVCache, rows: Tensor | None = None) -> Tensor:
+        """fp32 logits [N, V] of the flat batch's `rows` (all of them: None); this step's keys and values are stored."""
+        rotations = [rotary(batch.position_T) for rotary in self.rotaries]
+        x_TK = self.embedding(ids_T)
+        for block, kind, pages in zip(self.blocks, self._kind_of_layer, cache.layers(), strict=True):
+            x_TK = block(x_TK, rotations[kind], batch, pages)
+        x_NK = x_TK if rows is None else x_TK[rows]
+        logits_NV = self.head(self.norm(x_NK)).float()
+        softcap = self.config.logit_softcap
+        return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+
+    @property
+    def slow_reasons(self) -> dict[str, str]:
+        """Why layers have no fast path, by their place in the model."""
+        reasons = {name: getattr(module, "slow_reason", "") for name, module in self.named_modules()}
+        return {name: reason for name, reason in reasons.items() if reason}
