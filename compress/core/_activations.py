@@ -17,6 +17,7 @@ from torch import Tensor
 from compress.core.errors import ResourceError
 
 JUDGED_EVERY = 8
+PLAYED_IN_MEMORY_BYTES = 32 << 20
 MICRO_BATCH_TOKENS = 1024
 
 
@@ -43,6 +44,7 @@ class Activations:
         spill_folder: str | Path | None,
         spill_above_bytes: int,
     ) -> None:
+        self._spill_folder = spill_folder
         self._folder = spill_folder if math.prod(shape) * dtype.itemsize > spill_above_bytes else None
         self.inputs = _buffer(shape, dtype, self._folder)
         self._targets: Tensor | None = None
@@ -55,6 +57,13 @@ class Activations:
         if self._targets is None:
             self._targets = _buffer(self.inputs.shape, self.inputs.dtype, self._folder)
         return self._targets
+
+    def buffer(self, width: int, dtype: torch.dtype) -> Tensor:
+        """Room for [N, T, width] beside the stream, which is written once and read once for each block: in a file
+        unless it is small, where the system keeps it in memory as long as there is some to spare."""
+        shape = (*self.inputs.shape[:2], width)
+        small = math.prod(shape) * dtype.itemsize <= PLAYED_IN_MEMORY_BYTES
+        return _buffer(shape, dtype, None if small else self._spill_folder)
 
     def batches(self) -> Iterator[slice]:
         """Samples of each micro-batch, in order."""

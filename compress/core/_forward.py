@@ -6,6 +6,7 @@ Shapes: B samples, T positions, D hidden width, V vocabulary; N tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from compress.core._activations import Activations
 from compress.core._block import Block
+from compress.core._playback import Playback
 from compress.core._skeleton import fill
 from compress.core.errors import InputError
 from compress.core.safetensors_io import load_rows
@@ -75,17 +77,25 @@ def _on_device(value: Any, device: str) -> Any:
 
 @torch.no_grad()
 def advance(
-    block: Block, stream: Activations | None, device: str, *, compare: bool = False, last: bool = False
+    block: Block,
+    stream: Activations | None,
+    device: str,
+    *,
+    playback: Playback | None = None,
+    compare: bool = False,
+    last: bool = False,
 ) -> float | None:
-    """Overwrite the stream's inputs with the block's outputs. `compare`: return their relative error to the targets,
-    on the judged micro-batches. Behind the `last` block nobody reads the outputs: only judged ones are computed."""
+    """Overwrite the stream's inputs with the block's outputs; what `playback` has is not computed again. `compare`:
+    return their relative error to the targets, on the judged micro-batches. Behind the `last` block nobody reads the
+    outputs: only judged ones are computed."""
     if stream is None:
         return None
     wrong = size = 0.0
     for batch, judged in stream.judged():
         if last and not (compare and judged):
             continue
-        stream.inputs[batch] = block.forward(stream.inputs[batch].to(device))
+        with nullcontext() if playback is None else playback.playing(batch):
+            stream.inputs[batch] = block.forward(stream.inputs[batch].to(device))
         if compare and judged:
             wrong_here, size_here = _squares(stream.inputs[batch], stream.targets[batch], stream.counted(batch))
             wrong, size = wrong + wrong_here, size + size_here

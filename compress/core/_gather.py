@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compress.core._activations import Activations
 from compress.core._block import Block, Group
 from compress.core._experts import UnfusedExperts
+from compress.core._playback import Playback
 from compress.core.statistics import Statistic
 
 Order = Literal["block", "groups"]
@@ -25,9 +26,9 @@ class Gathering:
     """Decides which groups' statistics are gathered by which forward.
 
     "block": before the block is handed out, by the forward that also gives the targets. "groups": when first read, by
-    forwards that stop at the group. Either way one forward holds at most WAVE_BYTES of statistics (and at least one
-    group's): the experts of a large mixture are gathered in several waves, each in the state of the weights that the
-    order asks for.
+    forwards that start where the last one stopped and stop at the group. Either way one forward holds at most
+    WAVE_BYTES of statistics (and at least one group's): the experts of a large mixture are gathered in several waves,
+    each in the state of the weights that the order asks for.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class Gathering:
         self._collect = collect
         self._order: Order = order
         self._device = device
+        self.playback = None if stream is None else Playback(stream)
 
     def before(self, block: Block, *, all_targets: bool) -> None:
         """What is due before the caller sees the block: its targets (all, or those of the judged micro-batches), and
         in block order its statistics."""
-        if self._stream is not None:
+        if self.playback is not None:
+            self.playback.start(block)
             wave = self._wave(block.groups) if self._order == "block" and self._collect else []
             self._forward(block, wave, targets="all" if all_targets else "judged")
 
@@ -70,10 +73,11 @@ class Gathering:
 
     @torch.no_grad()
     def _forward(self, block: Block, wave: list[Group], *, targets: Literal["all", "judged", "none"]) -> None:
-        stream = self._stream
-        if stream is None:
+        stream, playback = self._stream, self.playback
+        if stream is None or playback is None:
             return
-        taps = [_Tap(group, self._collect, self._device) for group in wave]
+        in_order = self._order == "groups"
+        taps = [_Tap(group, self._collect, self._device, playback if in_order else None) for group in wave]
         experts = next((module for module in block.module.modules() if isinstance(module, UnfusedExperts)), None)
         deepest = [tap for tap in taps if tap.group.depth == max(group.depth for group in wave)]
         last = deepest[0] if len(deepest) == 1 else None  # behind it nothing is of interest, unless it is a target
@@ -90,9 +94,10 @@ class Gathering:
                 counted = stream.counted(batch)
                 counted = None if counted is None else counted.to(self._device)
                 for tap in taps:
-                    tap.counted = counted
+                    tap.counted, tap.batch = counted, batch
                 try:
-                    y_BTD = block.forward(stream.inputs[batch].to(self._device))
+                    with playback.playing(batch):
+                        y_BTD = block.forward(stream.inputs[batch].to(self._device))
                 except _Reached:
                     continue
                 if wanted:
@@ -108,8 +113,12 @@ class _Reached(Exception):
 class _Tap:
     """Collects what flows into one group."""
 
-    def __init__(self, group: Group, collect: tuple[type[Statistic], ...], device: str) -> None:
+    def __init__(
+        self, group: Group, collect: tuple[type[Statistic], ...], device: str, playback: Playback | None
+    ) -> None:
         self.group = group
+        self.playback = playback
+        self.batch = slice(0)
         self.running = {kind: kind(group.width, device) for kind in collect}
         self.tokens = 0
         self.counted: Tensor | None = None
@@ -117,6 +126,8 @@ class _Tap:
 
     def hook(self, experts: UnfusedExperts | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def listen(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if self.playback is not None:
+                self.playback.keep(self.group.name, self.batch, inputs[0])
             x_NK: Tensor = inputs[0].reshape(-1, self.group.width)
             if self.counted is not None:
                 routed = experts.rows if experts is not None and self.group.routed else None

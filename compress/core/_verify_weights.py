@@ -9,94 +9,29 @@ import numpy as np
 import torch
 
 from compress.core._verify_folder import Contents
+from compress.core._verify_parts import FLOATS, check_module_parts
 from compress.core._verify_shapes import architecture_of, module_shapes, sizes_of
 from compress.core.errors import ArtifactError, InputError
-from compress.core.formats import Reader, _reference
+from compress.core.formats import NotKept, Reader, _reference
 from compress.core.safetensors_io import TensorInfo, load_tensor
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor, words_in
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _ROWS = 32  # output channels compared per large layer
 _WHOLE = 1 << 18  # layers of at most this many weights are compared whole
 _CHUNK = 1 << 22
+_SCALES = (".weight_scale", ".scales", ".input_scale")  # a block of zeros has a scale of zero in bitsandbytes
+_FP8_NAN = 0x7F  # with or without the sign
 _LIBRARY_LAYERS = 4
 _LIBRARY_ROWS = 256  # a multiple of 32, so that packed zero points can be cut as well
-_PARTS = {
-    "compressed-tensors": ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-    + ("weight_g_idx", "weight_global_scale", "input_scale", "input_zero_point", "output_scale"),
-    "gptq": ("weight", "qweight", "qzeros", "scales", "g_idx"),
-}  # fmt: skip
 
 
 def check_parts(contents: Contents, reader: Reader, schemes: Mapping[str, Scheme]) -> str:
     """Each quantized module has all tensors of its scheme with their shapes and no others; what is dense may be."""
-    tensors = contents.tensors
     for module, scheme in schemes.items():
-        wanted = reader.stored_names(module, scheme)
-        for name in wanted:
-            if name not in tensors and not name.endswith(".g_idx"):
-                raise ArtifactError("is missing", where=name)
-        for part in _PARTS[reader.method]:
-            name = f"{module}.{part}"
-            if name in tensors and name not in wanted:
-                raise ArtifactError(f"does not belong to a {scheme.name} layer", where=name)
-        rows, width = _logical_shape(reader, module, scheme, tensors)
-        for name, (dtypes, shape) in part_shapes(reader.method, module, scheme, rows, width).items():
-            info = tensors.get(name)
-            if info is not None and (info.shape != shape or info.dtype not in dtypes):
-                wanted_text = f"{' or '.join(sorted(dtypes))} {list(shape)}"
-                raise ArtifactError(f"is {info.dtype} {list(info.shape)}, the scheme needs {wanted_text}", where=name)
-        _check_against_config(contents, module, (rows, width))
+        _check_against_config(contents, module, check_module_parts(reader, module, scheme, contents.tensors))
     _check_dense(contents, reader, schemes)
     return f"{len(schemes)} quantized layers"
-
-
-def _logical_shape(reader: Reader, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
-    if reader.method == "gptq":
-        words, rows = _matrix(tensors, f"{module}.qweight")
-        return rows, words * 32 // scheme.bits
-    if f"{module}.weight" in tensors:
-        return _matrix(tensors, f"{module}.weight")
-    shape = tensors[f"{module}.weight_shape"]
-    if shape.shape != (2,) or shape.dtype not in ("I64", "I32"):
-        raise ArtifactError(f"is {shape.dtype} {list(shape.shape)}, not two whole numbers", where=shape.name)
-    rows, width = (int(value) for value in load_tensor(shape).tolist())
-    if rows < 1 or width < 1:
-        raise ArtifactError(f"says {[rows, width]}", where=shape.name)
-    return rows, width
-
-
-def _matrix(tensors: Mapping[str, TensorInfo], name: str) -> tuple[int, int]:
-    shape = tensors[name].shape
-    if len(shape) != 2:
-        raise ArtifactError(f"has shape {list(shape)}, not two dimensions", where=name)
-    return shape[0], shape[1]
-
-
-def part_shapes(
-    method: str, module: str, scheme: Scheme, rows: int, width: int
-) -> dict[str, tuple[frozenset[str], tuple[int, ...]]]:
-    """Dtypes and shape of every tensor that may hold a module [rows, width]."""
-    groups, words = scheme.groups_in(width), words_in(width, scheme.bits)
-    ints = frozenset({"I32"})
-    if method == "gptq":
-        parts: dict[str, tuple[frozenset[str], tuple[int, ...]]] = {
-            "qweight": (ints, (words, rows)),
-            "qzeros": (ints, (groups, words_in(rows, scheme.bits))),
-            "scales": (FLOATS, (groups, rows)),
-            "g_idx": (ints, (width,)),
-        }
-    else:
-        int8 = scheme.bits == 8 and scheme.activation_bits == 8
-        zero_shape = (rows, groups) if int8 else (words_in(rows, scheme.bits), groups)
-        parts = {
-            "weight": (frozenset({"I8"}), (rows, width)),
-            "weight_packed": (ints, (rows, words)),
-            "weight_scale": (FLOATS - {"F64"}, (rows, groups)),
-            "weight_zero_point": (frozenset({"I8"}) if int8 else ints, zero_shape),
-        }
-    return {f"{module}.{part}": value for part, value in parts.items()}
 
 
 def _check_against_config(contents: Contents, module: str, shape: tuple[int, int]) -> None:
@@ -127,6 +62,11 @@ def _check_dense(contents: Contents, reader: Reader, schemes: Mapping[str, Schem
 
 def check_values(name: str, info: TensorInfo) -> None:
     """Floats are finite; scales are not zero as well (a symmetric grid may be mirrored by a negative scale)."""
+    if info.dtype == "F8_E4M3" and info.bytes:
+        patterns = load_tensor(info).view(torch.uint8).reshape(-1)
+        for start in range(0, patterns.numel(), _CHUNK):
+            if bool(((patterns[start : start + _CHUNK] & _FP8_NAN) == _FP8_NAN).any()):
+                raise ArtifactError("holds NaN", where=name)
     if info.dtype not in FLOATS or info.bytes == 0:
         return
     flat = load_tensor(info).reshape(-1)
@@ -136,7 +76,7 @@ def check_values(name: str, info: TensorInfo) -> None:
         low, high = min(low, float(least)), max(high, float(most))
         if not (np.isfinite(float(least)) and np.isfinite(float(most))):
             raise ArtifactError("holds NaN or infinite values", where=name)
-    is_scale = name.endswith((".weight_scale", ".scales", ".input_scale"))
+    is_scale = name.endswith(_SCALES)
     if is_scale and low <= 0 <= high and bool((flat == 0).any()):
         raise ArtifactError("holds a scale that is zero", where=name)
 
@@ -144,10 +84,7 @@ def check_values(name: str, info: TensorInfo) -> None:
 def check_module(reader: Reader, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> None:
     """The module decodes, and the second decoder gives the same fp32 values, bit for bit (large layers: some rows)."""
     rows, ours = sampled_weight(reader, module, scheme, tensors)
-    if reader.method == "gptq":
-        again = _reference.gptq(module, tensors, scheme, rows, reader.options["version"])
-    else:
-        again = _reference.compressed_tensors(module, tensors, scheme, rows)
+    again = _reference.weights(reader, module, tensors, scheme, rows)
     if ours.shape != again.shape or not np.array_equal(ours.numpy().view(np.uint32), again.view(np.uint32)):
         raise ArtifactError("the two decoders disagree on its values", where=module)
 
@@ -162,16 +99,16 @@ def sampled_weight(
             raise InputError("is missing", where=name)
         return load_tensor(tensors[name])
 
-    order = tensors.get(f"{module}.g_idx")
-    if order is not None:  # perhaps in activation order, which only a whole layer can undo
+    try:
+        whole = reader.decode(module, read, scheme)
+    except NotKept:  # in activation order, say, which only the whole layer can undo
         weight = reader.dequantize(module, read, scheme, torch.float32)
         rows = sampled_rows(tuple(weight.shape))
         return rows, weight[torch.from_numpy(rows)]
-    whole = reader.decode(module, read, scheme)
     rows = sampled_rows(whole.shape)
     index = torch.from_numpy(rows)
     zero = None if whole.zero is None else whole.zero[index]
-    part = QuantTensor(whole.packed[index], whole.scale[index], zero, scheme, (len(rows), whole.shape[1]))
+    part = QuantTensor(whole.packed[index], whole.scale[index], zero, whole.scheme, (len(rows), whole.shape[1]))
     return rows, part.dequantize()
 
 
@@ -196,18 +133,18 @@ def check_library(reader: Reader, schemes: Mapping[str, Scheme], tensors: Mappin
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    from compress.core.formats.compressed_tensors import is_int_quantized
+    from compress.core.formats._compressed_tensors_config import format_of
 
     chosen = spread(sorted(schemes), _LIBRARY_LAYERS)
     for module in chosen:
         scheme = schemes[module]
         size = None if scheme.group_size == -1 else scheme.group_size
-        fields = {"num_bits": scheme.bits, "symmetric": scheme.symmetric, "strategy": scheme.strategy}
+        kind = "int" if scheme.dtype == "int" else "float"
+        fields = {"num_bits": scheme.bits, "type": kind, "symmetric": scheme.symmetric, "strategy": scheme.strategy}
         weights = QuantizationArgs.model_validate({**fields, "group_size": size})
         layer = QuantizationScheme(targets=["Linear"], weights=weights)
         parts = _first_rows(reader, module, scheme, tensors)
-        format = "int-quantized" if is_int_quantized(scheme) else "pack-quantized"
-        theirs = BaseCompressor.get_value_from_registry(format).decompress(dict(parts), layer)["weight"]
+        theirs = BaseCompressor.get_value_from_registry(format_of(scheme)).decompress(dict(parts), layer)["weight"]
         prefixed = {f"{module}.{part}": value for part, value in parts.items()}
         ours = reader.dequantize(module, prefixed.__getitem__, scheme, torch.float32)
         if theirs is None or not torch.equal(theirs.float(), ours):
@@ -220,9 +157,9 @@ def _first_rows(
 ) -> dict[str, torch.Tensor]:
     """A module's stored tensors, cut to its first rows; the scale in fp32, so that both decoders are exact."""
     parts = {name.rpartition(".")[2]: load_tensor(tensors[name]) for name in reader.stored_names(module, scheme)}
-    rows = min(_LIBRARY_ROWS, parts["weight_scale"].shape[0])
+    rows = min(_LIBRARY_ROWS, parts["weight" if "weight" in parts else "weight_packed"].shape[0])
     for part in ("weight", "weight_packed", "weight_scale"):
-        if part in parts:
+        if part in parts and parts[part].numel() > 1:  # one scale may hold for the whole tensor
             parts[part] = parts[part][:rows]
     if "weight_zero_point" in parts:
         packed_rows = rows if "weight" in parts else words_in(rows, scheme.bits)

@@ -232,8 +232,8 @@ class Checkpoint:
         """The whole transformers model in eval mode; quantized weights are dequantized."""
         compute = dtype or self.dtype
         state = {f"{module}.weight": self.weight(module, compute) for module in self.schemes}
-        packed = tuple(f"{module}.weight" for module in self.schemes)
-        state |= {name: self.tensor(name) for name in self.tensors if not name.startswith(packed)}
+        packed = {name for module, scheme in self.schemes.items() for name in self._reader.stored_names(module, scheme)}
+        state |= {name: self.tensor(name) for name in self.tensors if name not in packed}
         return self.skeleton.load(state, compute, str(self.folder)).to(device)
 
     def _filled(self, module: nn.Module, prefix: str, dtype: dtype, device: str) -> nn.Module:

@@ -29,6 +29,7 @@ class When(_Data):
     """Which schemes a rule is about; a list that is left out fits all."""
 
     bits: list[int] | None = None
+    dtypes: list[str] | None = None
     group_sizes: list[int] | None = None
     symmetric: list[bool] | None = None
     activation_bits: list[int] | None = None
@@ -36,6 +37,7 @@ class When(_Data):
     def fits(self, scheme: Scheme) -> bool:
         pairs = (
             (self.bits, scheme.bits),
+            (self.dtypes, scheme.dtype),
             (self.group_sizes, scheme.group_size),
             (self.symmetric, scheme.symmetric),
             (self.activation_bits, scheme.activation_bits),
@@ -95,6 +97,7 @@ class Format(_Data):
     """What an on-disk format can hold."""
 
     bits: list[int]
+    dtypes: list[str] = ["int"]
     activation_bits: list[int]
     ragged_groups: bool
     notes: list[str] = []
@@ -126,7 +129,8 @@ def table() -> Table:
 def unwritable(scheme: Scheme, shape: Shape, format: str = "compressed-tensors") -> str | None:
     """Why a weight [out, in] cannot be written under `scheme`, None if it can."""
     held, width = table().formats[format], shape[1]
-    if scheme.bits not in held.bits or scheme.activation_bits not in held.activation_bits:
+    kept = scheme.bits in held.bits and scheme.dtype in held.dtypes
+    if not kept or scheme.activation_bits not in held.activation_bits:
         return f"{format} does not hold {scheme.name}"
     if not held.ragged_groups and scheme.group_size != -1 and width % scheme.group_size:
         return f"groups of {scheme.group_size} do not divide its {width} input channels, and no reader takes the rest"

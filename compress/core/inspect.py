@@ -11,9 +11,9 @@ from typing import Any
 from compress.core._verify_folder import Contents, read_json, read_manifest, read_weights
 from compress.core.architectures import ARCHITECTURES
 from compress.core.compatibility import Verdict, preflight
-from compress.core.errors import InputError, UsageError
+from compress.core.errors import UsageError
 from compress.core.formats import NotRead, Reader, method_of, reader_for
-from compress.core.safetensors_io import TensorInfo, load_tensor
+from compress.core.safetensors_io import TensorInfo
 from compress.core.scheme import Scheme
 
 
@@ -126,22 +126,8 @@ def _layers(
             seen.add(module)
             stored = [part for part in reader.stored_names(module, scheme) if part in tensors]
             size = sum(tensors[part].bytes for part in stored)
-            shape = _shape(module, scheme, reader, tensors)
+            shape = reader.shape_of(module, scheme, tensors)
             yield LayerFacts(module, shape, scheme.name, scheme.group_size, scheme.symmetric, size)
-
-
-def _shape(module: str, scheme: Scheme, reader: Reader, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
-    if reader.method == "gptq":
-        words, rows = tensors[f"{module}.qweight"].shape
-        return rows, words * 32 // scheme.bits
-    shape = tensors.get(f"{module}.weight_shape")
-    if shape is None:
-        if f"{module}.weight" not in tensors:
-            raise InputError("is missing", where=f"{module}.weight_shape")
-        return tensors[f"{module}.weight"].shape
-    if shape.shape != (2,):
-        raise InputError(f"has shape {list(shape.shape)}, not [2]", where=shape.name)
-    return tuple(int(value) for value in load_tensor(shape).tolist())
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

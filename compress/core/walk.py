@@ -6,9 +6,11 @@ linear layer, lets the caller replace weights, and feeds the compressed block's 
             for site in group.sites:
                 site.replace(method(site.weight, group.statistics[Hessian]))
 
-Per block: one forward with the original weights gathers statistics and targets, the caller works, one forward with
-the new weights overwrites the inputs with the outputs, and the sink makes the block durable. A resumed walk loads
-finished blocks from the sink and replays the second forward alone: the same code on the same shapes, the same bits.
+Per block: forwards gather statistics, the caller works, the block's outputs with the new weights overwrite its inputs,
+and the sink makes the block durable. In block order one forward with the original weights gathers everything, and a
+second one makes the outputs. In group order (true sequential) every group sees the layers before it as they were
+replaced, and a forward starts where the last one stopped: in all they cost one. A resumed walk loads finished blocks
+from the sink and makes one plain forward: the same products on the same shapes, the same bits.
 """
 
 from __future__ import annotations
@@ -116,7 +118,8 @@ def walk(
                 stream.swap()  # the targets are the outputs
                 error = 0.0
             else:
-                error = advance(block, stream, device, compare=True, last=last)
+                playback = gathering.playback
+                error = advance(block, stream, device, playback=playback, compare=True, last=last)
             if error is not None:
                 events(Metric("walk", "output_error", error, block.name))
             if sink is not None:

@@ -59,9 +59,9 @@ def test_layers_come_in_natural_order(tmp_path: Path) -> None:
 
 def test_formats_that_are_not_read_are_a_notice(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "hqq"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "'awq'" in inspect(tmp_path).notices[0]
+    assert "'hqq'" in inspect(tmp_path).notices[0]
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:

@@ -190,11 +190,11 @@ def test_an_unknown_family_is_checked_as_far_as_possible(tmp_path: Path) -> None
 
 def test_formats_that_are_not_read_are_a_notice(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "hqq"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     report = verify(tmp_path)
     assert report.ok
-    assert any("quantization: not checked" in notice and "'awq'" in notice for notice in report.notices)
+    assert any("quantization: not checked" in notice and "'hqq'" in notice for notice in report.notices)
 
 
 def test_absence_of_parity_is_a_notice(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ Each readable format has
   modules_of(names) -> list[str]                              modules whose quantized weight is among these tensors
   scheme_of(module, quantization_config) -> Scheme | None     None: the module is not quantized
   stored_names(module, scheme) -> tuple[str, ...]             disk names of the tensors that hold the module
-  decode(module, read, scheme) -> QuantTensor                 codes and scales as stored
+  OPTIONAL                                                    endings of those names that may be missing
+  shape_of(module, scheme, tensors) -> (out, in)              from headers
+  decode(module, read, scheme) -> QuantTensor                 codes and scales as stored, or NotKept
   dequantize(module, read, scheme, dtype) -> Tensor [out, in]
 and a Reader binds them to one model's config.
 """
@@ -23,11 +25,17 @@ from compress.core.scheme import Scheme
 if TYPE_CHECKING:
     import torch
 
+    from compress.core.safetensors_io import TensorInfo
     from compress.core.tensors import QuantTensor
 
-READABLE = {"compressed-tensors": "compressed_tensors", "gptq": "gptq"}
+READABLE = {
+    "awq": "awq",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors",
+    "gptq": "gptq",
+}
 KNOWN_METHODS = frozenset(
-    {"aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "eetq", "fbgemm_fp8", "fp8", "fp_quant", "higgs", "hqq"}
+    {"aqlm", "auto-round", "bitnet", "eetq", "fbgemm_fp8", "fp8", "fp_quant", "higgs", "hqq"}
     | {"modelopt", "mxfp4", "quanto", "quark", "spqr", "torchao", "vptq"}
 )
 _WHERE = "config.json: quantization_config"
@@ -37,6 +45,10 @@ Read = Callable[[str], "torch.Tensor"]
 
 class NotRead(InputError):
     """The model is in a format that exists, but that this version does not read."""
+
+
+class NotKept(InputError):
+    """A weight that can be dequantized, but that no QuantTensor holds as it is stored."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,16 @@ class Reader:
         """Disk names of the tensors that hold `module`."""
         return self.format.stored_names(module, scheme)
 
+    def may_lack(self, name: str) -> bool:
+        """Whether a stored tensor of this disk name may be missing."""
+        return name.endswith(self.format.OPTIONAL)
+
+    def shape_of(self, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
+        """Shape [out, in] of a module whose tensors are all there."""
+        return self.format.shape_of(module, scheme, tensors)
+
     def decode(self, module: str, read: Read, scheme: Scheme) -> QuantTensor:
-        """Codes and scales as stored; InputError for what a QuantTensor cannot hold (activation order)."""
+        """Codes and scales as stored; NotKept for what a QuantTensor cannot hold (activation order)."""
         return self.format.decode(module, read, scheme, **self.options)
 
     def dequantize(self, module: str, read: Read, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:

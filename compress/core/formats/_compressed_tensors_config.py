@@ -14,10 +14,10 @@ from compress.core.formats import NotRead
 from compress.core.scheme import Scheme
 
 _KNOWN_FORMATS = frozenset(
-    {"float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized"}
+    {"naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized"}
     | {"mxfp8-quantized", "marlin-24"}
 )
-_PACKED, _INT, _MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+_PACKED, _INT, _FLOAT, _MIXED = "pack-quantized", "int-quantized", "float-quantized", "mixed-precision"
 _VERSION = "0.18.0"
 _ARGUMENTS = frozenset(
     {"num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"}
@@ -25,13 +25,14 @@ _ARGUMENTS = frozenset(
 )
 _GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
 _PRESET = re.compile(r"W(?P<bits>[2-8])A(?P<inputs>8|16)(?P<asymmetric>_ASYM)?")
+_FP8_PRESET = "FP8_DYNAMIC"
 _LINEAR = "Linear"
 _MAX_PATTERN = 1000
 
 
 def is_int_quantized(scheme: Scheme) -> bool:
     """Whether the scheme is stored as plain int8 (W8A8) instead of packed words."""
-    return scheme.bits == 8 and scheme.activation_bits == 8
+    return scheme.dtype == "int" and scheme.bits == 8 and scheme.activation_bits == 8
 
 
 def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
@@ -46,13 +47,13 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str
     if not by_scheme:
         raise UsageError("no module is quantized: there is no quantization_config to write")
     ordered = sorted(by_scheme, key=lambda scheme: (-len(by_scheme[scheme]), repr(scheme)))
-    formats = {_format(scheme) for scheme in ordered}
+    formats = {format_of(scheme) for scheme in ordered}
     groups = {}
     for index, scheme in enumerate(ordered):
         targets = [_LINEAR] if len(ordered) == 1 else sorted(by_scheme[scheme], key=_natural)
         groups[f"group_{index}"] = _group(scheme, targets)
         if len(formats) > 1:
-            groups[f"group_{index}"]["format"] = _format(scheme)
+            groups[f"group_{index}"]["format"] = format_of(scheme)
     return {
         "quant_method": "compressed-tensors",
         "version": _VERSION,
@@ -63,7 +64,10 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str
     }
 
 
-def _format(scheme: Scheme) -> str:
+def format_of(scheme: Scheme) -> str:
+    """The format's name for the way a scheme is stored."""
+    if scheme.dtype == "fp8":
+        return _FLOAT
     return _INT if is_int_quantized(scheme) else _PACKED
 
 
@@ -166,16 +170,20 @@ def group_scheme(config: Mapping[str, Any], key: str) -> Scheme | None:
     if group.get("output_activations") is not None:
         raise NotRead("quantized outputs are not supported", where=f"{where}.output_activations")
     written = group.get("format") or config.get("format")
-    if written not in (_PACKED, _INT):
+    if written not in (_PACKED, _INT, _FLOAT):
         refusal = NotRead if written in _KNOWN_FORMATS else InputError
-        raise refusal(f"format {written!r} is not read", where=where, hint=f"{_PACKED} and {_INT} are")
-    scheme = _weights(group["weights"], _activation_bits(group.get("input_activations"), where), f"{where}.weights")
-    if written != _format(scheme):
+        raise refusal(f"format {written!r} is not read", where=where, hint=f"{_PACKED}, {_INT} and {_FLOAT} are")
+    kind = "float" if written == _FLOAT else "int"
+    bits = _activation_bits(group.get("input_activations"), kind, where)
+    scheme = _weights(group["weights"], kind, bits, f"{where}.weights")
+    if written != format_of(scheme):
         raise NotRead(f"{scheme.name} as {written} is not read", where=where)
     return scheme
 
 
 def _preset(key: str, where: str) -> Scheme:
+    if key.upper() == _FP8_PRESET:
+        return Scheme(8, dtype="fp8", activation_bits=8)
     match = _PRESET.fullmatch(key.upper())
     if match is None:
         raise InputError(f"preset {key!r} is not supported", where=where)
@@ -184,12 +192,13 @@ def _preset(key: str, where: str) -> Scheme:
     return Scheme(bits, size, symmetric=match["asymmetric"] is None, activation_bits=inputs)
 
 
-def _weights(arguments: Any, activation_bits: int, where: str) -> Scheme:
+def _weights(arguments: Any, kind: str, activation_bits: int, where: str) -> Scheme:
     _check_arguments(arguments, where)
-    kind = str(arguments.get("type", "int")).lower()
     bits, size = arguments.get("num_bits", 8), arguments.get("group_size")
-    if kind != "int":
-        raise NotRead(f"{kind}{bits} weights are not read: only integers are", where=where)
+    stated = str(arguments.get("type", "int")).lower()
+    if stated != kind or (kind == "float" and bits != 8):
+        takes = "integers" if kind == "int" else "float8"
+        raise NotRead(f"{stated}{bits} weights are not read in this format: only {takes} are", where=where)
     if not isinstance(bits, int) or not 2 <= bits <= 8:
         raise InputError(f"num_bits {bits!r} is not supported: 2 to 8 are read", where=where)
     if arguments.get("dynamic", False) is not False:
@@ -200,9 +209,10 @@ def _weights(arguments: Any, activation_bits: int, where: str) -> Scheme:
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size == 0 or size < -1):
         raise InputError(f"group_size {size!r} makes no sense", where=where)
     strategy = arguments.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    if strategy not in ("channel", "group"):
-        refusal = NotRead if strategy in ("tensor", "block", "tensor_group") else InputError
-        raise refusal(f"strategy {strategy!r} is not read: channel and group are", where=where)
+    known = ("channel", "group") if kind == "int" else ("channel", "tensor")
+    if strategy not in known:
+        refusal = NotRead if strategy in ("tensor", "block", "group", "tensor_group") else InputError
+        raise refusal(f"strategy {strategy!r} is not read: {' and '.join(known)} are", where=where)
     if strategy == "group" and (size is None or size < 1):
         raise InputError("strategy group needs a positive group_size", where=where)
     if strategy == "channel" and size is not None and size > 0:
@@ -210,19 +220,23 @@ def _weights(arguments: Any, activation_bits: int, where: str) -> Scheme:
     symmetric = arguments.get("symmetric", True)
     if not isinstance(symmetric, bool):
         raise InputError(f"symmetric {symmetric!r} is neither true nor false", where=where)
+    if kind == "float":
+        if not symmetric:
+            raise InputError("float weights have no zero points", where=where)
+        return Scheme(8, dtype="fp8", activation_bits=activation_bits)
     return Scheme(
         bits, int(size) if strategy == "group" and size else -1, symmetric=symmetric, activation_bits=activation_bits
     )
 
 
-def _activation_bits(arguments: Any, where: str) -> int:
+def _activation_bits(arguments: Any, wanted: str, where: str) -> int:
     if arguments is None:
         return 16
     where = f"{where}.input_activations"
     _check_arguments(arguments, where)
     kind, bits = str(arguments.get("type", "int")).lower(), arguments.get("num_bits", 8)
-    if (kind, bits) != ("int", 8):
-        raise NotRead(f"{kind}{bits} inputs are not supported: only dynamic int8 per token is read", where=where)
+    if (kind, bits) != (wanted, 8):
+        raise NotRead(f"{kind}{bits} inputs are not supported: only dynamic {wanted}8 per token is read", where=where)
     if arguments.get("dynamic") is not True or arguments.get("strategy") != "token":
         raise NotRead("only inputs that are dynamic per token are read", where=where)
     if arguments.get("symmetric", True) is not True:

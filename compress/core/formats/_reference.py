@@ -1,24 +1,38 @@
 """A second decoder, in numpy alone, for verify: slow, plain, and sharing no code with the formats it checks.
 
-It goes from the bytes in the file to fp32 weights by spreading every word into single bits. Layouts: see
-compressed_tensors.py and gptq.py. O output channels, K input channels, G groups.
+It goes from the bytes in the file to fp32 weights by spreading every word into single bits. Layouts: see the format's
+module. O output channels, K input channels, G groups.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import numpy as np
 
+from compress.core.formats import Reader
 from compress.core.safetensors_io import TensorInfo
 from compress.core.scheme import Scheme
 
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<u4", "I16": "<i2", "I8": "<i1",
-    "U8": "<u1",
+    "U8": "<u1", "F8_E4M3": "<u1",
 }  # fmt: skip
 
 Array = np.ndarray
+
+
+def weights(reader: Reader, module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array) -> Array:
+    """fp32 weights [len(rows), K] of the chosen output channels of a module."""
+    if reader.method == "gptq":
+        return gptq(module, tensors, scheme, rows, reader.options["version"])
+    if reader.method == "awq":
+        return awq(module, tensors, scheme, rows)
+    if reader.method == "bitsandbytes":
+        decoder = bitsandbytes_int8 if scheme.dtype == "int" else bitsandbytes_4bit
+        return decoder(module, tensors, scheme, rows)
+    return compressed_tensors(module, tensors, scheme, rows)
 
 
 def load(info: TensorInfo) -> Array:
@@ -43,8 +57,10 @@ def bits_to_numbers(words_RW: Array, bits: int, count: int) -> Array:
 
 
 def compressed_tensors(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array) -> Array:
-    """fp32 weights [len(rows), K] of the chosen output channels of a pack-quantized or int-quantized module."""
+    """The same for a pack-quantized, int-quantized or float-quantized module."""
     scale_info = tensors[f"{module}.weight_scale"]
+    if scheme.dtype == "fp8":
+        return _fp8(load(tensors[f"{module}.weight"])[rows], floats(load(scale_info), scale_info.dtype), rows)
     scale = floats(load(scale_info)[rows], scale_info.dtype)
     half = 1 << (scheme.bits - 1)
     packed = tensors.get(f"{module}.weight_packed")
@@ -66,7 +82,7 @@ def compressed_tensors(module: str, tensors: Mapping[str, TensorInfo], scheme: S
 
 
 def gptq(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array, version: int) -> Array:
-    """fp32 weights [len(rows), K] of the chosen output channels of a GPTQ module, activation order undone."""
+    """The same for a GPTQ module, activation order undone."""
     qweight, scales = tensors[f"{module}.qweight"], tensors[f"{module}.scales"]
     width = qweight.shape[0] * 32 // scheme.bits
     code = bits_to_numbers(load(qweight)[:, rows].T, scheme.bits, width)
@@ -77,6 +93,49 @@ def gptq(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: A
     group = group_of(width, scheme) if order is None else np.asarray(load(order)).astype(np.int64)
     scale = floats(load(scales)[:, rows].T, scales.dtype)
     return (code - zero[:, group]).astype(np.float32) * scale[:, group]
+
+
+def awq(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array) -> Array:
+    """The same for an AWQ module: column 8w + order[i] is nibble i of word w."""
+    words = {part: load(tensors[f"{module}.{part}"]) for part in ("qweight", "qzeros")}
+    count = words["qweight"].shape[1] * 8
+    column = np.arange(count).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
+    place = np.argsort(column)[rows]  # where each wanted output channel lies
+    code, zero = (bits_to_numbers(words[part], 4, count)[:, place].T for part in ("qweight", "qzeros"))
+    group = group_of(code.shape[1], scheme)
+    info = tensors[f"{module}.scales"]
+    scale = floats(load(info)[:, rows].T, info.dtype)
+    return (code - zero[:, group]).astype(np.float32) * scale[:, group]
+
+
+def bitsandbytes_4bit(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array) -> Array:
+    """The same for NF4 and FP4, with the levels that the file itself holds."""
+    part = {name.removeprefix(f"{module}.weight"): info for name, info in tensors.items()}
+    state = json.loads(bytes(load(part[f".quant_state.bitsandbytes__{scheme.dtype}"])))
+    absmax = load(part[".absmax"])
+    if "nested_offset" in state:
+        block = np.arange(len(absmax)) // state["nested_blocksize"]
+        absmax = load(part[".nested_quant_map"])[absmax] * load(part[".nested_absmax"])[block]
+        absmax = absmax + np.float32(state["nested_offset"])
+    width = state["shape"][1]
+    index = rows[:, None] * width + np.arange(width)
+    octet = load(part[""]).reshape(-1)[index // 2]
+    code = np.where(index % 2 == 0, octet >> 4, octet & 15)
+    return load(part[".quant_map"])[code] * absmax[index // state["blocksize"]]
+
+
+def bitsandbytes_int8(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array) -> Array:
+    """The same for rows of int8 with their largest magnitudes."""
+    scale = load(tensors[f"{module}.SCB"])[rows] / np.float32(127)
+    return load(tensors[f"{module}.weight"])[rows].astype(np.float32) * scale[:, None]
+
+
+def _fp8(octets: Array, scale: Array, rows: Array) -> Array:
+    """e4m3 by its definition: sign, 4 bits of exponent (bias 7), 3 of mantissa; exponent 0 is subnormal."""
+    exponent, mantissa = (octets >> 3).astype(np.int32) & 15, (octets & 7).astype(np.float32)
+    magnitude = np.where(exponent == 0, mantissa / 8, 1 + mantissa / 8) * np.exp2(np.maximum(exponent, 1) - 7.0)
+    level = np.where(octets >> 7, -magnitude, magnitude).astype(np.float32)
+    return level * (scale.reshape(-1, 1)[rows] if scale.size > 1 else scale.reshape(1, 1))
 
 
 def group_of(width: int, scheme: Scheme) -> Array:

@@ -1,4 +1,5 @@
-"""compressed-tensors on disk: pack-quantized (2 to 8 bits) and int-quantized (8-bit weights, dynamic 8-bit inputs).
+"""compressed-tensors on disk: pack-quantized (2 to 8 bits), int-quantized (8-bit weights, dynamic 8-bit inputs) and,
+read only, float-quantized (fp8).
 
 Format: https://github.com/neuralmagic/compressed-tensors. O output channels, K input channels, G groups, b bits.
 
@@ -9,19 +10,23 @@ pack-quantized   weight_packed     int32 [O, ceil(K*b/32)]   code + 2^(b-1), one
 int-quantized    weight            int8 [O, K]
                  weight_scale      [O, G]
                  weight_zero_point int8 [O, G]               asymmetric only
+float-quantized  weight            float8_e4m3fn [O, K]
+                 weight_scale      [O, 1], or [1] for the whole tensor
 
 weight = (code - zero) * scale, code and zero both in the signed domain -2^(b-1) … 2^(b-1)-1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from compress.core.errors import ArtifactError
+from compress.core.errors import ArtifactError, UsageError
 from compress.core.formats import Read
+from compress.core.formats._checks import misfit, turned
 from compress.core.formats._compressed_tensors_config import is_int_quantized, quantization_config, scheme_of
+from compress.core.safetensors_io import TensorInfo, load_tensor
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor, pack_rows, unpack_rows, words_in
 
@@ -33,8 +38,10 @@ __all__ = [
     "modules_of",
     "quantization_config",
     "scheme_of",
+    "shape_of",
     "stored_names",
 ]
+OPTIONAL: tuple[str, ...] = ()
 
 _SHAPE_BYTES = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,6 +50,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
     """The tensors that hold `tensor` on disk, by disk name."""
     scheme = tensor.scheme
+    if scheme.dtype != "int":
+        raise UsageError(f"{scheme.name} weights are read, but not written")
     if is_int_quantized(scheme):
         parts = {"weight": tensor.codes(), "weight_scale": tensor.scale}
         if tensor.zero is not None:
@@ -52,7 +61,7 @@ def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
         parts = {"weight_packed": tensor.packed, "weight_scale": tensor.scale, "weight_shape": shape}
         if tensor.zero is not None:
             unsigned_OG = (tensor.zero.to(torch.int16) - scheme.lowest).to(torch.uint8)
-            parts["weight_zero_point"] = pack_rows(_turned(unsigned_OG), scheme.bits).T
+            parts["weight_zero_point"] = pack_rows(turned(unsigned_OG), scheme.bits).T
     return {f"{module}.{suffix}": part.contiguous() for suffix, part in parts.items()}
 
 
@@ -65,12 +74,29 @@ def modules_of(names: Iterable[str]) -> list[str]:
 
 def stored_names(module: str, scheme: Scheme) -> tuple[str, ...]:
     """Disk names of the tensors that hold `module` under `scheme`: all of them and no others."""
-    suffixes = (
-        ["weight", "weight_scale"] if is_int_quantized(scheme) else ["weight_packed", "weight_scale", "weight_shape"]
-    )
+    plain = is_int_quantized(scheme) or scheme.dtype == "fp8"
+    suffixes = ["weight", "weight_scale"] if plain else ["weight_packed", "weight_scale", "weight_shape"]
     if not scheme.symmetric:
         suffixes.append("weight_zero_point")
     return tuple(f"{module}.{suffix}" for suffix in suffixes)
+
+
+def shape_of(module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
+    """Shape [out, in] of a module, from headers and the two numbers of weight_shape."""
+    if f"{module}.weight" in tensors:
+        shape = tensors[f"{module}.weight"].shape
+        if len(shape) != 2:
+            raise ArtifactError(f"has shape {list(shape)}, not two dimensions", where=f"{module}.weight")
+        return shape[0], shape[1]
+    if f"{module}.weight_shape" not in tensors:
+        raise ArtifactError("is missing", where=f"{module}.weight_shape")
+    info = tensors[f"{module}.weight_shape"]
+    if info.shape != (2,) or info.dtype not in ("I64", "I32"):
+        raise ArtifactError(f"is {info.dtype} {list(info.shape)}, not two whole numbers", where=info.name)
+    rows, width = (int(value) for value in load_tensor(info).tolist())
+    if rows < 1 or width < 1:
+        raise ArtifactError(f"says {[rows, width]}", where=info.name)
+    return rows, width
 
 
 def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> int:
@@ -86,13 +112,15 @@ def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dty
 
 def decode(module: str, read: Read, scheme: Scheme) -> QuantTensor:
     """Read one module back. `read` gives a tensor by disk name; ArtifactError names the tensor that does not fit."""
+    if scheme.dtype == "fp8":
+        return _fp8(module, read, scheme)
     scale = read(f"{module}.weight_scale")
     if scale.dtype not in _FLOATS or scale.dim() != 2:
-        raise _misfit(module, "weight_scale", scale, "a 2-dimensional float tensor")
+        raise misfit(module, "weight_scale", scale, "a 2-dimensional float tensor")
     if is_int_quantized(scheme):
         codes = read(f"{module}.weight")
         if codes.dtype != torch.int8 or codes.dim() != 2:
-            raise _misfit(module, "weight", codes, "int8 [out, in]")
+            raise misfit(module, "weight", codes, "int8 [out, in]")
         rows, width = codes.shape
         _check(module, "weight_scale", scale, (rows, scheme.groups_in(width)))
         zero = None if scheme.symmetric else read(f"{module}.weight_zero_point")
@@ -112,9 +140,21 @@ def dequantize(module: str, read: Read, scheme: Scheme, dtype: torch.dtype = tor
     return decode(module, read, scheme).dequantize(dtype)
 
 
+def _fp8(module: str, read: Read, scheme: Scheme) -> QuantTensor:
+    """A scale of the whole tensor is repeated for each output channel."""
+    codes, scale = read(f"{module}.weight"), read(f"{module}.weight_scale")
+    if codes.dtype != torch.float8_e4m3fn or codes.dim() != 2:
+        raise misfit(module, "weight", codes, "float8_e4m3fn [out, in]")
+    rows = len(codes)
+    if scale.dtype not in _FLOATS or tuple(scale.shape) not in ((rows, 1), (1,), (), (1, 1)):
+        raise misfit(module, "weight_scale", scale, f"floats {[rows, 1]} or [1]")
+    scale_O1 = scale.reshape(-1, 1).expand(rows, 1).contiguous()
+    return QuantTensor.from_stored(codes.view(torch.uint8), scale_O1, None, scheme)
+
+
 def _stored_shape(module: str, shape: torch.Tensor, packed: torch.Tensor) -> tuple[int, int]:
     if shape.dtype not in (torch.int64, torch.int32) or tuple(shape.shape) != (2,):
-        raise _misfit(module, "weight_shape", shape, "int64 [2]")
+        raise misfit(module, "weight_shape", shape, "int64 [2]")
     rows, width = (int(value) for value in shape.tolist())
     if packed.dim() != 2 or rows != packed.shape[0] or not 1 <= width <= packed.shape[1] * 16:
         raise ArtifactError(
@@ -127,13 +167,8 @@ def _stored_shape(module: str, shape: torch.Tensor, packed: torch.Tensor) -> tup
 def _zero_points(module: str, packed: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     rows, groups = scale.shape
     _check(module, "weight_zero_point", packed, (words_in(rows, scheme.bits), groups), torch.int32)
-    unsigned_GO = unpack_rows(_turned(packed), scheme.bits, rows)
+    unsigned_GO = unpack_rows(turned(packed), scheme.bits, rows)
     return (unsigned_GO.T.to(torch.int16) + scheme.lowest).to(torch.int8).contiguous()
-
-
-def _turned(matrix: torch.Tensor) -> torch.Tensor:
-    """The transpose, laid out anew: .contiguous() would keep odd strides where one side is 1."""
-    return matrix.T.clone(memory_format=torch.contiguous_format)
 
 
 def _check(
@@ -141,9 +176,4 @@ def _check(
 ) -> None:
     if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
         wanted = f"{'' if dtype is None else str(dtype).removeprefix('torch.') + ' '}{list(shape)}"
-        raise _misfit(module, suffix, tensor, wanted)
-
-
-def _misfit(module: str, suffix: str, tensor: torch.Tensor, wanted: str) -> ArtifactError:
-    found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-    return ArtifactError(f"is {found}, the scheme needs {wanted}", where=f"{module}.{suffix}")
+        raise misfit(module, suffix, tensor, wanted)

@@ -20,10 +20,13 @@ from typing import Any
 import torch
 
 from compress.core.errors import ArtifactError, InputError
-from compress.core.formats import NotRead, Read
+from compress.core.formats import NotKept, NotRead, Read
+from compress.core.formats._checks import misfit, turned
+from compress.core.safetensors_io import TensorInfo
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor, unpack_rows, words_in
 
+OPTIONAL = (".g_idx",)
 _WHERE = "config.json: quantization_config"
 _BITS = (2, 3, 4, 8)
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -38,6 +41,14 @@ def modules_of(names: Iterable[str]) -> list[str]:
 def stored_names(module: str, scheme: Scheme) -> tuple[str, ...]:
     """Disk names of the tensors that hold `module`; g_idx may be missing."""
     return tuple(f"{module}.{suffix}" for suffix in ("qweight", "qzeros", "scales", "g_idx"))
+
+
+def shape_of(module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
+    """Shape [out, in] of a module, from headers."""
+    shape = tensors[f"{module}.qweight"].shape
+    if len(shape) != 2:
+        raise ArtifactError(f"has shape {list(shape)}, not two dimensions", where=f"{module}.qweight")
+    return shape[1], shape[0] * 32 // scheme.bits
 
 
 def version_of(config: Mapping[str, Any]) -> int:
@@ -87,11 +98,11 @@ def _pattern(pattern: str) -> re.Pattern[str]:
 
 
 def decode(module: str, read: Read, scheme: Scheme, *, version: int = 1) -> QuantTensor:
-    """Codes, scales and zero points as stored. InputError for activation order: only `dequantize` can read that."""
+    """Codes, scales and zero points as stored. NotKept for activation order: only `dequantize` can read that."""
     packed, scale, zero, group_K = _parts(module, read, scheme, version)
     width = len(group_K)
     if not torch.equal(group_K, _plain_groups(width, scheme)):
-        raise InputError(
+        raise NotKept(
             "groups follow an activation order, which is not kept: the weight can only be dequantized",
             where=f"{module}.g_idx",
         )
@@ -116,14 +127,14 @@ def _parts(
     """packed [O, W], scale [O, G], zero int8 [O, G] in the signed domain, group of each input channel [K]."""
     qweight, scales = read(f"{module}.qweight"), read(f"{module}.scales")
     if qweight.dtype != torch.int32 or qweight.dim() != 2:
-        raise _misfit(module, "qweight", qweight, "int32 [words, out]")
+        raise misfit(module, "qweight", qweight, "int32 [words, out]")
     words, rows = qweight.shape
     width = words * 32 // scheme.bits
     groups = scheme.groups_in(width)
     if not scales.is_floating_point() or tuple(scales.shape) != (groups, rows):
-        raise _misfit(module, "scales", scales, f"floats {[groups, rows]}")
+        raise misfit(module, "scales", scales, f"floats {[groups, rows]}")
     zero = _zero_points(module, read(f"{module}.qzeros"), scheme, (groups, rows), version)
-    return _turned(qweight), _turned(scales), zero, _groups(module, read, scheme, width, groups)
+    return turned(qweight), turned(scales), zero, _groups(module, read, scheme, width, groups)
 
 
 def _zero_points(
@@ -133,14 +144,14 @@ def _zero_points(
     where = f"{module}.qzeros"
     wanted = (groups, words_in(rows, scheme.bits))
     if qzeros.dtype != torch.int32 or tuple(qzeros.shape) != wanted:
-        raise _misfit(module, "qzeros", qzeros, f"int32 {list(wanted)}")
+        raise misfit(module, "qzeros", qzeros, f"int32 {list(wanted)}")
     unsigned_GO = unpack_rows(qzeros, scheme.bits, rows).to(torch.int16) + (2 - version)
     if int(unsigned_GO.max()) >= 1 << scheme.bits:
         raise ArtifactError("holds a zero point that version 1 of the format cannot mean", where=where)
     zero_GO = unsigned_GO + scheme.lowest
     if scheme.symmetric and bool(zero_GO.any()):
         raise ArtifactError("holds zero points although the config says sym", where=where)
-    return _turned(zero_GO.to(torch.int8))
+    return turned(zero_GO.to(torch.int8))
 
 
 def _groups(module: str, read: Read, scheme: Scheme, width: int, groups: int) -> torch.Tensor:
@@ -150,7 +161,7 @@ def _groups(module: str, read: Read, scheme: Scheme, width: int, groups: int) ->
         return _plain_groups(width, scheme)
     where = f"{module}.g_idx"
     if group_K.dtype not in (torch.int32, torch.int64) or tuple(group_K.shape) != (width,):
-        raise _misfit(module, "g_idx", group_K, f"int32 [{width}]")
+        raise misfit(module, "g_idx", group_K, f"int32 [{width}]")
     if int(group_K.min()) < 0 or int(group_K.max()) >= groups:
         raise ArtifactError(f"names a group outside 0 … {groups - 1}", where=where)
     return group_K.to(torch.int32)
@@ -159,12 +170,3 @@ def _groups(module: str, read: Read, scheme: Scheme, width: int, groups: int) ->
 def _plain_groups(width: int, scheme: Scheme) -> torch.Tensor:
     size = width if scheme.group_size == -1 else scheme.group_size
     return torch.arange(width, dtype=torch.int32) // size
-
-
-def _turned(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix.T.clone(memory_format=torch.contiguous_format)
-
-
-def _misfit(module: str, suffix: str, tensor: torch.Tensor, wanted: str) -> ArtifactError:
-    found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-    return ArtifactError(f"is {found}, the scheme needs {wanted}", where=f"{module}.{suffix}")

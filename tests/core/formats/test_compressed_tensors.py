@@ -213,7 +213,7 @@ def test_weights_that_are_not_read_are_named(weights: dict[str, object], message
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         ({"transform_config": {"config_groups": {}}}, "transform_config"),
         ({"config_groups": {}}, "config_groups"),
-        ({"config_groups": {"FP8_DYNAMIC": ["Linear"]}}, "FP8_DYNAMIC"),
+        ({"config_groups": {"NVFP4": ["Linear"]}}, "NVFP4"),
         ({"config_groups": {"group_0": {"targets": "Linear"}}}, "targets"),
         ({"ignore": "lm_head"}, "ignore"),
         ({"ignore": ["re:("]}, "not a valid pattern"),
@@ -224,7 +224,7 @@ def test_configs_that_are_not_read_are_named(changes: dict[str, object], message
         ct.scheme_of("a", config_with() | changes)
 
 
-@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "fp8", "nonsense"])
+@pytest.mark.parametrize("method", ["aqlm", "modelopt", "fp8", "nonsense"])
 def test_other_methods_are_refused_by_name(method: str) -> None:
     with pytest.raises(InputError, match=method):
         reader_for({"quantization_config": {"quant_method": method}})
