@@ -14,7 +14,7 @@ from runtime.layers.attention import Attention
 from runtime.layers.embedding import Embedding
 from runtime.layers.experts import MixtureOfExperts
 from runtime.layers.linear import Numerics, compute_dtype
-from runtime.layers.mlp import MLP
+from runtime.layers.mlp import MLP, activation_of
 from runtime.models.config import LayerConfig
 from runtime.models.decoder import Block, Decoder
 from runtime.models.reading import read
@@ -119,7 +119,8 @@ def _mlp(weights: Weights, name: str, names: tuple[str, ...]) -> tuple[MLP, int]
     width = down.columns
     rows = 2 * width // len(inner)
     parts = [weights.part(f"{name}.{kind}", rows=rows, columns=config.hidden, bias=config.mlp_bias) for kind in inner]
-    return MLP(weights.merged(parts, [width, width]), weights.linear(down), config.activation), width
+    activation = activation_of(config.activation, exact=weights.numerics == "exact")
+    return MLP(weights.merged(parts, [width, width]), weights.linear(down), activation), width
 
 
 def _experts(weights: Weights, block: str, layer: LayerConfig) -> tuple[MixtureOfExperts, LayerConfig]:

@@ -41,20 +41,22 @@ def _read_both(settings: Settings, family: Family) -> tuple[Rope, Rope]:
 
 def _read(settings: Settings, section: Settings | None, theta: float, family: Family) -> Rope:
     """One set of angles: `section` goes before what the config says outside of it."""
-    fraction = settings.number("partial_rotary_factor", 1.0)
+    fraction = _fraction(settings, 1.0, family)
     outside = settings.raw(_LENGTH)
     if section is None:
-        return Rope(theta, _fraction(settings, fraction, family))
+        return Rope(theta, fraction)
     theta = section.number("rope_theta", theta)
-    fraction = _fraction(section, section.number("partial_rotary_factor", fraction), family)
-    kind = section.text("rope_type", section.text("type", "default"))
+    fraction = _fraction(section, fraction, family)
+    key = "rope_type" if section.stated("rope_type") else "type"
+    kind = section.text(key, "default")
+    section.raw("type")
     if kind in ("su", "yarn") and family.longrope:
         kind = "longrope"
     readers = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
     if kind == "dynamic":
-        raise section.wrong("rope_type", f"which {_CHANGING} as a sequence grows: not supported")
+        raise section.wrong(key, f"which {_CHANGING} as a sequence grows: not supported")
     if kind not in readers or (family.longrope and kind not in ("default", "longrope")):
-        raise section.wrong("rope_type", f"which the runtime does not know for this family: {', '.join(readers)}")
+        raise section.wrong(key, f"which the runtime does not know for this family: {', '.join(readers)}")
     longest = settings.size("max_position_embeddings")
     length = section.size(_LENGTH, PHI3_LENGTH if family.longrope else longest)
     if outside is not None:
@@ -64,10 +66,11 @@ def _read(settings: Settings, section: Settings | None, theta: float, family: Fa
     return rope
 
 
-def _fraction(settings: Settings, fraction: float, family: Family) -> float:
-    if fraction > 1 or (fraction != 1 and not family.longrope):
+def _fraction(settings: Settings, default: float, family: Family) -> float:
+    value = settings.number("partial_rotary_factor", default)
+    if settings.stated("partial_rotary_factor") and not (value == 1 or (value < 1 and family.longrope)):
         raise settings.wrong("partial_rotary_factor", "which this family does not have")
-    return fraction
+    return value
 
 
 def _default(section: Settings, theta: float, fraction: float, length: int, longest: int) -> Rope:

@@ -83,6 +83,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown rope setting": ("llama", {"rope_parameters": {"rope_type": "default", "mrope_section": [8]}}, "mrope"),
     "rope without factor": ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
     "partial rotation": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which this family"),
+    "partial rotation in rope": ("qwen3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "factor is 0.5, which"),
+    "more than all channels": ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
     "short factors": (
         "phi3",
         {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
@@ -135,7 +137,10 @@ Q, DOWN = "model.layers.1.self_attn.q_proj.weight", "model.layers.2.mlp.down_pro
 
 
 def _without(name: str) -> Change:
-    return lambda state: state.pop(name) and None
+    def change(state: dict[str, Tensor]) -> None:
+        del state[name]
+
+    return change
 
 
 def _with(name: str, *shape: int) -> Change:

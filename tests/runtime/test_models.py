@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 from compress.core.checkpoint import Checkpoint
 from compress.core.scheme import Scheme
 from runtime.cache import KVCache, page_bytes
+from runtime.layers.mlp import activation_of
 from runtime.loader import load
+from runtime.models.config import Activation
 from runtime.ops.batch import AttentionBatch
 from tests.conftest import TinyModel
 from tests.quantized_folders import write_quantized
@@ -88,6 +90,17 @@ def test_a_row_has_the_same_bits_in_any_batch_and_chunking(tiny_model: TinyModel
     for index, prompt in enumerate(prompts):
         alone = NaiveRunner(model, seed=index + 1).feed([prompt], [])[0]
         assert torch.equal(mixed[index], alone)
+
+
+@pytest.mark.parametrize("name", get_args(Activation))
+def test_an_activation_has_the_same_bits_wherever_it_lies(name: Activation) -> None:
+    function = activation_of(name, exact=True)
+    fused = activation_of(name, exact=False)
+    for width in (5, 85, 160, 1001):
+        x_TF = 4 * torch.randn(37, width, generator=torch.Generator().manual_seed(width))
+        y_TF = function(x_TF)
+        assert torch.equal(y_TF, torch.cat([function(row_TF) for row_TF in x_TF.split(1)]))
+        assert torch.allclose(y_TF, fused(x_TF), atol=1e-6)
 
 
 def test_only_wanted_rows_are_given(tiny_model: TinyModel) -> None:
