@@ -3,11 +3,11 @@
 Continuous batching (Orca, OSDI'22), chunked prefill without stalls (Sarathi-Serve, arXiv 2403.02310): all decodes
 first, then prefills under way, then new sequences. Pages for the whole prompt are taken at admission, those for
 generated tokens as they come; when pages run out, the last in precedence gives its own back and starts over later.
+Admission stops while there is still room to grow, preemption starts when there is none: no ping-pong between the two.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from bisect import insort
 from collections.abc import Callable
@@ -59,7 +59,6 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}  # all that wait or run
         self._orders, self._indices = count(), count()
         self._in_flight: Step | None = None
-        self._short_of_pages = False  # somebody was preempted, and nobody admitted since
         self._most_running = min(settings.max_sequences, settings.token_budget)  # each gets a token in every step
         pool.prefix_cache = pool.prefix_cache and settings.prefix_cache
         if recorder:
@@ -227,20 +226,23 @@ class Scheduler:
         sequence.status = "waiting"
         sequence.preemptions += 1
         self.preemptions += 1
-        self._short_of_pages = True
         self.policy.add(sequence)
 
     def _admit(self, plan: Plan) -> None:
         """Let sequences in as long as the next one finds tokens and pages: nobody overtakes the policy's first."""
+        growth = sum(map(self._growth, self.running)) if len(self.policy) else 0
         while plan.left > 0 and len(self.running) < self._most_running:
             sequence = self.policy.next()
             if sequence is None:
                 return
             found = self.pool.lookup(sequence)
             tokens = plan.chunk(len(sequence.tokens) - len(found) * self.pool.page.tokens)
-            if not tokens or self.pool.room_after(found, len(sequence.tokens)) < self._reserve_pages():
+            growth += self._growth(sequence)
+            # Some pages stay with those who run, so that who comes in does not drive out another, or itself, at once.
+            # Who is alone needs none: somebody always runs.
+            headroom = self.pool.pages_for(growth) if self.running else 0
+            if not tokens or self.pool.room_after(found, len(sequence.tokens)) < headroom:
                 return
-            self._short_of_pages = False
             self.policy.remove(sequence)
             self.pool.begin(sequence, found)
             self.pool.reserve(sequence, len(sequence.tokens))
@@ -248,16 +250,9 @@ class Scheduler:
             self._charge_prompt(sequence)
             self._plan_row(plan, sequence, tokens)
 
-    def _reserve_pages(self) -> int:
-        """Pages that must stay available after an admission, for those who run to grow into.
-
-        More of them after a preemption, so that who was preempted does not come back just to be preempted again. None
-        if nobody runs, so that somebody always does.
-        """
-        if not self.running:
-            return 0
-        share = self.settings.hysteresis if self._short_of_pages else self.settings.watermark
-        return math.ceil(share * self.pool.pages)
+    def _growth(self, sequence: Sequence) -> int:
+        """Tokens by which the sequence may grow soon."""
+        return min(self.settings.headroom_tokens, len(sequence.prompt) + sequence.max_tokens - len(sequence.tokens))
 
     def _plan_row(self, plan: Plan, sequence: Sequence, tokens: int) -> None:
         plan.add(sequence, tokens)

@@ -19,8 +19,7 @@ class SchedulerSettings:
     policy: str = "fcfs"  # fcfs, priority or vtc
     chunked_prefill: bool = True  # off: prompts are computed whole, and a long one makes a step over the budget
     prefix_cache: bool = True
-    watermark: float = 0.01  # share of the pages that an admission must leave available
-    hysteresis: float = 0.1  # the same after a preemption, until somebody is admitted again
+    headroom_tokens: int = 32  # by which all that run must still be able to grow after somebody is admitted
     tenant_weights: Mapping[str, float] = field(default_factory=dict)  # vtc: shares of tenants; 1 for those not named
     input_weight: float = 1.0  # vtc: cost of a prompt token
     output_weight: float = 2.0  # vtc: cost of a generated token
@@ -29,10 +28,7 @@ class SchedulerSettings:
         for name in ("token_budget", "max_sequences", "max_queue"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("watermark", "hysteresis"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{name} is a share of the pages, from 0 to below 1, not {getattr(self, name)}")
-        for name in ("input_weight", "output_weight"):
+        for name in ("headroom_tokens", "input_weight", "output_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.policy not in POLICIES:

@@ -37,7 +37,13 @@ class Bench:
         self.steps: list[Step] = []
 
     def sequence(
-        self, prompt: list[int] | int, max_tokens: int = 4, *, tenant: str = "", priority: int = 0, no_lookup: bool = False
+        self,
+        prompt: list[int] | int,
+        max_tokens: int = 4,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        no_lookup: bool = False,
     ) -> Sequence:
         """A new sequence that is not in line yet; a number as prompt means so many tokens of its own."""
         id = len(self.sequences)
@@ -47,7 +53,13 @@ class Bench:
         return sequence
 
     def add(
-        self, prompt: list[int] | int, max_tokens: int = 4, *, tenant: str = "", priority: int = 0, no_lookup: bool = False
+        self,
+        prompt: list[int] | int,
+        max_tokens: int = 4,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        no_lookup: bool = False,
     ) -> Sequence:
         """A new sequence in line."""
         sequence = self.sequence(prompt, max_tokens, tenant=tenant, priority=priority, no_lookup=no_lookup)
