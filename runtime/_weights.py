@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress.core.architectures import Architecture
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError
-from compress.core.formats import reader_for
+from compress.core.formats import NotKept, reader_for
 from compress.core.tensors import QuantTensor
 from runtime.layers.linear import Numerics, concatenate, make_linear
 from runtime.layers.merged import Merged
@@ -28,11 +28,12 @@ COMPUTED = ".rotary_emb.inv_freq"  # older files carry what follows from the con
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A linear layer as stored."""
+    """A linear layer as stored. `slow_reason` says why a quantized one had to be dequantized."""
 
     module: str
     weight: Weight
     bias: Tensor | None
+    slow_reason: str = ""
 
     @property
     def rows(self) -> int:
@@ -81,13 +82,12 @@ class Weights:
 
     def part(self, module: str, *, rows: int | None = None, columns: int | None = None, bias: bool = False) -> Part:
         """A linear layer by its name on disk, with the stated numbers of output and input channels."""
-        packed = module in self.checkpoint.schemes
-        weight = self._packed(module) if packed else self._dense(f"{module}.weight")
+        weight, slow_reason = self._matrix(module)
         found = tuple(weight.shape)
         if len(found) != 2 or found != (rows or found[0], columns or found[1]):
             wanted = f"[{rows or '…'}, {columns or '…'}]"
             raise self.misfit(f"{module}.weight", weight, wanted)
-        return Part(module, weight, self.vector(f"{module}.bias", weight.shape[0]) if bias else None)
+        return Part(module, weight, self.vector(f"{module}.bias", found[0]) if bias else None, slow_reason)
 
     def finish(self) -> None:
         """InputError for the first tensor on disk that nothing took."""
@@ -100,7 +100,7 @@ class Weights:
 
     def linear(self, part: Part) -> nn.Module:
         """The layer of one weight."""
-        return self._make(part.weight, part.bias)
+        return self._make(part.weight, part.bias, part.slow_reason)
 
     def merged(self, parts: Sequence[Part], widths: Sequence[int] | None = None) -> Merged:
         """Layers with a common input as one, if their weights are of one kind; `widths` cuts a single part's output."""
@@ -109,7 +109,8 @@ class Weights:
             return Merged([self.linear(part) for part in parts], widths)
         biases = [part.bias for part in parts if part.bias is not None]
         weight = concatenate([part.weight for part in parts])
-        return Merged([self._make(weight, torch.cat(biases) if biases else None)], widths)
+        reason = next((part.slow_reason for part in parts if part.slow_reason), "")
+        return Merged([self._make(weight, torch.cat(biases) if biases else None, reason)], widths)
 
     def norm(self, module: str, length: int | None = None) -> RMSNorm:
         """A norm over `length` channels, those of the hidden state if left out."""
@@ -140,8 +141,10 @@ class Weights:
             f"tensor {name!r} has shape {list(value.shape)}, the model needs {wanted}", where=self._where(name)
         )
 
-    def _make(self, weight: Weight, bias: Tensor | None) -> nn.Module:
-        return make_linear(weight, bias, numerics=self.numerics, device=self.device, dtype=self.dtype)
+    def _make(self, weight: Weight, bias: Tensor | None, slow_reason: str = "") -> nn.Module:
+        layer = make_linear(weight, bias, numerics=self.numerics, device=self.device, dtype=self.dtype)
+        layer.slow_reason = layer.slow_reason or slow_reason
+        return layer
 
     def _dense(self, name: str) -> Tensor:
         value = self.checkpoint.tensor(name)
@@ -150,12 +153,16 @@ class Weights:
         self._taken.add(name)
         return value
 
-    def _packed(self, module: str) -> Weight:
-        weight = self.checkpoint.quant_tensor(module)
-        if weight is None or self._reader is None:
-            raise InputError(f"{module} has no quantized weight", where=self._where())
-        self._taken.update(self._reader.stored_names(module, self.checkpoint.schemes[module]))
-        return weight
+    def _matrix(self, module: str) -> tuple[Weight, str]:
+        """A weight as stored, or why it had to be dequantized."""
+        scheme = self.checkpoint.schemes.get(module)
+        if scheme is None or self._reader is None:
+            return self._dense(f"{module}.weight"), ""
+        self._taken.update(self._reader.stored_names(module, scheme))
+        try:
+            return self._reader.decode(module, self.checkpoint.tensor, scheme), ""
+        except NotKept as error:
+            return self.checkpoint.weight(module, self.dtype), f"kept dense: {error.message}"
 
     def _idle(self, name: str) -> bool:
         """Whether a tensor changes nothing: some tools write a bias of zeros beside each quantized weight."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.scheme import Scheme
@@ -23,7 +24,7 @@ from runtime.models.config import Activation
 from runtime.ops.batch import AttentionBatch
 from tests.conftest import TinyModel
 from tests.quantized_folders import write_quantized
-from tests.runtime._naive import NaiveRunner, exact, prompts_of
+from tests.runtime._naive import NaiveRunner, exact, prompts_of, quantized_copy
 from tests.tiny import FAMILIES, config_of
 
 LENGTHS = (23, 37, 1, 12)
@@ -232,6 +233,60 @@ def test_quantized_models_equal_their_dequantized_weights(tmp_path: Path, name: 
     dense = sum(weight.numel() * 4 for weight in Checkpoint.open(folder).build_model(torch.float32).parameters())
     kept = sum(buffer.numel() * buffer.element_size() for buffer in runner.model.buffers())
     assert kept < 0.6 * dense  # packed weights stay packed
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"])
+def test_families_with_other_layouts_run_quantized(tiny_model: TinyModel, tmp_path: Path, family: str) -> None:
+    def scheme_of(module: str) -> Scheme | None:
+        return None if module.endswith((".gate", "lm_head")) else Scheme(4, 16, symmetric="down" in module)
+
+    folder = quantized_copy(tiny_model(family, odd=True), tmp_path / "model", scheme_of)
+    prompts = prompts_of((20, 9), 311)
+    assert worst(exact(folder).feed(prompts, [{0: 8}, {0: 1, 1: 5}]), reference_logits(folder, prompts)) < BOUND
+
+
+def test_a_quantized_head(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model("llama", odd=True)
+    folder = quantized_copy(source, tmp_path / "model", lambda module: Scheme(4, 16) if module == "lm_head" else None)
+    prompts = prompts_of((9,), 311)
+    runner = exact(folder)
+    assert runner.model.head.bytes < 311 * 112
+    assert worst(runner.feed(prompts, []), reference_logits(folder, prompts)) < BOUND
+
+
+@pytest.mark.parametrize("name", ["llmcompressor-w4a16", "llmcompressor-w4a16-asymmetric", "gptqmodel-w4"])
+def test_artifacts_of_other_tools(name: str) -> None:
+    folder = Path(__file__).parents[1] / "oracles" / name
+    prompts = prompts_of((20, 9), 64)
+    assert worst(exact(folder).feed(prompts, [{0: 8}, {0: 1, 1: 5}]), reference_logits(folder, prompts)) < BOUND
+
+
+def test_bitsandbytes(tiny_model: TinyModel, tmp_path: Path) -> None:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    source = AutoModelForCausalLM.from_pretrained(
+        tiny_model("llama"), quantization_config=settings, dtype=torch.float32
+    )
+    source.save_pretrained(tmp_path / "model")
+    prompts = prompts_of((20, 9), 320)
+    runner = exact(tmp_path / "model")
+    assert runner.model.slow_reasons == {}
+    found = runner.feed(prompts, [{0: 8}, {0: 1, 1: 5}])
+    assert worst(found, reference_logits(tmp_path / "model", prompts)) < BOUND
+
+
+def test_activation_order_is_kept_dense_and_said(tmp_path: Path) -> None:
+    """The layers of a GPTQ file whose groups are shuffled."""
+    source = Path(__file__).parents[1] / "oracles" / "gptqmodel-w4"
+    state = load_file(source / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.g_idx"
+    state[name] = state[name].flip(0).contiguous()
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    save_file(state, tmp_path / "model.safetensors")
+    runner = exact(tmp_path)
+    assert list(runner.model.slow_reasons) == ["blocks.0.attention.output"]
+    assert "kept dense: groups follow an activation order" in runner.model.slow_reasons["blocks.0.attention.output"]
+    prompts = prompts_of((20,), 64)
+    assert worst(runner.feed(prompts, [{0: 8}]), reference_logits(tmp_path, prompts)) < BOUND
 
 
 def test_layers_of_different_schemes_are_not_merged(tmp_path: Path) -> None:
