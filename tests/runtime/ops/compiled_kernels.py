@@ -1,0 +1,122 @@
+"""Compiles every Triton kernel for GPUs that need not be there, and prints what came out as lines of JSON.
+
+A process of its own, without TRITON_INTERPRET:
+
+    python -m tests.runtime.ops.compiled_kernels 80 90
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from runtime.ops.triton import attention, kv_store, low_bit, norm, rotary
+
+TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+INT_POINTERS = {
+    "starts_ptr": "*i32", "kv_len_ptr": "*i32", "table_ptr": "*i32", "position_ptr": "*i64", "slot_ptr": "*i64",
+    "packed_ptr": "*i32", "zero_ptr": "*i8", "top_ptr": "*fp32", "sum_ptr": "*fp32", "part_ptr": "*fp32",
+    "cos_ptr": "*fp32", "sin_ptr": "*fp32",
+}  # fmt: skip
+FLOATS = {"scale", "cap", "eps"}
+
+
+@dataclass(frozen=True)
+class Build:
+    name: str
+    kernel: Any
+    dtype: str
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    dots: bool
+    pointers: dict[str, str]  # other than the dtype's
+
+
+def attentions() -> Iterator[Build]:
+    for group, width, decode, segments, dtype, window, softcap in [
+        (4, 128, True, 8, "bf16", False, False),
+        (3, 64, True, 8, "fp16", True, True),
+        (2, 256, True, 4, "bf16", True, True),
+        (4, 128, False, 1, "bf16", False, False),
+        (1, 96, True, 1, "fp16", True, False),
+        (2, 256, False, 1, "bf16", True, True),
+        (2, 128, False, 1, "fp32", False, True),
+    ]:
+        tile = attention.tile_for(decode=decode, group=group, width=width, element_bytes=TYPES[dtype])
+        constants = {
+            "GROUPS": 8, "GROUP": group, "WIDTH": width, "BLOCK": 16, "BLOCK_D": triton.next_power_of_2(width),
+            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_Q": tile.m // group, "SEGMENTS": segments, "WINDOW": window,
+            "SOFTCAP": softcap,
+        }  # fmt: skip
+        name = f"attention {'decode' if decode else 'prefill'} {group} x {width} {dtype} segments {segments}"
+        out = {"out_ptr": "*fp32"} if segments > 1 else {}
+        yield Build(name, attention._attend, dtype, constants, tile.warps, tile.stages, True, out)
+
+
+def low_bits() -> Iterator[Build]:
+    for rows, bits, group, zero, splits, dtype in [
+        (1, 4, 128, False, 8, "bf16"),
+        (16, 4, 64, True, 1, "fp16"),
+        (512, 4, 32, False, 1, "fp16"),
+        (512, 8, -1, False, 1, "bf16"),
+    ]:
+        tile = low_bit.tile_for(rows, group)
+        constants = {
+            "INPUTS": 4096, "OUTPUTS": 4096, "GROUP": 4096 if group == -1 else group, "BITS": bits, "HAS_ZERO": zero,
+            "BLOCK_T": tile.t, "BLOCK_O": tile.o, "BLOCK_K": tile.k, "SPLITS": splits,
+        }  # fmt: skip
+        name = f"low_bit {rows} rows w{bits} g{group} zero {zero} {dtype}"
+        out = {"out_ptr": "*fp32"} if splits > 1 else {}
+        scale = {"scale_ptr": f"*{dtype}"}
+        yield Build(name, low_bit._matmul, dtype, constants, tile.warps, tile.stages, True, out | scale)
+
+
+def others() -> Iterator[Build]:
+    merge = {"HEADS": 32, "WIDTH": 96, "BLOCK_D": 128, "SEGMENTS": 16}
+    yield Build("merge", attention._merge, "bf16", merge, 4, 2, False, {})
+    yield Build("kv_store", kv_store._store, "bf16", {"WIDTH": 1024, "BLOCK": 1024}, 4, 2, False, {})
+    one = {"WIDTH": 576, "BLOCK": 1024, "PLUS_ONE": True}
+    yield Build("norm", norm._normalise, "bf16", one, 4, 2, False, {})
+    turn = {"HEADS": 9, "GROUPS": 3, "WIDTH": 96, "ROTATED": 48, "BLOCK": 128}
+    yield Build("rotary", rotary._rotate, "bf16", turn, 1, 2, False, {})
+
+
+def compile_for(build: Build, capability: int) -> dict[str, Any]:
+    signature, aligned = {}, {}
+    for index, name in enumerate(build.kernel.arg_names):
+        if name in build.constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = build.pointers.get(name) or INT_POINTERS.get(name) or f"*{build.dtype}"
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if name.endswith("_ptr") or "stride" in name:
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(build.kernel, signature, build.constants, aligned)
+    options = {"num_warps": build.warps, "num_stages": build.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = made.asm["ptx"]
+    return {
+        "case": build.name,
+        "capability": capability,
+        "cubin_bytes": len(made.asm["cubin"]),
+        "shared_bytes": made.metadata.shared,
+        "dots": build.dots and build.dtype != "fp32",
+        "tensor_cores": len(re.findall(r"\b(?:wg)?mma\.\w*sync|wgmma\.mma_async", ptx)),
+        "local_memory": ".local " in ptx,
+    }
+
+
+if __name__ == "__main__":
+    for capability in sys.argv[1:]:
+        for build in (*attentions(), *low_bits(), *others()):
+            print(json.dumps(compile_for(build, int(capability))), flush=True)

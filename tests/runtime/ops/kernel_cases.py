@@ -1,0 +1,254 @@
+"""Runs Triton kernels over their edge shapes in the interpreter and prints each case's error as a line of JSON.
+
+A process of its own: TRITON_INTERPRET must be set before anything imports triton, and must not leak into other tests.
+
+    TRITON_INTERPRET=1 python -m tests.runtime.ops.kernel_cases attention
+
+Dots on bf16 are silently wrong in the interpreter, so dots are tested in fp32 and fp16.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from compress.core.scheme import Scheme
+from compress.core.tensors import QuantTensor
+from runtime.ops.kv_store import store_reference
+from runtime.ops.norm import normalise_reference
+from runtime.ops.rotary import rotate_reference
+from tests.runtime.ops.paged import dense, make
+
+Case = tuple[str, torch.Tensor, torch.Tensor, float]  # name, result, what it should be, largest error allowed
+F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
+LOOSE = {F16: 2e-3, F32: 2e-6}
+
+
+def random(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# sequences (stored, new); heads, groups, width, block; dtype; settings
+PREFILLS = [
+    ([(0, 1), (0, 2)], (1, 1, 16, 16), F32, {}),
+    ([(0, 5)], (2, 2, 16, 16), F16, {}),
+    ([(0, 16)], (4, 2, 32, 16), F32, {}),
+    ([(0, 17)], (4, 1, 32, 16), F16, {}),
+    ([(15, 2)], (3, 1, 16, 16), F32, {}),
+    ([(16, 2)], (6, 2, 16, 16), F32, {}),
+    ([(31, 33)], (9, 3, 64, 16), F32, {}),
+    ([(0, 40)], (9, 3, 64, 16), F16, {}),
+    ([(7, 30), (0, 3), (50, 2)], (4, 2, 24, 16), F32, {}),
+    ([(0, 65)], (2, 1, 80, 16), F32, {}),
+    ([(3, 20)], (2, 2, 96, 16), F16, {}),
+    ([(0, 9)], (2, 1, 8, 16), F32, {}),
+    ([(0, 21)], (8, 1, 16, 16), F32, {}),
+    ([(5, 11)], (16, 1, 16, 16), F32, {}),
+    ([(5, 11)], (20, 1, 16, 16), F16, {}),
+    ([(0, 30)], (2, 1, 16, 1), F32, {}),
+    ([(11, 30)], (2, 1, 16, 64), F32, {}),
+    ([(60, 10)], (2, 1, 128, 32), F32, {}),
+    ([(0, 6), (4, 6)], (2, 1, 256, 16), F16, {}),
+    ([(0, 40)], (2, 1, 16, 16), F32, {"window": 1}),
+    ([(30, 40)], (2, 1, 16, 16), F32, {"window": 16}),
+    ([(70, 20)], (4, 2, 16, 16), F16, {"window": 33}),
+    ([(9, 20)], (4, 2, 16, 16), F32, {"window": 1000}),
+    ([(0, 20)], (4, 2, 16, 16), F32, {"softcap": 0.5}),
+    ([(40, 20)], (4, 2, 16, 16), F16, {"softcap": 30.0}),
+    ([(40, 20), (0, 30)], (4, 2, 16, 16), F32, {"softcap": 2.0, "window": 25}),
+    ([(5, 1), (9, 1), (0, 12)], (4, 2, 16, 16), F32, {}),
+    ([(33, 1), (20, 12), (5, 1)], (4, 2, 16, 16), F32, {}),
+    ([(100, 1), (99, 2), (98, 3)], (6, 2, 16, 16), F16, {}),
+    ([(0, 7)] * 9, (2, 1, 16, 16), F32, {}),
+    ([(3, 1)] * 5 + [(2, 9)] * 2, (3, 1, 16, 8), F32, {"window": 4}),
+    ([(250, 8)], (2, 1, 16, 16), F32, {}),
+]
+DECODES = [
+    ([0], (1, 1, 16, 16), F32, 1, {}),
+    ([0], (1, 1, 16, 16), F32, 4, {}),
+    ([15], (2, 2, 16, 16), F16, 1, {}),
+    ([16], (4, 2, 32, 16), F32, 2, {}),
+    ([17, 3], (4, 1, 32, 16), F16, 2, {}),
+    ([63], (3, 1, 16, 16), F32, 1, {}),
+    ([64], (6, 2, 16, 16), F32, 1, {}),
+    ([65], (6, 2, 16, 16), F32, 2, {}),
+    ([127, 128, 129], (9, 3, 64, 16), F32, 2, {}),
+    ([200], (9, 3, 64, 16), F16, 8, {}),
+    ([300, 5], (4, 2, 24, 16), F32, 4, {}),
+    ([130], (2, 1, 80, 16), F32, 2, {}),
+    ([130], (2, 2, 96, 16), F16, 2, {}),
+    ([70], (2, 1, 8, 16), F32, 2, {}),
+    ([70], (8, 1, 16, 16), F32, 2, {}),
+    ([70], (16, 1, 16, 16), F32, 2, {}),
+    ([70], (20, 1, 16, 16), F16, 2, {}),
+    ([75], (2, 1, 16, 1), F32, 2, {}),
+    ([75], (2, 1, 16, 64), F32, 2, {}),
+    ([90], (2, 1, 128, 32), F32, 2, {}),
+    ([90], (2, 1, 256, 16), F16, 2, {}),
+    ([90], (2, 1, 16, 16), F32, 1, {"window": 1}),
+    ([200], (2, 1, 16, 16), F32, 4, {"window": 1}),
+    ([200, 9], (4, 2, 16, 16), F16, 4, {"window": 70}),
+    ([200, 9], (4, 2, 16, 16), F32, 2, {"window": 64}),
+    ([100], (4, 2, 16, 16), F32, 2, {"window": 1000}),
+    ([100], (4, 2, 16, 16), F32, 2, {"softcap": 0.5}),
+    ([100], (4, 2, 16, 16), F16, 1, {"softcap": 30.0}),
+    ([150, 149], (4, 2, 16, 16), F32, 4, {"softcap": 2.0, "window": 80}),
+    ([1, 2, 3, 5, 8, 13, 21, 34, 55, 89], (2, 1, 16, 16), F32, 2, {}),
+    ([1, 2, 3, 5, 8, 13, 21, 34, 55, 89], (3, 3, 16, 16), F16, 1, {}),
+    ([260], (2, 1, 16, 16), F32, 32, {}),
+]
+
+
+def attention() -> Iterator[Case]:
+    from runtime.ops.triton.attention import attend
+
+    everything = [(parts, shape, dtype, None, settings) for parts, shape, dtype, settings in PREFILLS]
+    for stored, *rest in DECODES:
+        everything.append(([(length, 1) for length in stored], *rest))
+    for parts, (heads, groups, width, block), dtype, segments, settings in everything:
+        name = f"{parts} heads {heads}/{groups} width {width} block {block} {dtype} segments {segments} {settings}"
+        paged = make(parts, heads=heads, groups=groups, width=width, block=block, dtype=dtype, seed=len(name))
+        kind = {"scale": width**-0.5, "window": None, "softcap": None, **settings}
+        out = attend(paged.q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, segments=segments, **kind)
+        yield name, out, dense(paged, **kind), LOOSE[dtype]
+
+
+def low_bit() -> Iterator[Case]:
+    from runtime.ops.triton.low_bit import matmul, supports
+
+    # rows, outputs, inputs, bits, group size, symmetric, dtype, splits
+    cases = [
+        (rows, outputs, inputs, bits, group, symmetric, dtype, splits)
+        for (rows, outputs, inputs), dtype in zip(
+            [(1, 64, 128), (2, 100, 256), (7, 16, 512), (16, 65, 320), (17, 48, 192), (33, 70, 256)],
+            [F32, F16, F16, F32, F32, F16],
+            strict=True,
+        )
+        for bits, group, symmetric, splits in [
+            (4, 32, True, 1),
+            (4, 64, False, 2),
+            (4, 128, True, None),
+            (4, -1, False, 1),
+            (8, 128, True, 1),
+            (2, 96, False, 1),
+        ]
+    ]
+    cases += [
+        (3, 40, 100, 4, 32, True, F32, 1),  # the last group is ragged
+        (3, 40, 99, 4, 128, False, F32, 1),  # the last word is ragged
+        (1, 1, 8, 4, -1, True, F32, 1),
+        (5, 33, 1000, 4, 128, True, F16, 8),
+        (70, 64, 128, 4, 128, False, F16, None),
+    ]
+    for rows, outputs, inputs, bits, group, symmetric, dtype, splits in cases:
+        name = f"{rows} rows {outputs} x {inputs} w{bits} g{group} symmetric {symmetric} {dtype} splits {splits}"
+        scheme = Scheme(bits, group, symmetric)
+        assert supports(scheme), name
+        weight = _weight(outputs, inputs, scheme)
+        x = random(rows, inputs, dtype=dtype, seed=1)
+        wanted = x.double() @ weight.dequantize(torch.float64).T
+        yield name, matmul(x, weight, splits=splits), wanted, wanted.abs().max().item() * LOOSE[dtype]
+
+
+def _weight(outputs: int, inputs: int, scheme: Scheme) -> QuantTensor:
+    generator = torch.Generator().manual_seed(inputs)
+    codes = torch.randint(scheme.lowest, scheme.highest + 1, (outputs, inputs), generator=generator, dtype=torch.int8)
+    shape = (outputs, scheme.groups_in(inputs))
+    zero = torch.randint(scheme.lowest, scheme.highest + 1, shape, generator=generator, dtype=torch.int8)
+    scale = torch.rand(shape, generator=generator) + 0.1
+    return QuantTensor.from_codes(codes, scale, None if scheme.symmetric else zero, scheme)
+
+
+def kv_store() -> Iterator[Case]:
+    from runtime.ops.triton.kv_store import store
+
+    for groups, width, block in [(1, 16, 16), (2, 64, 16), (3, 24, 16), (8, 128, 1), (5, 80, 32), (9, 128, 8)]:
+        for tokens, strided in [(1, False), (2, True), (7, False)]:
+            for dtype, pool_dtype in [(F32, F32), (BF16, BF16), (F32, F16)]:
+                name = f"{tokens} tokens {groups} x {width} block {block} {dtype} -> {pool_dtype} strided {strided}"
+                joint = random(tokens, 2 * groups * width + 8, dtype=dtype)
+                k, v = joint[:, : 2 * groups * width].chunk(2, dim=1)
+                k, v = (x if strided else x.clone() for x in (k, v))
+                k, v = (x.view(tokens, groups, width) for x in (k, v))
+                slots = torch.randperm(3 * 8 * block, generator=torch.Generator().manual_seed(tokens))[:tokens]
+                mine, wanted = (torch.zeros(2, 24, block, groups, width, dtype=pool_dtype) for _ in range(2))
+                store(k, v, mine[0], mine[1], slots)
+                store_reference(k, v, wanted[0], wanted[1], slots)
+                yield name, mine, wanted, 0.0
+
+
+def norm() -> Iterator[Case]:
+    from runtime.ops.triton.norm import normalise
+
+    for width in (1, 16, 100, 576, 1024):
+        for rows in (1, 3):
+            for dtype, plus_one in [(F32, False), (F32, True), (F16, True), (BF16, False)]:
+                x, weight = random(rows, 2 * width, dtype=dtype)[:, :width], random(width, dtype=dtype, seed=1)
+                wanted = normalise_reference(x, weight, 1e-5, plus_one)
+                bound = wanted.abs().max().item() * torch.finfo(dtype).eps * (2 if dtype == BF16 else 4)
+                yield f"{rows} x {width} {dtype} {plus_one}", normalise(x, weight, 1e-5, plus_one), wanted, bound
+    x, weight = random(3, 4, 24), random(24, seed=1)
+    wanted = normalise_reference(x, weight, 1e-5, False)
+    yield "per head", normalise(x, weight, 1e-5, False), wanted, 2e-6
+
+
+def rotary() -> Iterator[Case]:
+    from runtime.ops.triton.rotary import rotate_both
+
+    for heads, groups, width, rotated in [(1, 1, 16, 16), (4, 2, 64, 64), (3, 1, 80, 32), (2, 2, 96, 96), (2, 1, 8, 2)]:
+        for tokens, strided in [(1, False), (3, True)]:
+            for dtype, wave_dtype in [(F32, F32), (F16, F32), (BF16, F32), (F16, F16)]:
+                both = random(tokens, heads + groups, width, dtype=dtype)
+                q, k = both[:, :heads], both[:, heads:]
+                q, k = (q, k) if strided else (q.clone(), k.clone())
+                wave = random(2, tokens, rotated, dtype=wave_dtype, seed=1)
+                exact = [rotate_reference(x.double(), *wave.double()) for x in (q, k)]
+                bound = 8 * torch.finfo(dtype).eps
+                for x, out, wanted in zip("qk", rotate_both(q, k, *wave), exact, strict=True):
+                    name = f"{x} {tokens} tokens {heads}/{groups} x {width}, {rotated} {dtype} {wave_dtype} {strided}"
+                    yield name, out, wanted, bound
+
+
+def far_pages() -> Iterator[Case]:
+    """Pools of more than 2^31 elements: their memory is never touched except where a page is used."""
+    from runtime.ops.triton.attention import attend
+    from runtime.ops.triton.kv_store import store
+
+    paged = make([(20, 1), (5, 3)], heads=4, groups=2, width=64, dtype=F16)
+    pages = 2**31 // (16 * 2 * 64) + 8
+    far = torch.empty(pages, 16, 2, 64, dtype=F16)
+    used = paged.batch.table_SP.unique()
+    keys = far.as_strided(far.shape, far.stride())
+    moved = {page: pages - 1 - page for page in used.tolist()}
+    for page, place in moved.items():
+        far[place] = paged.k_PBGD[page]
+    paged.batch.table_SP.apply_(lambda page: moved[page])
+    kind = {"scale": 0.125, "window": None, "softcap": None}
+    paged.values = paged.keys  # one pool holds both
+    wanted = dense(paged, **kind)
+    assert int(paged.batch.table_SP.min()) * far.stride(0) > 2**31
+    for segments in (1, 2):
+        out = attend(paged.q_THD, keys, keys, paged.batch, segments=segments, **kind)
+        yield f"attention, {segments} segments", out, wanted, LOOSE[F16]
+    rows = random(2, 2, 64, dtype=F16)
+    slots = torch.tensor([(pages - 1) * 16 + 15, (pages - 1) * 16 + 3])
+    store(rows, rows, far, far, slots)
+    yield "store", far.view(-1, 2, 64)[slots], rows, 0.0
+
+
+def main(kernels: list[str]) -> None:
+    cases = {
+        "attention": attention, "low_bit": low_bit, "kv_store": kv_store, "norm": norm, "rotary": rotary,
+        "far_pages": far_pages,
+    }  # fmt: skip
+    for kernel in kernels:
+        for name, result, wanted, bound in cases[kernel]():
+            error = (result.double() - wanted.double()).abs().max().item()
+            print(json.dumps({"kernel": kernel, "case": name, "error": error, "bound": bound}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
