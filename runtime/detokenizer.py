@@ -47,10 +47,17 @@ class Detokenizer:
             return ""
         self._window.append(token)
         text = self._decode(self._window)
+        if text.endswith(_BROKEN) and self._read:
+            # broken bytes before may make these look broken, too
+            alone = self._decode(self._window[self._read :])
+            if not alone.endswith(_BROKEN):
+                self._forget_before(self._read)
+                text = alone
         if not text.endswith(_BROKEN):
             return self._hand_out(len(self._window), text)
         if len(self._window) - self._read > _MOST_HELD:
-            return self._hand_out_broken()
+            end = self._read + self._broken_border()
+            return self._hand_out(end, self._decode(self._window[:end]))
         return ""
 
     def flush(self) -> str:
@@ -66,24 +73,30 @@ class Detokenizer:
         """Hand out the window up to `end`, which reads `text`."""
         if text.startswith(self._read_text):
             piece = text[len(self._read_text) :]
-        else:  # bytes that went before read differently now that they did not become a character
+        else:  # bytes that went before read differently beside these
             piece = self._decode(self._window[self._read : end])
+        if self._read_text and not piece:  # a special token: it would be no context for the next
+            del self._window[self._read : end]
+            return ""
         self._last, self._read, self._read_text = self._read, end, text
         if end > _WINDOW:
-            del self._window[: self._last]
-            self._read, self._last = end - self._last, 0
+            self._forget_before(self._last)
             self._read_text = self._decode(self._window[: self._read])
         return piece
 
-    def _hand_out_broken(self) -> str:
-        """Bytes that cannot become a character any more, up to a border that no character crosses."""
+    def _forget_before(self, start: int) -> None:
+        del self._window[:start]
+        self._read, self._last, self._read_text = self._read - start, 0, ""
+
+    def _broken_border(self) -> int:
+        """How many of the held tokens cannot belong to a character to come: up to where a cut breaks the least."""
         held = self._window[self._read :]
-        whole = self._decode(held)
-        for border in range(len(held) - _CHARACTER_TOKENS, len(held) - 2 * _CHARACTER_TOKENS, -1):
-            if self._decode(held[:border]) + self._decode(held[border:]) == whole:
-                break
-        end = self._read + border
-        return self._hand_out(end, self._decode(self._window[:end]))
+        last = len(held) - _CHARACTER_TOKENS
+
+        def broken(border: int) -> int:
+            return (self._decode(held[:border]) + self._decode(held[border:])).count(_BROKEN)
+
+        return min(range(last, last - _CHARACTER_TOKENS - 1, -1), key=broken)
 
 
 class StopStrings:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from compress.core.errors import UsageError
 
@@ -16,11 +17,32 @@ _SEEDS = 1 << 63
 _MOST_TOKENS = 1 << 31
 
 
+class SamplingSettings(TypedDict, total=False):
+    """The fields of SamplingParams as keywords of a call."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    seed: int | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    prompt_logprobs_start: int
+    n: int
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Settings of one request. Every value is honoured or refused (UsageError names the field); none is ignored.
 
-    max_tokens: tokens to generate at most, 1 or more.
+    max_tokens: tokens to generate at most; 0 only reads the prompt, for its log-probabilities.
     temperature: 0 is greedy; top_k 0, top_p 1 and min_p 0 keep every token. The order is that of transformers:
         penalties, temperature, top_k, top_p (of what top_k left), min_p (relative to the likeliest token).
     repetition_penalty: over prompt and generated tokens, positive logits divided and negative ones multiplied by it
@@ -80,7 +102,7 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @classmethod
-    def of(cls, settings: dict[str, Any]) -> SamplingParams:
+    def of(cls, settings: Mapping[str, Any]) -> SamplingParams:
         """Params from keywords; an unknown one is refused by name."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(settings) - set(known))
@@ -90,7 +112,7 @@ class SamplingParams:
 
 
 _WHOLE = (
-    ("max_tokens", 1, _MOST_TOKENS),
+    ("max_tokens", 0, _MOST_TOKENS),
     ("top_k", 0, _MOST_TOKENS),
     ("prompt_logprobs_start", 1, _MOST_TOKENS),
     ("n", 1, MOST_SAMPLES),

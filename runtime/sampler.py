@@ -23,7 +23,7 @@ _CANDIDATES = 1024  # how many of the largest logits top-p looks at before it so
 class Uniforms:
     """Random numbers in [0, 1) of one sequence, from its own generator."""
 
-    def __init__(self, seed: int, index: int) -> None:
+    def __init__(self, seed: str, index: int) -> None:
         self._seed = f"{seed} {index}"
         self._generator: torch.Generator | None = None
         self._drawn: list[float] = []
@@ -41,7 +41,7 @@ class Uniforms:
 class Picker:
     """What one sequence brings to sampling: its settings, its random numbers and the tokens it has seen."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], seed: int, index: int = 0) -> None:
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], seed: str, index: int = 0) -> None:
         self.params = params
         self._uniforms = Uniforms(seed, index)
         self._prompt = prompt

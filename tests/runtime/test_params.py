@@ -10,7 +10,6 @@ from compress.core.errors import UsageError
 from runtime.params import SamplingParams
 
 WRONG = [
-    ("max_tokens", 0),
     ("max_tokens", -1),
     ("max_tokens", 1.0),
     ("max_tokens", True),

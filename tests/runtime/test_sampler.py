@@ -44,7 +44,7 @@ def distribution(logits_V: torch.Tensor, params: SamplingParams) -> np.ndarray:
 
 def frequencies(logits_V: torch.Tensor, params: SamplingParams, draws: int) -> np.ndarray:
     logits_RV = logits_V.expand(draws, -1)
-    pickers = [Picker(params, [], seed=index) for index in range(draws)]
+    pickers = [Picker(params, [], seed=str(index)) for index in range(draws)]
     return np.bincount(sample(logits_RV, pickers), minlength=len(logits_V)) / draws
 
 
@@ -80,10 +80,10 @@ def test_draws_follow_the_filtered_distribution(filters: dict[str, float]) -> No
 def test_top_p_is_right_where_the_candidates_do_not_hold_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(top_p=0.97)
     logits_RV = random_logits(40, seed=8, vocabulary=200, spread=0.5)
-    pickers = [Picker(params, [], seed=row) for row in range(40)]
+    pickers = [Picker(params, [], seed=str(row)) for row in range(40)]
     wide = sample(logits_RV, pickers)
     monkeypatch.setattr(runtime.sampler, "_CANDIDATES", 4)
-    assert sample(logits_RV, [Picker(params, [], seed=row) for row in range(40)]) == wide
+    assert sample(logits_RV, [Picker(params, [], seed=str(row)) for row in range(40)]) == wide
 
 
 def test_ties_at_the_border_are_all_kept() -> None:
@@ -111,7 +111,7 @@ def test_a_rows_tokens_do_not_depend_on_its_batch(rows: list[SamplingParams], se
     """Non-determinism: together and alone, over several tokens, the same tokens."""
 
     def run(chosen: list[int]) -> list[list[int | None]]:
-        pickers = {row: Picker(rows[row], [row, 7], seed=row) for row in chosen}
+        pickers = {row: Picker(rows[row], [row, 7], seed=str(row)) for row in chosen}
         tokens: list[list[int | None]] = [[] for _ in chosen]
         for index in range(3):
             logits_RV = random_logits(len(rows), seed=seed + index)[chosen]
@@ -127,25 +127,25 @@ def test_a_rows_tokens_do_not_depend_on_its_batch(rows: list[SamplingParams], se
 def test_nan_logits_break_their_own_row_only() -> None:
     logits_RV = random_logits(6, seed=1)
     params = [SamplingParams(temperature=0.0), SamplingParams(top_p=0.9, top_k=9, frequency_penalty=1.0, min_p=0.1)] * 3
-    healthy = sample(logits_RV, [Picker(p, [], seed=1) for p in params])
+    healthy = sample(logits_RV, [Picker(p, [], seed="1") for p in params])
     broken_RV = logits_RV.clone()
     broken_RV[0, 5] = math.nan
     broken_RV[1, 0] = math.inf
     broken_RV[2] = -math.inf
     broken_RV[3] = math.nan
-    tokens = sample(broken_RV, [Picker(p, [], seed=1) for p in params])
+    tokens = sample(broken_RV, [Picker(p, [], seed="1") for p in params])
     assert tokens == [None] * 4 + healthy[4:]
 
 
 def test_masked_tokens_are_never_drawn() -> None:
     logits_RV = torch.full((1, 9), -math.inf)
     logits_RV[0, 4] = 0.0
-    assert sample(logits_RV, [Picker(SamplingParams(top_p=0.5), [], seed=0)]) == [4]
+    assert sample(logits_RV, [Picker(SamplingParams(top_p=0.5), [], seed="0")]) == [4]
 
 
 def test_penalties_by_their_definitions() -> None:
     params = SamplingParams(repetition_penalty=1.5, presence_penalty=0.4, frequency_penalty=0.3)
-    picker = Picker(params, [0, 1], seed=0)
+    picker = Picker(params, [0, 1], seed="0")
     logits_V = torch.tensor([2.0, -2.0, 1.0, -1.0, 0.5])
     picker.penalize(logits_V)
     for token in (2, 3, 3):
@@ -157,24 +157,24 @@ def test_penalties_by_their_definitions() -> None:
 
 def test_penalties_stop_a_loop() -> None:
     logits_RV = torch.tensor([[3.0, 2.0, 1.0]])
-    picker = Picker(SamplingParams(temperature=0.0, frequency_penalty=0.6), [], seed=0)
+    picker = Picker(SamplingParams(temperature=0.0, frequency_penalty=0.6), [], seed="0")
     tokens = [sample(logits_RV, [picker])[0] for _ in range(6)]
     assert tokens == [0, 0, 1, 0, 1, 0] or set(tokens) == {0, 1}
     assert tokens[:3] == [0, 0, 1]
 
 
 def test_seeds_and_samples_have_their_own_numbers() -> None:
-    streams = [Uniforms(seed, index) for seed, index in itertools.product([0, 1, 1 << 40], [0, 1])]
+    streams = [Uniforms(str(seed), index) for seed, index in itertools.product([0, 1, 1 << 40], [0, 1])]
     drawn = [[stream.next() for _ in range(100)] for stream in streams]
     assert len({tuple(numbers) for numbers in drawn}) == len(streams)
-    again = Uniforms(0, 0)
+    again = Uniforms("0", 0)
     assert [again.next() for _ in range(100)] == drawn[0]
     assert all(0.0 <= number < 1.0 for numbers in drawn for number in numbers)
 
 
 def test_the_callers_random_state_is_untouched() -> None:
     before = torch.get_rng_state()
-    sample(random_logits(4), [Picker(SamplingParams(top_p=0.5), [], seed=i) for i in range(4)])
+    sample(random_logits(4), [Picker(SamplingParams(top_p=0.5), [], seed=str(i)) for i in range(4)])
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -1,0 +1,353 @@
+"""LLM: a model folder, loaded and ready to complete prompts.
+
+    llm = LLM("out")
+    for completion in llm.generate(["The sun", "Once upon a time"], max_tokens=32):
+        print(completion.text, completion.finish_reason)
+
+Prompts are texts or lists of token ids; chat templates are the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, cast
+
+import torch
+
+from compress.core._model_folder import TOKENIZER_FILES, read_json
+from compress.core.errors import InputError, UsageError
+from runtime.engine import Engine, EngineSettings, EngineStats
+from runtime.loader import load
+from runtime.logprobs import TokenLogprobs
+from runtime.memory import allocate
+from runtime.params import SamplingParams, SamplingSettings
+from runtime.runner import Runner
+from runtime.sample import PromptLogprobs, Update
+from runtime.scheduler import QueueFull, SchedulerSettings
+from runtime.trace import Recorder
+
+Prompt = str | Sequence[int]
+
+
+class SchedulerKeywords(TypedDict, total=False):
+    """The fields of SchedulerSettings as keywords of a call."""
+
+    token_budget: int
+    max_sequences: int
+    max_queue: int
+    policy: str
+    chunked_prefill: bool
+    prefix_cache: bool
+    headroom_tokens: int
+    tenant_weights: dict[str, float]
+    input_weight: float
+    output_weight: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a prompt became. `index` tells the completions of one prompt apart (n > 1); see Update for the rest."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
+    index: int = 0
+
+
+class LLM:
+    """A model on one device with its pool of keys and values.
+
+    numerics: "fast", or "exact" (fp32; a request's tokens depend on nothing but itself). memory: bytes, or a size such
+    as "4GiB", for weights, keys and values, and activations together; kv_bytes: for keys and values alone. By default
+    the pool takes what `max_sequences` of `max_length` need, at most a quarter of the memory that is free (GPU: 90 %).
+    max_length: longest sequence, prompt and completion together (default: the model's). record: a file that takes down
+    every step for replay (see runtime.trace); close() completes it. seed: for requests that bring none.
+    The other keywords are those of SchedulerSettings.
+
+    Raises InputError for a folder that cannot be loaded, ResourceError where memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        numerics: Literal["exact", "fast"] = "fast",
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        memory: int | str | None = None,
+        kv_bytes: int | str | None = None,
+        block_size: int = 16,
+        max_length: int | None = None,
+        cuda_graphs: bool = True,
+        record: str | Path | None = None,
+        seed: int | None = None,
+        **scheduler: Unpack[SchedulerKeywords],
+    ) -> None:
+        settings = _scheduler_settings(scheduler)
+        folder = Path(path)
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        model = load(folder, numerics=numerics, device=device, dtype=dtype)
+        self.config = model.config
+        self.max_length = _longest(max_length, model.config.max_length)
+        self.tokenizer = _tokenizer(folder)
+        cache, pool, ledger = allocate(
+            model, block_size, self.max_length, settings, _bytes("memory", memory), _bytes("kv_bytes", kv_bytes)
+        )
+        graph_pages = pool.pages_for(self.max_length) if cuda_graphs and cache.pages > pool.pages else 0
+        runner = Runner(model, cache, device, graph_pages=graph_pages, most_rows=settings.max_sequences)
+        self.ledger = replace(ledger, graphs_bytes=runner.graphs_bytes)
+        self._recorder = None if record is None else Recorder(Path(record))
+        self.engine = Engine(
+            runner,
+            pool,
+            self.tokenizer,
+            EngineSettings(self.max_length, _end_tokens(folder), seed, settings),
+            recorder=self._recorder,
+        )
+        self._kept: list[Update] = []  # news of requests that nobody asked about yet
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Complete the recording, if there is one."""
+        if self._recorder is not None:
+            self._recorder.close()
+
+    # All at once
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        special_tokens: bool = True,
+        **settings: Unpack[SamplingSettings],
+    ) -> list[Completion]:
+        """Complete every prompt (greedily, unless told otherwise): n completions for each, in the order of the prompts.
+
+        Settings are keywords (see SamplingParams), or `params`: one for all prompts or one for each. `special_tokens`:
+        texts get what the tokenizer adds by default. However many prompts there are, the queue takes them as it can.
+        Raises UsageError for bad settings and prompts, RequestTooLong for a prompt that can never fit.
+        """
+        encoded = [self.encode(prompt, special_tokens=special_tokens) for prompt in _listed(prompts)]
+        drafts = _Drafts()
+        with ExitStack() as interrupted:
+            interrupted.callback(self._drop, drafts)
+            for prompt, its_params in zip(encoded, _params(params, settings, len(encoded)), strict=True):
+                drafts.expect(self._add_when_possible(prompt, its_params, drafts), its_params.n)
+            while drafts.open:
+                drafts.take(self._news_of(drafts))
+            interrupted.pop_all()
+        return drafts.completions()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        special_tokens: bool = True,
+        **settings: Unpack[SamplingSettings],
+    ) -> Iterator[Update]:
+        """Complete one prompt, telling what is new step by step. To stop early, close the iterator: that aborts."""
+        [its_params] = _params(params, settings, 1)
+        name = self.engine.add(self.encode(prompt, special_tokens=special_tokens), its_params)
+        return self._stream(name, its_params.n)
+
+    def _stream(self, name: str, samples: int) -> Iterator[Update]:
+        drafts = _Drafts()
+        drafts.expect(name, samples)
+        try:
+            while drafts.open:
+                news = self._news_of(drafts)
+                drafts.take(news)
+                yield from news
+        finally:
+            self._drop(drafts)
+
+    def encode(self, prompt: Prompt, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt; a list of ids is taken as it is."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise UsageError("the model's folder has no tokenizer", hint="give prompts as lists of token ids")
+        return self.tokenizer(prompt, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+
+    # Step by step
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a further step has anything to do or to tell."""
+        return bool(self._kept) or self.engine.has_work
+
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request: str | None = None,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        special_tokens: bool = True,
+    ) -> str:
+        """Take a request in and return its name; `step` tells about it. See Engine.add for what is refused."""
+        ids = self.encode(prompt, special_tokens=special_tokens)
+        return self.engine.add(ids, params, request, tenant=tenant, priority=priority)
+
+    def step(self) -> list[Update]:
+        """Compute one step; what is new about the requests."""
+        kept, self._kept = self._kept, []
+        return kept + self.engine.step()
+
+    def abort(self, request: str) -> None:
+        """End a request; the next step reports it with finish_reason "abort"."""
+        self.engine.abort(request)
+
+    def stats(self) -> EngineStats:
+        """Counts of steps, tokens, pages and requests."""
+        return self.engine.stats()
+
+    def _add_when_possible(self, prompt: list[int], params: SamplingParams, drafts: _Drafts) -> str:
+        while True:
+            try:
+                return self.engine.add(prompt, params)
+            except QueueFull:
+                drafts.take(self._news_of(drafts))
+
+    def _news_of(self, drafts: _Drafts) -> list[Update]:
+        """News of some requests, after one more step if there are none yet; those of others are kept."""
+        if not any(update.request in drafts for update in self._kept):
+            self._kept += self.engine.step()
+        mine = [update for update in self._kept if update.request in drafts]
+        self._kept = [update for update in self._kept if update.request not in drafts]
+        return mine
+
+    def _drop(self, drafts: _Drafts) -> None:
+        """Nobody will ask about these any more."""
+        for request in drafts.unfinished():
+            self.engine.forget(request)
+        self._kept = [update for update in self._kept if update.request not in drafts]
+
+
+class _Drafts:
+    """Completions in the making, in the order of their requests."""
+
+    def __init__(self) -> None:
+        self._updates: dict[str, list[list[Update]]] = {}  # by request, then index
+        self._left: dict[str, int] = {}  # unfinished completions by request
+
+    def __contains__(self, request: str) -> bool:
+        return request in self._updates
+
+    @property
+    def open(self) -> bool:
+        """Whether any is unfinished."""
+        return bool(self._left)
+
+    def unfinished(self) -> list[str]:
+        """Requests that have not ended."""
+        return list(self._left)
+
+    def expect(self, request: str, samples: int) -> None:
+        self._updates[request] = [[] for _ in range(samples)]
+        self._left[request] = samples
+
+    def take(self, updates: list[Update]) -> None:
+        for update in updates:
+            self._updates[update.request][update.index].append(update)
+            if update.finish_reason is not None:
+                self._left[update.request] -= 1
+                if not self._left[update.request]:
+                    del self._left[update.request]
+
+    def completions(self) -> list[Completion]:
+        return [_completion(updates) for samples in self._updates.values() for updates in samples]
+
+
+def _completion(updates: list[Update]) -> Completion:
+    return Completion(
+        "".join(update.text for update in updates),
+        tuple(token for update in updates for token in update.token_ids),
+        updates[-1].finish_reason or "",
+        tuple(entry for update in updates for entry in update.logprobs),
+        next((update.prompt_logprobs for update in updates if update.prompt_logprobs is not None), None),
+        updates[-1].index,
+    )
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """A text or one list of ids is one prompt."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return cast(Sequence[Prompt], prompts)
+
+
+def _params(
+    params: SamplingParams | Sequence[SamplingParams] | None, settings: SamplingSettings, prompts: int
+) -> list[SamplingParams]:
+    if params is not None and settings:
+        raise UsageError(f"give either params or keywords such as {next(iter(settings))}, not both")
+    if params is None:
+        params = SamplingParams.of({"temperature": 0.0} | settings)
+    listed = [params] * prompts if isinstance(params, SamplingParams) else list(params)
+    if len(listed) != prompts:
+        raise UsageError(f"{len(listed)} params for {prompts} prompts; give one, or one for each prompt")
+    return listed
+
+
+def _scheduler_settings(keywords: SchedulerKeywords) -> SchedulerSettings:
+    known = [field.name for field in fields(SchedulerSettings)]
+    for name in keywords:
+        if name not in known:
+            raise UsageError(f"LLM has no setting {name}", hint=f"those of the scheduler: {', '.join(known)}")
+    return SchedulerSettings(**keywords)
+
+
+def _longest(asked: int | None, possible: int) -> int:
+    if asked is not None and not 1 <= asked <= possible:
+        raise UsageError(f"max_length must be from 1 to {possible}, the model's own limit, not {asked}")
+    return possible if asked is None else asked
+
+
+def _bytes(name: str, size: int | str | None) -> int | None:
+    if size is None:
+        return None
+    from compress.core.quantities import parse_size
+
+    try:
+        count = parse_size(size)
+    except ValueError as error:
+        raise UsageError(f"{name} {error}") from error
+    if count < 1:
+        raise UsageError(f"{name} must be above 0, not {size!r}")
+    return count
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None where it has none: token ids go in and out all the same."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from compress.core.checkpoint import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
+def _end_tokens(folder: Path) -> tuple[int, ...]:
+    """What ends a text: of generation_config.json, or else of config.json; one id, several, or none."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        found = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if any(type(id) is not int or id < 0 for id in ids):
+            raise InputError(f"eos_token_id is {found!r}, not a token id or a list of them", where=str(path))
+        if ids:
+            return tuple(ids)
+    return ()
