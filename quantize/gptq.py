@@ -17,7 +17,7 @@ class GPTQ(WeightQuantization):
     damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
     activation_order: bool = Field(True, description="round the channels with the largest inputs first (static groups)")
     order: Literal["block", "groups"] = Field(
-        "block", description="gather statistics once a block, or again for each group (true sequential, slower)"
+        "groups", description="statistics of each group after the groups before it (true sequential), or once a block"
     )
     tokens_per_channel: float = Field(
         2.0, ge=0, description="an expert that saw fewer tokens than this times its width is rounded to nearest"

@@ -54,7 +54,8 @@ class _Group:
 
 def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: bool = False) -> Cost:
     """Cost of quantizing every block of `checkpoint`, calibrated on `tokens` (None: no forward passes)."""
-    from compress.core._activations import MICRO_BATCH_TOKENS
+    from compress.core._activations import MICRO_BATCH_TOKENS, PLAYED_IN_MEMORY_BYTES
+    from compress.core._gather import WAVE_BYTES
     from compress.core.walk import SPILL_ABOVE_BYTES
 
     blocks = [_groups(checkpoint, index) for index in range(checkpoint.num_blocks)]
@@ -66,13 +67,24 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
     spilled = stream_bytes > SPILL_ABOVE_BYTES
     if tokens is not None:
         squares = [4 * group.width**2 for group in largest]
-        statistics = max(squares) if true_sequential else sum(squares)
+        widest = max(largest, key=lambda group: group.width)
+        at_once = [g for g in largest if g.share < 1 and g.width == widest.width] if true_sequential else largest
+        statistics = max(max(squares), min(WAVE_BYTES, sum(4 * group.width**2 for group in at_once)))
         passing = 4 * MICRO_BATCH_TOKENS * (2 * max(group.width for group in largest) + max(g.rows for g in largest))
         chunk = min(SOLVER_BYTES, 12 * max(group.rows * group.width for group in largest))
         held += (0 if spilled else 2 * stream_bytes) + statistics + max(passing, chunk, max(squares) // 2)
+    played = [4 * count * width for width in _played_widths(checkpoint)] if true_sequential else []
+    held += sum(size for size in played if size <= PLAYED_IN_MEMORY_BYTES)
+    spill_bytes = 2 * stream_bytes * spilled + sum(size for size in played if size > PLAYED_IN_MEMORY_BYTES)
     speed = _probe()
     seconds = START_SECONDS + sum(_seconds(groups, count, speed, true_sequential) for groups in blocks)
-    return Cost(held, 2 * stream_bytes if spilled else 0, seconds / 60)
+    return Cost(held, spill_bytes, seconds / 60)
+
+
+def _played_widths(checkpoint: Checkpoint) -> list[int]:
+    """Widths of what group order keeps of a forward: attention's inner and outer output, the feed-forward's input."""
+    widths = {name: checkpoint.info(f"{sites[0]}.weight").shape for name, sites in checkpoint.groups(0)}
+    return [*widths["o"][::-1], *([widths["down"][1]] if "down" in widths else [])]
 
 
 def _groups(checkpoint: Checkpoint, index: int) -> list[_Group]:
@@ -92,14 +104,24 @@ def _seconds(groups: list[_Group], tokens: int, speed: Speed, true_sequential: b
     seconds = BLOCK_SECONDS + GRID_CANDIDATES * GRID_PASSES * weights / speed.elements
     if tokens == 0:
         return seconds
-    forward = sum(2 * tokens * group.share * group.rows * group.width for group in groups)
+    forward = sum(
+        2 * tokens * group.share * group.rows * group.width * _passes(group, true_sequential) for group in groups
+    )
     hessians = sum(1.2 * tokens * group.share * group.width**2 for group in groups)
     factors = sum(group.width**3 / 3 for group in groups)
     sweeps = sum(group.rows * group.width**2 for group in groups)
     columns = sum(group.width * max(1, group.rows * group.width // (16 << 20)) for group in groups)
-    passes = 4 if true_sequential else 2
-    products = passes * forward / FORWARD_EFFICIENCY + hessians + factors + sweeps
+    products = forward / FORWARD_EFFICIENCY + hessians + factors + sweeps
     return seconds + products / speed.matmul + columns * COLUMN_SECONDS
+
+
+def _passes(group: _Group, true_sequential: bool) -> float:
+    """How often a group's layers are computed, with the original's output on judged micro-batches."""
+    from compress.core._activations import JUDGED_EVERY
+
+    if not true_sequential:
+        return 2
+    return (1 if group.share == 1 else 3) + 1 / JUDGED_EVERY  # experts are not played back
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compress.core._skeleton import StoredLinear
 from compress.core.calibration import Tokens
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError, ResourceError, UsageError
@@ -275,6 +277,42 @@ def test_group_order_sees_what_earlier_groups_became(tiny_model: TinyModel, fami
     for name in list(still)[1:]:
         torch.testing.assert_close(untouched[name], still[name])
         assert not torch.allclose(moved[name], still[name], rtol=0.01), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_played_back_has_the_bits_of_a_plain_forward(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    checkpoint = Checkpoint.open(tiny_model(family))
+    tokens = tokens_of(checkpoint)
+    played, plain = Memory(), Memory()
+    monkeypatch.setattr("compress.core._activations.PLAYED_IN_MEMORY_BYTES", 0)
+    options = {"collect": {Hessian}, "order": "groups", "micro_batch": 2, "spill_folder": tmp_path}
+    compress_with_hessian(walk(checkpoint, tokens, sink=played, **options))
+    monkeypatch.setattr("compress.core._playback.Playback.playing", lambda *_: nullcontext())
+    compress_with_hessian(walk(checkpoint, tokens, sink=plain, **options))
+    assert played.bits() == plain.bits()
+    assert [record for _, record in played.blocks] == [record for _, record in plain.blocks]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_in_group_order_every_layer_is_computed_once(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the micro-batches on which the output error is judged: these need the original block's output, too."""
+    checkpoint = Checkpoint.open(tiny_model("llama"))
+    rows = 0
+    forward = StoredLinear.forward
+
+    def counted(layer: StoredLinear, x: Tensor) -> Tensor:
+        nonlocal rows
+        rows += x.shape[:-1].numel()
+        return forward(layer, x)
+
+    monkeypatch.setattr(StoredLinear, "forward", counted)
+    samples, length, layers = 18, 24, 7
+    tokens = tokens_of(checkpoint, samples, length)
+    compress_with_hessian(walk(checkpoint, tokens, collect={Hessian}, order="groups", sink=Memory(), micro_batch=2))
+    every, judged = samples * length, 2 * 2 * length  # micro-batches 0 and 8 of 9
+    assert rows == LAYERS * layers * (every + judged) - (every - judged)  # nobody reads what the last layer gives
 
 
 def test_statistics_gathered_in_several_waves_are_the_same(
