@@ -108,7 +108,9 @@ class Weights:
         if len(parts) == 1 or not _alike(parts):
             return Merged([self.linear(part) for part in parts], widths)
         biases = [part.bias for part in parts if part.bias is not None]
-        weight = concatenate([part.weight for part in parts])
+        dense = [part.weight for part in parts if isinstance(part.weight, Tensor)]
+        packed = [part.weight for part in parts if isinstance(part.weight, QuantTensor)]
+        weight = concatenate(packed) if packed else concatenate(dense)
         reason = next((part.slow_reason for part in parts if part.slow_reason), "")
         return Merged([self._make(weight, torch.cat(biases) if biases else None, reason)], widths)
 

@@ -14,7 +14,7 @@ class Merged(nn.Module):
     def __init__(self, linears: Sequence[nn.Module], widths: Sequence[int]) -> None:
         super().__init__()
         self.linears = nn.ModuleList(linears)
-        self.widths = tuple(widths)
+        self.widths = list(widths)
 
     def forward(self, x_TK: Tensor) -> tuple[Tensor, ...]:
         if len(self.linears) == 1:

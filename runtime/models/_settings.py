@@ -15,7 +15,7 @@ HARMLESS = frozenset(
     | {"compress_masked", "dtype", "embd_pdrop", "eos_token_id", "experts_implementation", "id2label"}
     | {"initializer_range", "is_decoder", "keys_to_ignore_at_inference", "label2id", "max_length", "model_type"}
     | {"name_or_path", "num_labels", "output_attentions", "output_hidden_states", "output_router_logits"}
-    | {"pad_token_id", "pretraining_tp", "problem_type", "quantization_config", "resid_pdrop", "return_dict"}
+    | {"pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "return_dict"}
     | {"router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "tie_last_hidden_states", "tokenizer_class"}
     | {"torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache"}
     | {"do_sample", "max_new_tokens", "min_length", "num_beams", "repetition_penalty", "temperature", "top_k", "top_p"}

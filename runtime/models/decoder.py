@@ -97,6 +97,11 @@ class Decoder(nn.Module):
         return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
 
     @property
+    def capturable(self) -> bool:
+        """Whether a step can be captured as a CUDA graph: routing to experts asks the device for numbers of rows."""
+        return all(layer.experts is None for layer in self.config.layers)
+
+    @property
     def slow_reasons(self) -> dict[str, str]:
         """Why layers have no fast path, by their place in the model."""
         reasons = {name: getattr(module, "slow_reason", "") for name, module in self.named_modules()}

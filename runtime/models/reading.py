@@ -30,8 +30,11 @@ _WIDTHS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermedia
 def read(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The model of a config.json; InputError names the first setting that is wrong or not understood."""
     architecture = lookup(dict(config), where)
-    family = FAMILIES[config["model_type"]]
     settings = Settings(config, where)
+    family = FAMILIES.get(config["model_type"])
+    if family is None:
+        raise settings.wrong("model_type", "a family that the runtime does not run")
+    _refuse_quantized_cache(settings)
     layers = _layers(settings, family, where)
     biased = family.bias_setting and settings.flag("attention_bias", False)
     hidden = settings.size("hidden_size")
@@ -58,6 +61,12 @@ def read(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     return model
 
 
+def _refuse_quantized_cache(settings: Settings) -> None:
+    quantization = settings.section("quantization_config")
+    if quantization is not None and quantization.raw("kv_cache_scheme"):
+        raise quantization.wrong("kv_cache_scheme", "but keys and values are not kept quantized yet")
+
+
 def _softcap(settings: Settings, key: str, has: object, default: float | None) -> float | None:
     return settings.optional_number(key, default) if has else None
 
@@ -79,7 +88,7 @@ def _max_length(settings: Settings, layers: tuple[LayerConfig, ...]) -> int:
 def _layers(settings: Settings, family: Family, where: str) -> tuple[LayerConfig, ...]:
     count = settings.size("num_hidden_layers")
     window = _window(settings, family)
-    ropes = dict(zip((FULL, SLIDING), read_ropes(settings, family), strict=True))
+    ropes: dict[str, Rope] = dict(zip((FULL, SLIDING), read_ropes(settings, family), strict=True))
     overrides = _overrides(settings, count)
     found = []
     for index, kind in enumerate(_kinds(settings, family, count, window)):
@@ -87,7 +96,7 @@ def _layers(settings: Settings, family: Family, where: str) -> tuple[LayerConfig
             raise settings.wrong("sliding_window", f"but layer_types gives layer {index} a window")
         experts = _experts(settings, family, index)
         sizes = _sizes(settings, family, overrides.get(index, {}), experts)
-        rope: Rope = ropes[kind]
+        rope = ropes[kind]
         check_channels(rope, sizes["head_dim"], where)
         scalar = settings.number("query_pre_attn_scalar", family.query_scalar) if family.query_scalar else None
         found.append(

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.core.formats import compressed_tensors
-from compress.core.scheme import Scheme
 from runtime.cache import KVCache
 from runtime.loader import load
 from runtime.models.decoder import Decoder
 from runtime.ops.batch import AttentionBatch
-from tests.quantized_folders import quantize_weight
 
 BLOCK = 4
 
@@ -86,26 +81,3 @@ def prompts_of(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[l
     """Random token ids."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
-
-
-def quantized_copy(source: Path, target: Path, scheme_of: Callable[[str], Scheme | None]) -> Path:
-    """The model of `source` with every matrix inside its blocks, and the head, stored under a scheme; None keeps it."""
-    state = load_file(source / "model.safetensors")
-    stored, schemes, kept = {}, {}, []
-    for name, value in state.items():
-        module = name.removesuffix(".weight")
-        matrix = value.ndim == 2 and "embed_tokens" not in name
-        scheme = scheme_of(module) if matrix else None
-        if scheme is not None:
-            schemes[module] = scheme
-            stored |= compressed_tensors.encode(module, quantize_weight(value, scheme))
-            continue
-        stored[name] = value
-        if matrix:
-            kept.append(module)
-    target.mkdir(parents=True)
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = compressed_tensors.quantization_config(schemes, kept)
-    (target / "config.json").write_text(json.dumps(config))
-    save_file(stored, target / "model.safetensors", metadata={"format": "pt"})
-    return target

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from compress.core.architectures import ARCHITECTURES
 from compress.core.errors import InputError, UsageError
 from compress.core.scheme import Scheme
 from runtime.loader import load
+from runtime.models._families import FAMILIES as RUN
 from runtime.models.reading import read
 from tests.conftest import TinyModel
 from tests.quantized_folders import write_quantized
+from tests.runtime._folders import rewritten
 from tests.tiny import FAMILIES, config_of
 
 SMALL = {
@@ -29,6 +31,10 @@ SMALL = {
     "intermediate_size": 384,
     "max_position_embeddings": 8192,
 }
+
+
+def test_every_family_that_can_be_compressed_can_be_run() -> None:
+    assert set(RUN) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,6 +106,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "layer out of range": ("llama", {"per_layer_config": {"8": {"intermediate_size": 4}}}, "no layer of 8"),
     "heads as text": ("llama", {"num_attention_heads": "4"}, "num_attention_heads is '4', not a positive whole number"),
     "no heads": ("llama", {"num_attention_heads": None}, "num_attention_heads is None, not a positive"),
+    "quantized cache": (
+        "llama",
+        {"quantization_config": {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}},
+        "kv_cache_scheme is {'num_bits': 8}, but keys and values are not kept quantized",
+    ),
     "family": ("mamba", {}, "unknown model family 'mamba'"),
 }
 
@@ -163,20 +174,10 @@ TENSORS: dict[str, tuple[Change, str]] = {
 }
 
 
-def _rewritten(source: Path, target: Path, change: Change, **settings: Any) -> Path:
-    target.mkdir()
-    config = json.loads((source / "config.json").read_text()) | settings
-    (target / "config.json").write_text(json.dumps(config))
-    state = load_file(source / "model.safetensors")
-    change(state)
-    save_file(state, target / "model.safetensors")
-    return target
-
-
 @pytest.mark.parametrize("case", TENSORS)
 def test_tensors_that_do_not_fit_are_refused_by_name(tiny_model: TinyModel, tmp_path: Path, case: str) -> None:
     change, words = TENSORS[case]
-    folder = _rewritten(tiny_model("llama"), tmp_path / "model", change)
+    folder = rewritten(tiny_model("llama"), tmp_path / "model", change)
     with pytest.raises(InputError) as caught:
         load(folder, numerics="exact")
     assert words in str(caught.value)
@@ -189,11 +190,11 @@ def test_a_bias_of_zeros_and_computed_angles_are_taken(tiny_model: TinyModel, tm
         state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
 
-    load(_rewritten(tiny_model("llama"), tmp_path / "model", change), numerics="exact")
+    load(rewritten(tiny_model("llama"), tmp_path / "model", change), numerics="exact")
 
 
 def test_an_untied_model_needs_its_head(tiny_model: TinyModel, tmp_path: Path) -> None:
-    folder = _rewritten(tiny_model("llama"), tmp_path / "model", lambda state: None, tie_word_embeddings=False)
+    folder = rewritten(tiny_model("llama"), tmp_path / "model", lambda state: None, tie_word_embeddings=False)
     with pytest.raises(InputError, match="'lm_head.weight' is missing"):
         load(folder, numerics="exact")
 
@@ -202,7 +203,7 @@ def test_a_missing_part_of_a_quantized_layer_is_named(tmp_path: Path) -> None:
     written = write_quantized(tmp_path / "source", Scheme(4, 32)).path
     name = "model.layers.0.mlp.up_proj.weight_scale"
     with pytest.raises(InputError, match=name):
-        load(_rewritten(written, tmp_path / "model", _without(name)), numerics="exact")
+        load(rewritten(written, tmp_path / "model", _without(name)), numerics="exact")
 
 
 def test_exact_numerics_are_fp32(tiny_model: TinyModel) -> None:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from compress.core.checkpoint import Checkpoint
-from compress.core.scheme import Scheme
 from runtime.cache import KVCache, page_bytes
 from runtime.layers.mlp import activation_of
 from runtime.loader import load
 from runtime.models.config import Activation
 from runtime.ops.batch import AttentionBatch
 from tests.conftest import TinyModel
-from tests.quantized_folders import write_quantized
-from tests.runtime._naive import NaiveRunner, exact, prompts_of, quantized_copy
+from tests.runtime._folders import edited
+from tests.runtime._naive import NaiveRunner, exact, prompts_of
+from tests.runtime._reference import reference_greedy, reference_logits, worst
 from tests.tiny import FAMILIES, config_of
 
 LENGTHS = (23, 37, 1, 12)
@@ -33,38 +25,6 @@ SCHEDULE = ({0: 7}, {0: 5, 1: 30}, {1: 1, 0: 1, 2: 1}, {3: 11, 1: 1, 0: 3}, {3: 
 FORMS = [(family, odd) for family in FAMILIES for odd in (False, True)]
 NAMES = [f"{family}-{'odd' if odd else 'plain'}" for family, odd in FORMS]
 BOUND = 1e-4
-
-
-def reference_logits(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """What transformers computes, one prompt at a time, without a cache."""
-    model = Checkpoint.open(folder).build_model(torch.float32)
-    with torch.inference_mode():
-        return [model(torch.tensor([prompt])).logits[0].float() for prompt in prompts]
-
-
-def reference_greedy(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    model = Checkpoint.open(folder).build_model(torch.float32)
-    model.generation_config.eos_token_id = None
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        kept = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
-        answers.append(kept[0, len(prompt) :].tolist())
-    return answers
-
-
-def worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    assert [part.shape for part in found] == [part.shape for part in wanted]
-    return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
-
-
-def edited(source: Path, target: Path, changes: dict[str, Any], drop: Sequence[str] = ()) -> Path:
-    """A copy of a model folder with another config."""
-    target.mkdir(parents=True)
-    config = json.loads((source / "config.json").read_text()) | changes
-    (target / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in drop}))
-    (target / "model.safetensors").symlink_to(source / "model.safetensors")
-    return target
 
 
 @pytest.mark.parametrize(("family", "odd"), FORMS, ids=NAMES)
@@ -91,6 +51,13 @@ def test_a_row_has_the_same_bits_in_any_batch_and_chunking(tiny_model: TinyModel
     for index, prompt in enumerate(prompts):
         alone = NaiveRunner(model, seed=index + 1).feed([prompt], [])[0]
         assert torch.equal(mixed[index], alone)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_half_precision_files_in_exact_numerics(tiny_model: TinyModel, family: str) -> None:
+    folder = tiny_model(family, dtype="bfloat16")
+    prompts = prompts_of((20, 9), 320)
+    assert worst(exact(folder).feed(prompts, [{0: 8}, {0: 1, 1: 5}]), reference_logits(folder, prompts)) < BOUND
 
 
 @pytest.mark.parametrize("name", get_args(Activation))
@@ -182,132 +149,6 @@ def test_longrope_runs_with_its_short_factors_up_to_their_length(tiny_model: Tin
     assert worst(runner.feed(prompts, [{0: 20}]), reference_logits(folder, prompts)) < BOUND
 
 
-# uneven and quantized weights
-
-
-def test_unevenly_pruned_layers_run_at_their_own_widths(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """A head group and some channels cut out of one layer: as if o and down had zeros there."""
-    source = tiny_model("llama")
-    state = load_file(source / "model.safetensors")
-    zeroed, cut = dict(state), dict(state)
-    layer = "model.layers.1"
-    heads, channels = slice(0, 32), torch.arange(128) % 3 != 0  # two query heads with their key-value head
-    o, down = (state[f"{layer}.{name}.weight"].clone() for name in ("self_attn.o_proj", "mlp.down_proj"))
-    o[:, heads] = 0
-    down[:, ~channels] = 0
-    zeroed |= {f"{layer}.self_attn.o_proj.weight": o, f"{layer}.mlp.down_proj.weight": down}
-    cut[f"{layer}.self_attn.o_proj.weight"] = o[:, 32:].contiguous()
-    cut[f"{layer}.mlp.down_proj.weight"] = down[:, channels].contiguous()
-    for name, first in (("q_proj", 32), ("k_proj", 16), ("v_proj", 16)):
-        cut[f"{layer}.self_attn.{name}.weight"] = state[f"{layer}.self_attn.{name}.weight"][first:].contiguous()
-    for name in ("gate_proj", "up_proj"):
-        cut[f"{layer}.mlp.{name}.weight"] = state[f"{layer}.mlp.{name}.weight"][channels].contiguous()
-    folders = []
-    for name, tensors in (("zeroed", zeroed), ("cut", cut)):
-        folder = edited(source, tmp_path / name, {})
-        (folder / "model.safetensors").unlink()
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        folders.append(folder)
-    prompts = prompts_of(LENGTHS, 320)
-    runner = exact(folders[1])
-    sizes = [(layer.heads, layer.kv_heads, layer.ffn) for layer in runner.model.config.layers]
-    assert sizes == [(4, 2, 128), (2, 1, 85), (4, 2, 128)]
-    assert runner.cache.k[1].shape[2:] == (1, 16)
-    assert worst(runner.feed(prompts, SCHEDULE), reference_logits(folders[0], prompts)) < BOUND
-
-
-SCHEMES = {
-    "w4a16-g32": Scheme(4, 32),
-    "w4a16-asymmetric": Scheme(4, 32, symmetric=False),
-    "w3a16-channel": Scheme(3),
-    "w8a16": Scheme(8, 64),
-}
-
-
-@pytest.mark.parametrize("name", SCHEMES)
-def test_quantized_models_equal_their_dequantized_weights(tmp_path: Path, name: str) -> None:
-    folder = write_quantized(tmp_path / "model", SCHEMES[name], tied=True).path
-    prompts = prompts_of((20, 9), 96)
-    runner = exact(folder)
-    assert worst(runner.feed(prompts, [{0: 8}, {0: 1, 1: 5}]), reference_logits(folder, prompts)) < BOUND
-    dense = sum(weight.numel() * 4 for weight in Checkpoint.open(folder).build_model(torch.float32).parameters())
-    kept = sum(buffer.numel() * buffer.element_size() for buffer in runner.model.buffers())
-    assert kept < 0.6 * dense  # packed weights stay packed
-
-
-@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"])
-def test_families_with_other_layouts_run_quantized(tiny_model: TinyModel, tmp_path: Path, family: str) -> None:
-    def scheme_of(module: str) -> Scheme | None:
-        return None if module.endswith((".gate", "lm_head")) else Scheme(4, 16, symmetric="down" in module)
-
-    folder = quantized_copy(tiny_model(family, odd=True), tmp_path / "model", scheme_of)
-    prompts = prompts_of((20, 9), 311)
-    assert worst(exact(folder).feed(prompts, [{0: 8}, {0: 1, 1: 5}]), reference_logits(folder, prompts)) < BOUND
-
-
-def test_a_quantized_head(tiny_model: TinyModel, tmp_path: Path) -> None:
-    source = tiny_model("llama", odd=True)
-    folder = quantized_copy(source, tmp_path / "model", lambda module: Scheme(4, 16) if module == "lm_head" else None)
-    prompts = prompts_of((9,), 311)
-    runner = exact(folder)
-    assert runner.model.head.bytes < 311 * 112
-    assert worst(runner.feed(prompts, []), reference_logits(folder, prompts)) < BOUND
-
-
-@pytest.mark.parametrize("name", ["llmcompressor-w4a16", "llmcompressor-w4a16-asymmetric", "gptqmodel-w4"])
-def test_artifacts_of_other_tools(name: str) -> None:
-    folder = Path(__file__).parents[1] / "oracles" / name
-    prompts = prompts_of((20, 9), 64)
-    assert worst(exact(folder).feed(prompts, [{0: 8}, {0: 1, 1: 5}]), reference_logits(folder, prompts)) < BOUND
-
-
-def test_bitsandbytes(tiny_model: TinyModel, tmp_path: Path) -> None:
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    source = AutoModelForCausalLM.from_pretrained(
-        tiny_model("llama"), quantization_config=settings, dtype=torch.float32
-    )
-    source.save_pretrained(tmp_path / "model")
-    prompts = prompts_of((20, 9), 320)
-    runner = exact(tmp_path / "model")
-    assert runner.model.slow_reasons == {}
-    found = runner.feed(prompts, [{0: 8}, {0: 1, 1: 5}])
-    assert worst(found, reference_logits(tmp_path / "model", prompts)) < BOUND
-
-
-def test_activation_order_is_kept_dense_and_said(tmp_path: Path) -> None:
-    """The layers of a GPTQ file whose groups are shuffled."""
-    source = Path(__file__).parents[1] / "oracles" / "gptqmodel-w4"
-    state = load_file(source / "model.safetensors")
-    name = "model.layers.0.self_attn.o_proj.g_idx"
-    state[name] = state[name].flip(0).contiguous()
-    (tmp_path / "config.json").write_text((source / "config.json").read_text())
-    save_file(state, tmp_path / "model.safetensors")
-    runner = exact(tmp_path)
-    assert list(runner.model.slow_reasons) == ["blocks.0.attention.output"]
-    assert "kept dense: groups follow an activation order" in runner.model.slow_reasons["blocks.0.attention.output"]
-    prompts = prompts_of((20,), 64)
-    assert worst(runner.feed(prompts, [{0: 8}]), reference_logits(tmp_path, prompts)) < BOUND
-
-
-def test_layers_of_different_schemes_are_not_merged(tmp_path: Path) -> None:
-    def scheme_of(module: str) -> Scheme | None:
-        kind = module.rpartition(".")[2]
-        return {"q_proj": Scheme(4, 32), "k_proj": Scheme(8, 32), "gate_proj": None}.get(kind, Scheme(4, 16))
-
-    folder = write_quantized(tmp_path / "model", scheme_of, shards=True).path
-    prompts = prompts_of((20, 9), 96)
-    runner = exact(folder)
-    attention = runner.model.blocks[0].attention
-    assert len(attention.qkv.linears) == 3
-    assert worst(runner.feed(prompts, [{0: 8}]), reference_logits(folder, prompts)) < BOUND
-
-
-def test_layers_of_one_scheme_are_merged(tmp_path: Path) -> None:
-    folder = write_quantized(tmp_path / "model", Scheme(4, 32)).path
-    block = load(folder, numerics="exact").blocks[0]
-    assert len(block.attention.qkv.linears) == len(block.ffn.gate_up.linears) == 1
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen3_moe"])
 def test_fast_numerics_stay_near_exact_ones(tiny_model: TinyModel, family: str) -> None:
     folder = tiny_model(family)
@@ -337,20 +178,3 @@ def test_pages_are_copied_as_they_were_before(tiny_model: TinyModel) -> None:
     cache.copy_pages([(0, 1), (1, 0), (3, 2)])
     for pages in (*cache.k, *cache.v):
         assert pages[:, 0, 0, 0].tolist() == [1.0, 0.0, 3.0, 3.0]
-
-
-# what is loaded
-
-
-def test_loading_and_running_needs_no_hugging_face_library(tmp_path: Path) -> None:
-    folder = write_quantized(tmp_path / "model", Scheme(4, 32)).path
-    code = f"""
-import sys
-from pathlib import Path
-from tests.runtime._naive import exact
-exact(Path({str(folder)!r})).step({{0: [1, 2, 3]}})
-print(sorted({{"transformers", "pydantic", "datasets", "tokenizers", "safetensors"}} & set(sys.modules)))
-"""
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert done.stdout.strip() == "[]"
