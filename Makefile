@@ -5,6 +5,9 @@
 #   make lint      ruff, pyright, import-linter
 #   make crash     kill or fail a run at every system call that writes (needs strace; long)
 #   make bench     the benchmarks' own README says what each script needs
+#   make gpu-test, make gpu-bench
+#                  kernels on a GPU: no environment is made and nothing installed; $(PYTHON) must have torch, triton,
+#                  numpy, safetensors and pytest. One JSON each in $(GPU_OUT)
 #
 # On Linux the package index serves the CUDA build of torch. For the CPU build name its index:
 #   make demo TORCH_INDEX=…
@@ -15,8 +18,9 @@ PY          := $(VENV)/bin/python
 TORCH_INDEX ?=
 WORKERS     ?= 2
 DEMO        ?= runs/demo-w4
+GPU_OUT     ?= runs
 
-.PHONY: setup demo test lint crash bench
+.PHONY: setup demo test lint crash bench gpu-test gpu-bench
 
 $(VENV)/.ready: pyproject.toml constraints.txt compress/__init__.py
 	$(PYTHON) -m venv $(VENV)
@@ -43,3 +47,9 @@ crash: setup
 
 bench: setup
 	@cat benchmarks/README.md
+
+gpu-test:
+	PYTHONPATH=. $(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu --json $(GPU_OUT)/gpu-test.json
+
+gpu-bench:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out $(GPU_OUT)/gpu-bench.json
