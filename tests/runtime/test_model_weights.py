@@ -17,7 +17,7 @@ from runtime.loader import load
 from tests.conftest import TinyModel
 from tests.quantized_folders import write_quantized
 from tests.runtime._folders import quantized_copy, rewritten
-from tests.runtime._naive import exact, prompts_of
+from tests.runtime._naive import NaiveRunner, exact, prompts_of
 from tests.runtime._reference import reference_logits, worst
 
 ORACLES = Path(__file__).parents[1] / "oracles"
@@ -62,6 +62,9 @@ def test_unevenly_pruned_layers_run_at_their_own_widths(tiny_model: TinyModel, t
     assert sizes == [(4, 2, 128), (2, 1, 85), (4, 2, 128)]
     assert runner.cache.k[1].shape[2:] == (1, 16)
     assert gap(folder, 320, zeroed) < BOUND
+    prompts = prompts_of(LENGTHS, 320)
+    alone = NaiveRunner(runner.model, seed=1).feed(prompts[:1], [])[0]
+    assert torch.equal(runner.feed(prompts, SCHEDULE)[0], alone)  # odd widths, too
 
 
 def test_experts_that_were_cut_out_are_not_missed(tiny_model: TinyModel, tmp_path: Path) -> None:
