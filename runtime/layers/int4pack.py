@@ -60,5 +60,6 @@ def _scale_zero(weight: QuantTensor, group: int) -> Tensor:
     scale_OG = weight.scale.float()
     middle_OG = torch.zeros_like(scale_OG) if weight.zero is None else -weight.zero.float() * scale_OG
     pair_OG2 = torch.stack((scale_OG, middle_OG), dim=2)
-    repeats = weight.shape[1] // group // pair_OG2.shape[1]
-    return pair_OG2.repeat_interleave(repeats, dim=1).transpose(0, 1).contiguous().bfloat16()
+    width, size = weight.shape[1], weight.scheme.group_size
+    cut = pair_OG2.repeat_interleave((width if size == -1 else size) // group, dim=1)[:, : width // group]
+    return cut.transpose(0, 1).contiguous().bfloat16()

@@ -16,10 +16,11 @@ from compress.core.cpu import fast_on_cpu
 from compress.core.errors import UsageError
 from compress.core.tensors import QuantTensor
 from runtime.layers.base import LinearLayer
+from runtime.layers.compiled import CompiledLinear, fits_kernels
 from runtime.layers.dense import DenseLinear
 from runtime.layers.exact import ExactDense, ExactPacked
 from runtime.layers.int4pack import Int4Linear, int4_group
-from runtime.layers.int8 import Int8Linear, Int8ProductLinear, fits_int8
+from runtime.layers.int8 import Int8Linear, Int8ProductLinear, fast_int8_products, fits_int8
 from runtime.layers.packed import DequantizingLinear
 
 __all__ = ["LinearLayer", "Numerics", "compute_dtype", "concatenate", "make_linear"]
@@ -43,11 +44,12 @@ def make_linear(
     numerics: Numerics,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    compiled: bool = True,
 ) -> LinearLayer:
     """A layer that computes x Wᵀ + b for weight [out, in] and bias [out].
 
     `dtype` is that of dense weights in fast mode, `compute_dtype` if left out. Packed weights stay packed; they are
-    repacked at most once, here.
+    repacked at most once, here. `compiled` False leaves the kernels of `native` out, and torch's take their place.
     """
     if numerics not in ("exact", "fast"):
         raise UsageError(f"numerics {numerics!r} are unknown: choose exact or fast")
@@ -59,14 +61,20 @@ def make_linear(
         return DenseLinear(weight, bias, dtype or compute_dtype(numerics, device))
     if numerics == "exact":
         return ExactPacked(weight, bias)
-    return _fast(weight, bias, torch.device(device))
+    if torch.device(device).type != "cpu":
+        return DequantizingLinear(weight, bias, f"there is no {weight.scheme.name} kernel for {device} here yet")
+    return _fast_on_cpu(weight, bias, compiled)
 
 
-def _fast(weight: QuantTensor, bias: Tensor | None, device: torch.device) -> LinearLayer:
+def _fast_on_cpu(weight: QuantTensor, bias: Tensor | None, compiled: bool) -> LinearLayer:
+    """benchmarks/low_bit_linear.py measures the choices."""
     scheme = weight.scheme
-    if device.type != "cpu":
-        return DequantizingLinear(weight, bias, f"no {scheme.name} kernel for {device.type} is used yet")
-    if fits_int8(weight) and scheme.activation_bits == 8 and scheme.bits > 4:
+    int8_inputs = scheme.activation_bits == 8 and scheme.bits > 4 and fits_int8(weight)
+    if int8_inputs and fast_int8_products():
+        return Int8ProductLinear(weight, bias)
+    if compiled and fits_kernels(weight):
+        return CompiledLinear(weight, bias)
+    if int8_inputs:
         return Int8ProductLinear(weight, bias)
     if int4_group(weight) is not None:
         return Int4Linear(weight, bias)

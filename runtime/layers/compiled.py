@@ -1,0 +1,102 @@
+"""Low-bit weights through the compiled kernels of `native`: any scheme, kept as it is packed, fp32 sums.
+
+Few rows go through the kernel, which reads the codes once for up to four of them. For more rows, tiles of output
+channels are dequantized and multiplied by BLAS, as a dense layer is; benchmarks/low_bit_linear.py shows where the two
+meet. 8-bit inputs are rounded as the format says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress.core.levels import table
+from compress.core.tensors import QuantTensor, pack_rows
+from runtime.layers.activations import rounded_inputs
+from runtime.layers.base import LinearLayer
+from runtime.layers.native import KINDS, Weight, kernels
+
+_TILE_WEIGHTS = 1 << 20
+_FEW_ROWS, _FEW_ROWS_OF_FLOATS = 16, 8  # float levels take more instructions to make
+_BLOCK_BYTES = 8
+
+
+def fits_kernels(weight: QuantTensor) -> bool:
+    """Whether groups are whole blocks and the kernels could be compiled."""
+    size = weight.scheme.group_size
+    return (size == -1 or size * _kept_bits(weight) % (8 * _BLOCK_BYTES) == 0) and kernels().library is not None
+
+
+class CompiledLinear(LinearLayer):
+    """Codes of 3 bits are kept in 4 and those of 5 to 7 in 8; scales are kept in fp32."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    table: Tensor | None
+
+    def __init__(self, weight: QuantTensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape, bias)
+        self.scheme, self.bits = weight.scheme, _kept_bits(weight)
+        packed = weight.packed if self.bits == weight.scheme.bits else pack_rows(weight.stored(), self.bits)
+        codes = packed.contiguous().view(torch.uint8)
+        self.register_buffer("codes", functional.pad(codes, (0, -codes.shape[1] % _BLOCK_BYTES)))
+        self.register_buffer("scale", weight.scale.float().contiguous())
+        unsigned = None if weight.zero is None else (weight.zero.to(torch.int16) - self.scheme.lowest).to(torch.uint8)
+        self.register_buffer("zero", unsigned)
+        floating = self.scheme.dtype in ("nf4", "fp4")
+        self.register_buffer("table", table(self.scheme.dtype).clone() if floating else None)
+        self._described = self._description()
+
+    @property
+    def few_rows(self) -> int:
+        """Most rows that go through the kernel."""
+        return _FEW_ROWS if self.scheme.dtype == "int" else _FEW_ROWS_OF_FLOATS
+
+    def product(self, x_MK: Tensor) -> Tensor:
+        rounded_MK = rounded_inputs(x_MK.float(), self.scheme)
+        if len(x_MK) <= self.few_rows:
+            return kernels().product(self._current(), rounded_MK)
+        return self._many_rows(rounded_MK.to(x_MK.dtype))
+
+    def _many_rows(self, x_MK: Tensor) -> Tensor:
+        """Inputs are arranged as the kernel arranges weights: by their place in a byte."""
+        places, row_bytes = 8 // self.bits, self.codes.shape[1]
+        padded_MK = functional.pad(x_MK, (0, row_bytes * places - self.in_features))
+        arranged_MK = padded_MK.view(-1, row_bytes, places).transpose(1, 2).reshape(padded_MK.shape)
+        y_MO = x_MK.new_empty(len(x_MK), self.out_features)
+        count = max(1, _TILE_WEIGHTS // self.in_features)
+        tile_OK = torch.empty(min(count, self.out_features), row_bytes * places)
+        weight = self._current()
+        for first in range(0, self.out_features, count):
+            last = min(first + count, self.out_features)
+            kernels().dequantize(weight, first, last, tile_OK)
+            torch.mm(arranged_MK, tile_OK[: last - first].to(x_MK.dtype).T, out=y_MO[:, first:last])
+        return y_MO
+
+    def _description(self) -> Weight:
+        """What the kernels need to know, pointers apart."""
+        size, row_bytes = self.scheme.group_size, self.codes.shape[1]
+        return Weight(
+            rows=self.out_features,
+            width=self.in_features,
+            row_bytes=row_bytes,
+            groups=self.scale.shape[1],
+            group_bytes=row_bytes if size == -1 else size * self.bits // 8,
+            middle=-self.scheme.lowest if self.scheme.dtype == "int" else 0,
+            bits=self.bits,
+            kind=KINDS[self.scheme.dtype],
+        )
+
+    def _current(self) -> Weight:
+        """The description with pointers to where the buffers are now."""
+        weight = self._described
+        weight.codes, weight.scale = self.codes.data_ptr(), self.scale.data_ptr()
+        weight.zero = 0 if self.zero is None else self.zero.data_ptr()
+        weight.table = 0 if self.table is None else self.table.data_ptr()
+        return weight
+
+
+def _kept_bits(weight: QuantTensor) -> int:
+    return next(bits for bits in (2, 4, 8) if bits >= weight.scheme.bits)
