@@ -175,8 +175,7 @@ class BlockPool:
                 self._drop(page)
             sequence.table[group] = ()
             sequence.kv_len[group] = 0
-        sequence.computed = 0
-        sequence.registered = 0
+        sequence.computed = sequence.registered = 0
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """RuntimeError with what is wrong, unless pages, counts, tables (of all sequences alive) and cache agree."""
@@ -197,7 +196,7 @@ class BlockPool:
 
     def _check_table(self, sequence: Sequence) -> None:
         table, stored = sequence.table[0], sequence.kv_len[0]
-        if len(set(table)) != len(table) or stored > len(table) * self.page.tokens:
+        if len(set(table)) != len(table) or max(sequence.registered, self.pages_for(stored)) > len(table):
             raise RuntimeError(f"sequence {sequence.id} stores {stored} slots in pages {table}")
         if sequence.computed > len(sequence.tokens):
             raise RuntimeError(f"sequence {sequence.id} computed more positions than it has tokens")

@@ -13,7 +13,6 @@ class Plan:
         self.left = token_budget
         self.rows: list[Row] = []
         self.copies: list[tuple[int, int]] = []
-        self.planned: set[int] = set()  # sequences that have a row
         self._page_tokens = page_tokens
         self._chunked = chunked
         self._has_prefill = False
@@ -39,6 +38,5 @@ class Plan:
                 samples=end == len(sequence.tokens) and sequence.max_tokens > 0,
             )
         )
-        self.planned.add(sequence.id)
         self.left -= tokens
         self._has_prefill = self._has_prefill or tokens > 1

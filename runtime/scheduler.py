@@ -213,8 +213,8 @@ class Scheduler:
     def _secure(self, sequence: Sequence, slots: int, plan: Plan) -> bool:
         """Get the sequence its pages, preempting others behind it if need be; False if it had to give way itself."""
         while (copies := self.pool.reserve(sequence, slots)) is None:
-            # Never one whose row is in this step already: of the others, this one is first.
-            victim = next(other for other in reversed(self.running) if other.id not in plan.planned)
+            # Only decodes can run short, and they come in order of precedence: the last one has no row yet.
+            victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False

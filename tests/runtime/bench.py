@@ -66,10 +66,10 @@ class Bench:
         self.scheduler.add(sequence)
         return sequence
 
-    def fork(self, parent: Sequence, *, last: int | None = None) -> Sequence:
-        """Another sample of the parent's request; with `last` it has its own last token instead of the parent's."""
+    def fork(self, parent: Sequence, *, last: int | None = None, fresh: bool = False) -> Sequence:
+        """Another sample of the parent's request: with its tokens, with another last one, or with the prompt alone."""
         child = self.sequence(parent.prompt, parent.max_tokens, tenant=parent.tenant, priority=parent.priority)
-        child.tokens = list(parent.tokens)
+        child.tokens = list(child.prompt if fresh else parent.tokens)
         if last is not None:
             child.tokens[-1] = last
         self.scheduler.fork(parent, child)

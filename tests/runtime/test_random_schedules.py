@@ -62,11 +62,11 @@ class Driver:
         self.bench.scheduler.abort(alive[index % len(alive)])
         self.counts["aborted"] += 1
 
-    def fork(self, index: int, last: int | None) -> None:
-        """Fork somebody alive; the child has chosen its last token, if the parent has chosen one."""
+    def fork(self, index: int, last: int | None, fresh: bool) -> None:
+        """Fork somebody alive; the child may have chosen its last token, if the parent has one, or none at all."""
         alive = self.alive()
         parent = self.bench.sequences[alive[index % len(alive)]]
-        self.bench.fork(parent, last=last if parent.generated else None)
+        self.bench.fork(parent, last=None if fresh or not parent.generated else last, fresh=fresh)
         self.counts["forked"] += 1
 
 
@@ -87,7 +87,7 @@ def random_operation(driver: Driver, rng: random.Random) -> None:
             rng.random() < 0.1,
         )  # fmt: skip
     elif dice < 0.97:
-        driver.fork(rng.randrange(100), rng.choice([None, 0, 1]))
+        driver.fork(rng.randrange(100), rng.choice([None, 0, 1]), rng.random() < 0.3)
     else:
         driver.abort(rng.randrange(100))
 
@@ -168,9 +168,9 @@ class Schedules(RuleBasedStateMachine):
         self.driver.abort(index)
 
     @precondition(lambda self: self.driver.in_flight is None and self.driver.alive())
-    @rule(index=st.integers(0, 10), last=st.sampled_from([None, 0, 1]))
-    def fork(self, index, last) -> None:
-        self.driver.fork(index, last)
+    @rule(index=st.integers(0, 10), last=st.sampled_from([None, 0, 1]), fresh=st.booleans())
+    def fork(self, index, last, fresh) -> None:
+        self.driver.fork(index, last, fresh)
 
     @precondition(lambda self: self.driver.in_flight is not None)
     @rule()

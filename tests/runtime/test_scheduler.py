@@ -457,8 +457,7 @@ def test_a_sample_may_choose_its_first_token_itself(prompt: int) -> None:
     bench = Bench()
     parent = bench.add([1, 2, 0, 1, 2, 2, 1, 0][:prompt], 6)
     bench.step()
-    child = bench.sequence(parent.prompt, 6)
-    bench.scheduler.fork(parent, child)
+    bench.fork(parent, fresh=True)
     first, second = bench.run()
     assert first == second  # greedy, after all
 
@@ -484,6 +483,16 @@ def test_a_sample_gets_in_line_where_no_more_may_run() -> None:
     bench.step()
     child = bench.fork(parent)
     assert child.status == "waiting"
+    first, second = bench.run()
+    assert first == second
+
+
+def test_a_sample_gets_in_line_while_its_parent_is_read() -> None:
+    bench = Bench(settings=settings(token_budget=4))
+    parent = bench.add([1, 2, 0, 1, 2, 2, 1], 4)
+    bench.step()
+    child = bench.fork(parent)
+    assert (parent.computed, child.status) == (4, "waiting")
     first, second = bench.run()
     assert first == second
 
