@@ -1,8 +1,9 @@
-"""Fast paged attention in torch: gather a sequence's slots, then `scaled_dot_product_attention`.
+"""Fast paged attention where there is no Triton: gather a sequence's slots, then `scaled_dot_product_attention`.
 
-Decodes of similar length are padded and done together, the heads of a group as the query rows of one product: without
-that a CPU spends its time on starting operations, and on reading keys once per head. Prefill chunks are done one
-sequence at a time and, where a mask is needed, in tiles of queries, so that memory stays linear in length.
+Decodes in fp32 on a CPU go through a C kernel, if there is a compiler. Else those of similar length are padded and done
+together, the heads of a group as the query rows of one product: without that a CPU spends its time on starting
+operations, and on reading keys once per head. Prefill chunks are done one sequence at a time and, where a mask is
+needed, in tiles of queries, so that memory stays linear in length.
 
 Shape suffixes: T tokens, H query heads, G key-value heads, R heads per group (H / G), D head width, P pages, B slots of
 a page, N sequences that decode together, Q queries of a tile, K keys.
@@ -14,18 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from runtime.ops.backend import uses_native
 from runtime.ops.batch import AttentionBatch
+from runtime.ops.native import attention as native
 
 _MASKED_QUERIES = 512  # rows of a tile that needs a mask
 _SCORES = 1 << 22  # scores held at once where a soft-cap forbids the fused product
-_GATHERED_SLOTS = 1 << 14  # slots of decodes gathered at once
+_GATHERED = 3 << 18  # numbers of keys of decodes that are gathered at once: they should stay in a cache
 _SIMILAR = 0.75  # decodes go together if the shortest has at least this share of the longest's keys …
 _SHORT = 64  # … or misses fewer keys than this
 
 
 @dataclass(frozen=True)
-class _Decodes:
-    """Sequences with one query each, padded to the same number of keys."""
+class _Padded:
+    """Decodes, padded to the same number of keys."""
 
     row_N: torch.Tensor
     slot_NK: torch.Tensor
@@ -54,14 +57,20 @@ def attend_gathered(
     softcap: float | None,
 ) -> torch.Tensor:
     """`paged_attention`, as fast as torch alone gets it; rows depend on their neighbours in the last bits."""
-    block = k_PBGD.shape[1]
-    key = "gathered", block, window
+    block, groups, width = k_PBGD.shape[1:]
+    compiled = uses_native(q_THD) and native.takes(q_THD, k_PBGD, v_PBGD)
+    key = "gathered", block, groups * width, window, compiled
     if key not in batch.plans:
-        batch.plans[key] = [*_plan_decodes(batch, block, window), *_plan_chunks(batch, block, window)]
-    out_THD = torch.empty_like(q_THD)
+        decodes = (
+            _compiled_decodes(batch, window) if compiled else _padded_decodes(batch, block, groups * width, window)
+        )
+        batch.plans[key] = [*decodes, *_chunks(batch, block, window)]
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     for part in batch.plans[key]:
-        if isinstance(part, _Decodes):
-            _attend_decodes(out_THD, q_THD, k_PBGD, v_PBGD, part, scale, softcap)
+        if isinstance(part, native.Decodes):
+            native.decode(out_THD, q_THD, k_PBGD, v_PBGD, part, scale, softcap)
+        elif isinstance(part, _Padded):
+            _attend_padded(out_THD, q_THD, k_PBGD, v_PBGD, part, scale, softcap)
         else:
             _attend_chunk(out_THD, q_THD, k_PBGD, v_PBGD, part, scale, window, softcap)
     return out_THD
@@ -74,21 +83,40 @@ def _visible(batch: AttentionBatch, sequence: int, window: int | None) -> tuple[
     return first, min(batch.kv_len[sequence], batch.positions[end - 1] + 1)
 
 
-def _plan_decodes(batch: AttentionBatch, block: int, window: int | None) -> Iterator[_Decodes]:
-    single = [s for s in range(len(batch.kv_len)) if batch.starts[s + 1] - batch.starts[s] == 1]
+def _single(batch: AttentionBatch) -> list[int]:
+    return [s for s in range(len(batch.kv_len)) if batch.starts[s + 1] - batch.starts[s] == 1]
+
+
+def _compiled_decodes(batch: AttentionBatch, window: int | None) -> Iterator[native.Decodes]:
+    single = _single(batch)
+    if single:
+        first_N, end_N = torch.tensor([_visible(batch, s, window) for s in single], dtype=torch.int32).T.contiguous()
+        sequence_N = torch.tensor(single)
+        yield native.Decodes(
+            row_N=batch.starts_S1[sequence_N].long(),
+            first_N=first_N,
+            end_N=end_N,
+            table_NP=batch.table_SP[sequence_N],
+            slots=int((end_N - first_N).sum()),
+        )
+
+
+def _padded_decodes(batch: AttentionBatch, block: int, width: int, window: int | None) -> Iterator[_Padded]:
+    """Decodes of similar length together; a key is `width` numbers of all heads."""
+    single = _single(batch)
     ranges = {s: _visible(batch, s, window) for s in single}
     keys = {s: end - first for s, (first, end) in ranges.items()}
     single.sort(key=lambda s: -keys[s])
     while single:
         most = keys[single[0]]
         least = min(most * _SIMILAR, most - _SHORT)
-        limit = max(1, _GATHERED_SLOTS // most)
+        limit = max(1, _GATHERED // (most * width))
         together = [s for s in single[:limit] if keys[s] >= least]
         single = single[len(together) :]
-        yield _decodes(batch, together, [ranges[s] for s in together], block)
+        yield _padded(batch, together, [ranges[s] for s in together], block)
 
 
-def _decodes(batch: AttentionBatch, together: list[int], ranges: list[tuple[int, int]], block: int) -> _Decodes:
+def _padded(batch: AttentionBatch, together: list[int], ranges: list[tuple[int, int]], block: int) -> _Padded:
     device = batch.table_SP.device
     sequence_N = torch.tensor(together, device=device)
     first_N1, end_N1 = torch.tensor(ranges, device=device).T[:, :, None]
@@ -98,14 +126,14 @@ def _decodes(batch: AttentionBatch, together: list[int], ranges: list[tuple[int,
     index_NK = torch.minimum(index_NK, end_N1 - 1)  # padding repeats the sequence's own last slot: finite, then masked
     page_NK = batch.table_SP[sequence_N].long().gather(1, index_NK // block)
     even = all(end - first == most for first, end in ranges)
-    return _Decodes(
+    return _Padded(
         row_N=batch.starts_S1[sequence_N].long(),
         slot_NK=page_NK * block + index_NK % block,
         visible_N11K=None if even else inside_NK[:, None, None, :],
     )
 
 
-def _plan_chunks(batch: AttentionBatch, block: int, window: int | None) -> Iterator[_Chunk]:
+def _chunks(batch: AttentionBatch, block: int, window: int | None) -> Iterator[_Chunk]:
     for sequence in range(len(batch.kv_len)):
         start, end = batch.starts[sequence : sequence + 2]
         if end - start > 1:
@@ -120,12 +148,12 @@ def _gather(pool_PBGD: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) ->
     return rows.view(*slots.shape, *rows.shape[1:])
 
 
-def _attend_decodes(
+def _attend_padded(
     out_THD: torch.Tensor,
     q_THD: torch.Tensor,
     k_PBGD: torch.Tensor,
     v_PBGD: torch.Tensor,
-    part: _Decodes,
+    part: _Padded,
     scale: float,
     softcap: float | None,
 ) -> None:

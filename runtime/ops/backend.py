@@ -1,4 +1,4 @@
-"""Which implementation an operation runs: Triton for tensors on a GPU, torch for all others."""
+"""Which implementation an operation runs: Triton for tensors on a GPU; on a CPU C where there is some, else torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +19,11 @@ def triton_installed() -> bool:
 def uses_triton(x: torch.Tensor) -> bool:
     """Whether an operation on `x` runs as a Triton kernel."""
     return x.is_cuda and triton_installed() and not _torch_only.get()
+
+
+def uses_native(x: torch.Tensor) -> bool:
+    """Whether an operation on `x` may run as compiled C, if it has any."""
+    return x.device.type == "cpu" and not _torch_only.get()
 
 
 @contextmanager

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from runtime.ops.attention import AttentionBatch, paged_attention
+from runtime.ops.backend import torch_only
 from runtime.ops.kv_store import store_kv
+from runtime.ops.native import attention as native
+from runtime.ops.native.build import Library, build
 from tests.runtime.ops.paged import dense, make
 
+Route = Callable[..., torch.Tensor]
 ROOT = Path(__file__).resolve().parents[3]
 
 BATCHES = {
@@ -39,29 +47,37 @@ KINDS = {
 SHAPES = [(4, 4, 16, 16), (6, 2, 24, 16), (9, 3, 64, 16), (8, 1, 80, 32), (5, 5, 8, 1)]  # heads, groups, width, block
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["tiled", "gathered"])
+@pytest.fixture(params=["tiled", "gathered", "compiled"])
+def route(request: pytest.FixtureRequest) -> Iterator[Route]:
+    """paged_attention by each of its ways on a CPU."""
+    if request.param == "compiled":
+        if shutil.which("gcc") is None:
+            pytest.skip("needs a C compiler")
+        assert native.library().loaded is not None, native.library().reason
+        yield paged_attention
+    else:
+        with torch_only():
+            yield partial(paged_attention, exact=request.param == "tiled")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", BATCHES)
-def test_equals_dense_attention(name: str, kind: str, exact: bool) -> None:
+def test_equals_dense_attention(name: str, kind: str, route: Route) -> None:
     for heads, groups, width, block in (SHAPES[1], SHAPES[4]) if len(BATCHES[name]) > 1 else SHAPES:
         paged = make(BATCHES[name], heads=heads, groups=groups, width=width, block=block, seed=len(name))
-        out = paged_attention(
-            paged.q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, scale=width**-0.5, exact=exact, **KINDS[kind]
-        )
+        out = route(paged.q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, scale=width**-0.5, **KINDS[kind])
         wanted = dense(paged, scale=width**-0.5, **KINDS[kind])
         assert (out - wanted).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["tiled", "gathered"])
-def test_takes_strided_queries(exact: bool) -> None:
+def test_takes_strided_queries(route: Route) -> None:
     """q is often a slice of one joint projection of q, k and v."""
     paged = make([(5, 1), (3, 8), (0, 5)], heads=4, groups=2, width=16)
     joint = torch.zeros(len(paged.q_THD), 4 * 16 + 40)
     joint[:, 8:72] = paged.q_THD.flatten(1)
     q_THD = joint[:, 8:72].view(-1, 4, 16)
-    settings = {"scale": 0.3, "exact": exact}
-    out = paged_attention(q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, **settings)
-    assert torch.equal(out, paged_attention(paged.q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, **settings))
+    out = route(q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, scale=0.3)
+    assert torch.equal(out, route(paged.q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, scale=0.3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -116,20 +132,27 @@ CUTS = [(shape, kind, 1) for shape in SHAPES for kind in ("plain", "window", "so
 CUTS += [(shape, "plain", 2) for shape in SHAPES[:2]]
 
 
-@pytest.mark.parametrize(("shape", "kind", "threads"), CUTS)
-def test_exact_rows_depend_on_nothing_else(shape: tuple[int, int, int, int], kind: str, threads: int) -> None:
-    """Chunking, batching, neighbours and the places of pages leave every bit as it is."""
+@contextmanager
+def threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(number)
     try:
-        stories = Stories([1, 9, 150, 270, 33], *shape, seed=sum(shape))
-        settings = {"scale": shape[2] ** -0.5, "exact": True, **KINDS[kind]}
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("shape", "kind", "number"), CUTS)
+def test_exact_rows_depend_on_nothing_else(shape: tuple[int, int, int, int], kind: str, number: int) -> None:
+    """Chunking, batching, neighbours, threads and the places of pages leave every bit as it is."""
+    stories = Stories([1, 9, 150, 270, 33], *shape, seed=sum(shape))
+    settings = {"scale": shape[2] ** -0.5, "exact": True, **KINDS[kind]}
+    with threads(1):
         alone = stories.run(random.Random(0), 1, settings)
+    with threads(number):
         for seed in range(1, 4):
             for one, other in zip(alone, stories.run(random.Random(seed), 5, settings), strict=True):
                 assert torch.equal(one, other)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_exact_in_large_batches_of_decodes() -> None:
@@ -147,15 +170,46 @@ def n_and_table(batch: AttentionBatch, sequence: int) -> tuple[int, list[int]]:
     return batch.kv_len[sequence] - 1, batch.table_SP[sequence].tolist()
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["tiled", "gathered"])
-def test_broken_keys_of_one_sequence_stay_with_it(exact: bool) -> None:
+def test_broken_keys_of_one_sequence_stay_with_it(route: Route) -> None:
     """NaN in one sequence's values, beside the NaN that fills unused slots, reaches no other sequence."""
     paged = make([(30, 1), (31, 1), (20, 5), (40, 1)])
     broken = paged.batch.table_SP[1, 0]
     paged.v_PBGD[broken] = torch.nan
-    out = paged_attention(paged.q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, scale=0.25, exact=exact)
+    out = route(paged.q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, scale=0.25)
     nan = out.isnan().flatten(1).any(1)
     assert nan.tolist() == [False, True] + [False] * 6
+
+
+def test_compiled_decodes_depend_on_nothing_else() -> None:
+    """Long enough for several segments."""
+    paged = make([(2500, 1), (30, 1), (1023, 1), (1024, 1)], heads=6, groups=2, width=20)
+    pools = paged.k_PBGD, paged.v_PBGD
+    for number in (1, 2):
+        with threads(number):
+            together = paged_attention(paged.q_THD, *pools, paged.batch, scale=0.2)
+        for s, (start, _) in enumerate(paged.parts):
+            table = paged.batch.table_SP[s].tolist()
+            alone = AttentionBatch.build([start], [1], [start], [table], block_size=16)
+            assert torch.equal(paged_attention(paged.q_THD[s : s + 1], *pools, alone, scale=0.2)[0], together[s])
+    assert (together - dense(paged, scale=0.2)).abs().max() < 2e-6
+
+
+def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    native.library.cache_clear()
+    try:
+        assert native.library() == Library(None, "there is no C compiler")
+        paged = make(BATCHES["decodes and chunks"])
+        out = paged_attention(paged.q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, scale=0.25)
+        assert (out - dense(paged, scale=0.25)).abs().max() < 2e-6
+    finally:
+        native.library.cache_clear()
+
+
+def test_c_that_does_not_compile_is_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "broken.c").write_text("int f( {")
+    made = build(tmp_path / "broken.c")
+    assert made.loaded is None and "fails" in made.reason
 
 
 MEASURE = """

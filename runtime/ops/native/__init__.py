@@ -1,0 +1,1 @@
+"""C kernels of operations on CPUs. Where there is no compiler, `torch` does the work."""

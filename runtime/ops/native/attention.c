@@ -1,0 +1,198 @@
+/* Paged attention of decodes on a CPU: one query per sequence, keys and values read where they lie.
+ *
+ * A task is one sequence, one key-value head and at most SEGMENT slots; the heads of its group share what is read. Tasks
+ * go to threads; segments of a long sequence are joined afterwards. A row's result depends on nothing but its own
+ * sequence. All numbers are fp32.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 8
+#define TILE 64       /* slots whose scores are held at once */
+#define SEGMENT 1024  /* slots of a task */
+#define SPAN (8 * LANES)
+
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef int32_t marks __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+typedef struct {
+    const float *q, *k, *v;
+    float *out;
+    const int32_t *table; /* [sequences, table_stride] */
+    const int64_t *row;   /* of each sequence's query in q and out */
+    const int32_t *first, *end; /* the slots it sees */
+    int64_t sequences, table_stride, q_stride, heads, groups, width, block;
+    float scale, softcap; /* softcap 0: none */
+} Decodes;
+
+static inline float sum(lanes x) {
+    x += __builtin_shuffle(x, (marks){4, 5, 6, 7, 0, 1, 2, 3});
+    x += __builtin_shuffle(x, (marks){2, 3, 0, 1, 6, 7, 4, 5});
+    x += __builtin_shuffle(x, (marks){1, 0, 3, 2, 5, 4, 7, 6});
+    return x[0];
+}
+
+/* e^x to 2 ulp, made of operations that vectorize; NaN stays NaN. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = x * 1.44269504f + 12582912.0f; /* rounds to an integer */
+    n -= 12582912.0f;
+    float f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    union { int32_t bits; float number; } power = {.bits = ((int32_t)n + 127) << 23};
+    return p * power.number;
+}
+
+static inline float dot(const float *a, const float *b, int64_t width) {
+    lanes x = {0}, y = {0};
+    int64_t d = 0;
+    for (; d + 2 * LANES <= width; d += 2 * LANES) {
+        x += *(const lanes *)(a + d) * *(const lanes *)(b + d);
+        y += *(const lanes *)(a + d + LANES) * *(const lanes *)(b + d + LANES);
+    }
+    float rest = 0;
+    for (; d < width; d++)
+        rest += a[d] * b[d];
+    return sum(x + y) + rest;
+}
+
+/* acc = acc * fade + sum of weight[j] * rows[j] */
+static void gather(float *acc, float fade, const float *weight, const float *const *rows, int64_t count, int64_t width) {
+    int64_t d = 0;
+    for (; d + SPAN <= width; d += SPAN) {
+        lanes sums[SPAN / LANES];
+        for (int i = 0; i < SPAN / LANES; i++)
+            sums[i] = *(lanes *)(acc + d + i * LANES) * fade;
+        for (int64_t j = 0; j < count; j++)
+            for (int i = 0; i < SPAN / LANES; i++)
+                sums[i] += *(const lanes *)(rows[j] + d + i * LANES) * weight[j];
+        for (int i = 0; i < SPAN / LANES; i++)
+            *(lanes *)(acc + d + i * LANES) = sums[i];
+    }
+    for (; d + LANES <= width; d += LANES) {
+        lanes sums = *(lanes *)(acc + d) * fade;
+        for (int64_t j = 0; j < count; j++)
+            sums += *(const lanes *)(rows[j] + d) * weight[j];
+        *(lanes *)(acc + d) = sums;
+    }
+    for (; d < width; d++) {
+        float total = acc[d] * fade;
+        for (int64_t j = 0; j < count; j++)
+            total += rows[j][d] * weight[j];
+        acc[d] = total;
+    }
+}
+
+/* Slots first … end - 1 for all heads of group g: acc [heads of a group, width], top and total [heads of a group]. */
+static void attend(const Decodes *all, int64_t s, int64_t g, int64_t first, int64_t end, float *acc, float *top,
+                   float *total) {
+    int64_t width = all->width, repeats = all->heads / all->groups, step = all->groups * width;
+    const float *q = all->q + all->row[s] * all->q_stride + g * repeats * width;
+    const int32_t *table = all->table + s * all->table_stride;
+    const float *keys[TILE], *values[TILE];
+    float weight[TILE];
+    memset(acc, 0, repeats * width * sizeof(float));
+    for (int64_t r = 0; r < repeats; r++) {
+        top[r] = -1e30f;
+        total[r] = 0;
+    }
+    for (int64_t at = first; at < end; at += TILE) {
+        int64_t count = end - at < TILE ? end - at : TILE;
+        for (int64_t j = 0; j < count; j++) {
+            int64_t slot = at + j;
+            int64_t offset = ((int64_t)table[slot / all->block] * all->block + slot % all->block) * step + g * width;
+            keys[j] = all->k + offset;
+            values[j] = all->v + offset;
+        }
+        for (int64_t r = 0; r < repeats; r++) {
+            float highest = top[r];
+            for (int64_t j = 0; j < count; j++)
+                weight[j] = dot(q + r * width, keys[j], width) * all->scale;
+            if (all->softcap != 0)
+                for (int64_t j = 0; j < count; j++)
+                    weight[j] = all->softcap * (1 - 2 / (1 + exponential(2 * weight[j] / all->softcap)));
+#pragma omp simd reduction(max : highest)
+            for (int64_t j = 0; j < count; j++)
+                highest = weight[j] > highest ? weight[j] : highest;
+            float fade = exponential(top[r] - highest), added = 0;
+#pragma omp simd reduction(+ : added)
+            for (int64_t j = 0; j < count; j++)
+                added += weight[j] = exponential(weight[j] - highest);
+            total[r] = total[r] * fade + added;
+            top[r] = highest;
+            gather(acc + r * width, fade, weight, values, count, width);
+        }
+    }
+}
+
+static int64_t segments_of(const Decodes *all, int64_t s) {
+    int64_t slots = all->end[s] - all->first[s];
+    return slots > SEGMENT ? (slots + SEGMENT - 1) / SEGMENT : 1;
+}
+
+/* Joins a group's segments, which lie one after another in `parts`, into `out`. */
+static void join(const float *parts, int64_t segments, int64_t part, int64_t repeats, int64_t width, float *out) {
+    for (int64_t r = 0; r < repeats; r++) {
+        float highest = -1e30f, total = 0;
+        for (int64_t i = 0; i < segments; i++) {
+            float top = parts[i * part + repeats * width + r];
+            highest = top > highest ? top : highest;
+        }
+        memset(out + r * width, 0, width * sizeof(float));
+        for (int64_t i = 0; i < segments; i++) {
+            const float *acc = parts + i * part;
+            float share = exponential(acc[repeats * width + r] - highest);
+            total += share * acc[repeats * width + repeats + r];
+            for (int64_t d = 0; d < width; d++)
+                out[r * width + d] += share * acc[r * width + d];
+        }
+        for (int64_t d = 0; d < width; d++)
+            out[r * width + d] /= total;
+    }
+}
+
+/* 0, or 1 if there is no memory. */
+int paged_decode(const Decodes *all, int threads) {
+    int64_t repeats = all->heads / all->groups, part = repeats * (all->width + 2), pieces = 0;
+    for (int64_t s = 0; s < all->sequences; s++)
+        pieces += segments_of(all, s);
+    float *parts = malloc(pieces * all->groups * part * sizeof(float));
+    int64_t *begins = malloc((all->sequences + 1) * sizeof(int64_t)), *owner = malloc(pieces * sizeof(int64_t));
+    if (!parts || !begins || !owner) {
+        free(parts), free(begins), free(owner);
+        return 1;
+    }
+    begins[0] = 0;
+    for (int64_t s = 0; s < all->sequences; s++) {
+        begins[s + 1] = begins[s] + segments_of(all, s);
+        for (int64_t i = begins[s]; i < begins[s + 1]; i++)
+            owner[i] = s;
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t task = 0; task < pieces * all->groups; task++) {
+        int64_t piece = task / all->groups, g = task % all->groups, s = owner[piece];
+        int64_t segment = piece - begins[s], segments = begins[s + 1] - begins[s];
+        int64_t first = all->first[s] + segment * SEGMENT;
+        int64_t end = first + SEGMENT < all->end[s] ? first + SEGMENT : all->end[s];
+        float *acc = parts + (begins[s] * all->groups + g * segments + segment) * part;
+        attend(all, s, g, first, end, acc, acc + repeats * all->width, acc + repeats * (all->width + 1));
+    }
+    for (int64_t s = 0; s < all->sequences; s++)
+        for (int64_t g = 0; g < all->groups; g++) {
+            int64_t segments = begins[s + 1] - begins[s];
+            const float *group = parts + (begins[s] * all->groups + g * segments) * part;
+            float *out = all->out + (all->row[s] * all->heads + g * repeats) * all->width;
+            join(group, segments, part, repeats, all->width, out);
+        }
+    free(parts), free(begins), free(owner);
+    return 0;
+}
