@@ -182,9 +182,9 @@ def _require_same(event: dict[str, Any], made: Step | None, where: str) -> Step:
               for id, start, tokens, kv_len, table, samples in event["rows"]),
         tuple((source, target) for source, target in event["copies"]),
     )  # fmt: skip
-    if made != recorded:
+    if made is None or made != recorded:
         raise TraceMismatch(f"the replay differs: {_difference(recorded, made)}", where=where)
-    return recorded
+    return made
 
 
 def _difference(recorded: Step, made: Step | None) -> str:
