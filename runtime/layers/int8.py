@@ -59,7 +59,11 @@ class Int8ProductLinear(_Int8Weight):
     def product(self, x_MK: Tensor) -> Tensor:
         codes_MK, scale_M1 = int8_inputs(x_MK.float())
         exact = fast_int8_products()
-        sums_MO = torch._int_mm(codes_MK, self.codes.T) if exact else _bf16_times_int8(codes_MK.bfloat16(), self.codes)
+        sums_MO = (
+            torch.ops.aten._int_mm(codes_MK, self.codes.T)
+            if exact
+            else _bf16_times_int8(codes_MK.bfloat16(), self.codes)
+        )
         return self.scaled(sums_MO.float(), codes_MK) * scale_M1
 
 

@@ -7,7 +7,7 @@ fast   the model's compute dtype (see compute_dtype) and packed kernels. A layer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from runtime.layers.packed import DequantizingLinear
 __all__ = ["LinearLayer", "Numerics", "compute_dtype", "concatenate", "make_linear"]
 
 Numerics = Literal["exact", "fast"]
-Weight = TypeVar("Weight", Tensor, QuantTensor)
 
 
 def compute_dtype(numerics: Numerics, device: str | torch.device) -> torch.dtype:
@@ -93,15 +92,26 @@ def _why_slow(weight: QuantTensor) -> str:
     )
 
 
-def concatenate(weights: Sequence[Weight]) -> Weight:
+@overload
+def concatenate(weights: Sequence[Tensor]) -> Tensor:
+    """Of dense weights."""
+
+
+@overload
+def concatenate(weights: Sequence[QuantTensor]) -> QuantTensor:
+    """Of packed weights."""
+
+
+def concatenate(weights: Sequence[Tensor] | Sequence[QuantTensor]) -> Tensor | QuantTensor:
     """One weight of several of the same kind, along their output channels: q, k, v or gate, up as one layer."""
-    first = weights[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(weights))
-    if any(weight.scheme != first.scheme or weight.shape[1] != first.shape[1] for weight in weights):
+    packed = [weight for weight in weights if isinstance(weight, QuantTensor)]
+    dense = [weight for weight in weights if isinstance(weight, Tensor)]
+    if not packed:
+        return torch.cat(dense)
+    first = packed[0]
+    if dense or any(weight.scheme != first.scheme or weight.shape[1] != first.shape[1] for weight in packed):
         raise UsageError("layers of different schemes or widths cannot become one")
-    zero = None if first.zero is None else torch.cat([weight.zero for weight in weights])
-    rows = sum(weight.shape[0] for weight in weights)
-    scale = torch.cat([weight.scale for weight in weights])
-    packed = torch.cat([weight.packed for weight in weights])
-    return QuantTensor(packed, scale, zero, first.scheme, (rows, first.shape[1]))
+    zeros = [weight.zero for weight in packed if weight.zero is not None]
+    rows = sum(weight.shape[0] for weight in packed)
+    words, scale = torch.cat([weight.packed for weight in packed]), torch.cat([weight.scale for weight in packed])
+    return QuantTensor(words, scale, torch.cat(zeros) if zeros else None, first.scheme, (rows, first.shape[1]))

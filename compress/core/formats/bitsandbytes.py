@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -149,7 +149,7 @@ def state_of(module: str, scheme: Scheme, read: Read) -> State:
     return State((shape[0], shape[1]), block, nested, offset)
 
 
-def _positive(value: Any) -> bool:
+def _positive(value: Any) -> TypeGuard[int]:
     return type(value) is int and 1 <= value <= _LARGEST_SIDE
 
 
