@@ -3,6 +3,7 @@
     import compress
     recipe = compress.load_recipe("recipe.yaml", ["stages[0].quantize.group_size=32"])
     result = compress.run(recipe, compress.RunOptions(output=Path("out")))
+    compress.LLM("out").generate("Once upon a time", max_tokens=32)
 
 Names are imported when first used, so that importing this package costs nothing.
 """
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from compress.core.verify import verify
     from compress.evaluate import evaluate_folder
     from compress.pipeline import RunOptions, plan, run
+    from runtime.llm import LLM
 
 _HOMES = {
     "load_recipe": "compress.core.recipe",
@@ -27,9 +29,11 @@ _HOMES = {
     "open_artifact": "compress.core.artifact",
     "verify": "compress.core.verify",
     "evaluate_folder": "compress.evaluate",
+    "LLM": "runtime.llm",
 }
 
 __all__ = [
+    "LLM",
     "RunOptions",
     "__version__",
     "evaluate_folder",

@@ -109,6 +109,8 @@ class Engine:
             raise UsageError(f"a request named {name!r} is being worked on already")
         self._check_tokens("the prompt", prompt)
         self._check_tokens("stop_token_ids", params.stop_token_ids)
+        if params.stop and self._decoder is None:
+            raise UsageError("stop needs text, and there is no tokenizer", hint="use stop_token_ids")
         if not len(prompt):
             raise UsageError("the prompt holds no token")
         sequence = Sequence(

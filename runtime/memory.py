@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,11 +82,13 @@ def allocate(
 
 def weight_bytes(model: nn.Module) -> int:
     """What parameters and buffers take; what is shared counts once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*model.parameters(), *model.buffers())
-    }
-    return sum(storages.values())
+    tensors = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in _tensors(model)}
+    return sum(tensors.values())
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def activation_bytes(config: ModelConfig, settings: SchedulerSettings, itemsize: int) -> int:
