@@ -12,37 +12,64 @@ _FOLLOWED = 64  # tenants whose gaps are followed at a time; the matrix grows wi
 
 
 class ServiceMeter:
-    """Service per tenant: weighted tokens, divided by the tenant's weight. Prompts count when they are admitted.
+    """Service per tenant: weighted tokens, divided by the tenant's weight. A prompt counts when it is admitted.
 
-    `largest_gap` is the largest difference in it between two tenants over any window in which both waited: for a pair
-    with d(t) = service_i(t) - service_j(t), the largest d(t2) - d(t1), found by keeping the smallest d of the window.
+    `largest_gap` is the largest difference in service between two tenants over any window in which both waited. For a
+    pair with d(t) = service_i(t) - service_j(t) it is the largest d(t2) - d(t1), found by keeping the smallest d of
+    the window.
+
+    `bound` is what the policy `vtc` holds that below, whatever comes. A tenant is admitted when its counter is the
+    smallest. Until it is the smallest again, the counter grows by that prompt, and by what the tenant's running
+    sequences still generate, at most what they may. So no two counters in line are further apart than the largest such
+    sum, and over a window the gap is at most twice that. The paper's 2 max(w_p · longest prompt, w_q · tokens in
+    memory) takes it that all those tokens are in memory at one time; sequences that end one after the other can exceed
+    it.
     """
 
-    def __init__(self, settings: SchedulerSettings, capacity_tokens: int) -> None:
+    def __init__(self, settings: SchedulerSettings) -> None:
         self.service: dict[str, float] = {}
         self.largest_gap = 0.0
         self._settings = settings
-        self._capacity_tokens = capacity_tokens
-        self._longest_prompt = 0
+        self._promised: dict[str, int] = {}  # tokens that a tenant's running sequences may still generate
+        self._lead: dict[str, float] = {}  # by how much its counter may exceed the smallest, since it was admitted last
+        self._largest_lead = 0.0
         self._tenants: list[str] = []
         self._least = np.zeros((0, 0))  # [i, j]: smallest service[i] - service[j] since both wait
 
     @property
     def bound(self) -> float:
-        """What the policy `vtc` holds `largest_gap` below: 2 max(w_p · longest prompt, w_q · tokens in memory)."""
+        """What the policy `vtc` holds `largest_gap` below, given what has been admitted so far."""
+        return 2 * self._largest_lead
+
+    def cost(self, tenant: str, *, prompt: int = 0, generated: int = 0) -> float:
+        """Service that so many tokens are to this tenant."""
         settings = self._settings
-        smallest = min([1.0, *settings.tenant_weights.values()])
-        prompt, memory = settings.input_weight * self._longest_prompt, settings.output_weight * self._capacity_tokens
-        return 2 * max(prompt, memory) / smallest
+        tokens = settings.input_weight * prompt + settings.output_weight * generated
+        return tokens / settings.tenant_weights.get(tenant, 1.0)
 
     def serve(self, tenant: str, *, prompt: int = 0, generated: int = 0) -> float:
         """Note tokens of a prompt or generated ones; returns the service that they are."""
-        settings = self._settings
-        self._longest_prompt = max(self._longest_prompt, prompt)
-        tokens = settings.input_weight * prompt + settings.output_weight * generated
-        amount = tokens / settings.tenant_weights.get(tenant, 1.0)
+        amount = self.cost(tenant, prompt=prompt, generated=generated)
         self.service[tenant] = self.service.get(tenant, 0.0) + amount
+        if generated:
+            self._promised[tenant] -= generated
         return amount
+
+    def start(self, tenant: str, promised: int, *, prompt: int = 0, admitted: bool = True) -> None:
+        """A sequence of this tenant runs that may generate `promised` tokens, and has to pay for `prompt` ones.
+
+        Not `admitted` is one that a running sequence was forked into.
+        """
+        self._promised[tenant] = self._promised.get(tenant, 0) + promised
+        if admitted:
+            self._lead[tenant] = self.cost(tenant, prompt=prompt, generated=self._promised[tenant])
+        else:
+            self._lead[tenant] = self._lead.get(tenant, 0.0) + self.cost(tenant, generated=promised)
+        self._largest_lead = max(self._largest_lead, self._lead[tenant])
+
+    def stop(self, tenant: str, promised: int) -> None:
+        """A sequence runs no longer that might have generated `promised` more tokens."""
+        self._promised[tenant] -= promised
 
     def observe(self, waiting: Iterable[str]) -> None:
         """Take note of the differences now, given the tenants that have requests waiting."""

@@ -51,7 +51,7 @@ class Scheduler:
         self.settings = settings
         self.max_length = max_length
         self.policy = make_policy(settings.policy)
-        self.meter = ServiceMeter(settings, pool.slots)
+        self.meter = ServiceMeter(settings)
         self.running: list[Sequence] = []  # in order of precedence
         self.preemptions = 0
         self.recorder = recorder
@@ -106,6 +106,7 @@ class Scheduler:
         child.charged = parent.charged  # they share one prompt
         if parent.status == "running" and parent.pending == 1 and len(self.running) < self._most_running:
             self.pool.fork(parent, child, shared)
+            self.meter.start(child.tenant, child.remaining, admitted=False)
             self._start(child)
         else:
             self.policy.add(child)
@@ -160,7 +161,7 @@ class Scheduler:
                 sequence.tokens.append(output.tokens[row.sequence])
                 generated[sequence.tenant] = generated.get(sequence.tenant, 0) + 1
             reason = output.finished.get(row.sequence)
-            if reason is None and is_computed and len(sequence.tokens) >= len(sequence.prompt) + sequence.max_tokens:
+            if reason is None and is_computed and sequence.remaining <= 0:
                 reason = "length"
             if reason is not None:
                 self._finish(sequence, reason)
@@ -246,13 +247,13 @@ class Scheduler:
             self.policy.remove(sequence)
             self.pool.begin(sequence, found)
             self.pool.reserve(sequence, len(sequence.tokens))
+            self._charge_admission(sequence)
             self._start(sequence)
-            self._charge_prompt(sequence)
             self._plan_row(plan, sequence, tokens)
 
     def _growth(self, sequence: Sequence) -> int:
         """Tokens by which the sequence may grow soon."""
-        return min(self.settings.headroom_tokens, len(sequence.prompt) + sequence.max_tokens - len(sequence.tokens))
+        return min(self.settings.headroom_tokens, sequence.remaining)
 
     def _plan_row(self, plan: Plan, sequence: Sequence, tokens: int) -> None:
         plan.add(sequence, tokens)
@@ -275,6 +276,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         del self.running[place(self.running, sequence, self.policy.precedence)]
+        self.meter.stop(sequence.tenant, sequence.remaining)
         self.pool.release(sequence)
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
@@ -284,14 +286,16 @@ class Scheduler:
             self._stop(sequence)
         else:
             self.policy.remove(sequence)
+            self.meter.observe(self.policy.tenants())
         del self._sequences[sequence.id]
         sequence.status = "finished"
         sequence.finish_reason = reason
 
-    def _charge_prompt(self, sequence: Sequence) -> None:
-        if not sequence.charged:  # again after a preemption it is not the tenant's doing
-            sequence.charged = True
-            self.policy.charge(sequence.tenant, self.meter.serve(sequence.tenant, prompt=len(sequence.prompt)))
+    def _charge_admission(self, sequence: Sequence) -> None:
+        prompt = 0 if sequence.charged else len(sequence.prompt)  # paid once: a preemption is not the tenant's doing
+        sequence.charged = True
+        self.meter.start(sequence.tenant, sequence.remaining, prompt=prompt)
+        self.policy.charge(sequence.tenant, self.meter.serve(sequence.tenant, prompt=prompt))
 
     def _require_tokens(self, step: Step, output: StepOutput) -> None:
         """A row that samples must have got a token or an end; checked before anything is changed."""

@@ -30,7 +30,7 @@ class Sequence:
     tenant: str = ""
     priority: int = 0  # higher goes first under the policy `priority`
     arrival: float | None = None  # seconds on the scheduler's clock, which fills it in
-    no_prefix_lookup: bool = False  # compute every position, for example because each one's logits are wanted
+    lookup_limit: int | None = None  # from here on nothing is taken from the prefix cache: logits are wanted
 
     tokens: list[int] = field(init=False)  # prompt and generated
     status: Status = field(init=False, default="waiting")
@@ -57,6 +57,11 @@ class Sequence:
     def generated(self) -> list[int]:
         """Tokens after the prompt."""
         return self.tokens[len(self.prompt) :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return len(self.prompt) + self.max_tokens - len(self.tokens)
 
     @property
     def pending(self) -> int:

@@ -191,6 +191,7 @@ class Schedules(RuleBasedStateMachine):
             bench.run()
             assert all(sequence.status == "finished" for sequence in bench.sequences.values())
             assert bench.pool.available == bench.pool.pages
+            assert not any(bench.scheduler.meter._promised.values())
 
 
 TestSchedules = Schedules.TestCase
