@@ -100,15 +100,20 @@ class BlockPool:
 
         The last token is never covered, because its logits are needed: a full hit leaves its page to be recomputed.
         """
-        if not self.prefix_cache or sequence.no_prefix_lookup:
-            return ()
         found: list[int] = []
-        for index in range((len(sequence.tokens) - 1) // self.page.tokens):
+        for index in range(self._pages_to_look_up(sequence)):
             page = self._prefixes.find(key_of(sequence, index, self.page.tokens))
             if page is None:
                 break
             found.append(page)
         return tuple(found)
+
+    def _pages_to_look_up(self, sequence: Sequence) -> int:
+        if not self.prefix_cache:
+            return 0
+        last = len(sequence.tokens) - 1
+        limit = last if sequence.lookup_limit is None else min(last, sequence.lookup_limit)
+        return limit // self.page.tokens
 
     def room_after(self, found: tuple[int, ...], slots: int) -> int:
         """Pages that stay available if `found` are shared and the rest of `slots` slots reserved; negative: too few."""
@@ -118,9 +123,8 @@ class BlockPool:
     def begin(self, sequence: Sequence, found: tuple[int, ...]) -> None:
         """Start the sequence, which must hold no pages, on the pages that `lookup` just found."""
         self._share(sequence, found, len(found) * self.page.tokens)
-        if self.prefix_cache and not sequence.no_prefix_lookup:
-            self._hits += len(found)
-            self._misses += (len(sequence.tokens) - 1) // self.page.tokens - len(found)
+        self._hits += len(found)
+        self._misses += self._pages_to_look_up(sequence) - len(found)
 
     def fork(self, parent: Sequence, child: Sequence, computed: int) -> None:
         """Let `child`, which must hold no pages, share the pages of the parent's first `computed` positions."""

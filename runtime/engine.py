@@ -120,7 +120,7 @@ class Engine:
             params.max_tokens,
             tenant=tenant,
             priority=priority,
-            no_prefix_lookup=params.prompt_logprobs is not None,
+            lookup_limit=None if params.prompt_logprobs is None else params.prompt_logprobs_start - 1,
         )
         self.scheduler.add(sequence)
         self._accepted += 1

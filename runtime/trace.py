@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError, UsageError
-from compress.core.files import io_errors
+from compress.core.files import io_errors, make_folder
 from runtime.blocks import BlockPool, PageType
 from runtime.scheduler import Scheduler, SchedulerSettings
 from runtime.sequence import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _SEQUENCE_FIELDS = (
-    *("id", "request", "prompt", "max_tokens", "tenant", "priority", "arrival", "no_prefix_lookup"),
+    *("id", "request", "prompt", "max_tokens", "tenant", "priority", "arrival", "lookup_limit"),
     "tokens",
 )
 
@@ -38,6 +38,7 @@ class Recorder:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        make_folder(path.parent)
         with io_errors("write the trace", path):
             self._stream = open(path, "w", encoding="utf-8")  # noqa: SIM115 - as long as the scheduler lives
 
@@ -141,6 +142,8 @@ def _tell(
 
 
 def _events(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise UsageError("there is no such trace", where=str(path))
     with io_errors("read the trace", path), open(path, encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             where = f"{path}:{number}"

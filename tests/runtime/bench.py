@@ -48,7 +48,8 @@ class Bench:
         """A new sequence that is not in line yet; a number as prompt means so many tokens of its own."""
         id = len(self.sequences)
         tokens = [1000 + id] * prompt if isinstance(prompt, int) else prompt
-        sequence = Sequence(id, f"request-{id}", tokens, max_tokens, tenant, priority, no_prefix_lookup=no_lookup)
+        limit = 0 if no_lookup else None
+        sequence = Sequence(id, f"request-{id}", tokens, max_tokens, tenant, priority, lookup_limit=limit)
         self.sequences[id] = sequence
         return sequence
 

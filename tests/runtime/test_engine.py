@@ -333,6 +333,24 @@ def test_prompt_logprobs_from_a_position_on() -> None:
     assert engine.runner.model.most_rows <= 6
 
 
+def test_scored_requests_share_the_context_before_what_is_scored() -> None:
+    """The answers of a multiple-choice question: the question is computed once."""
+    context = [number % 7 for number in range(40)]
+    engine = make_engine(block_size=4)
+    answers = [[number, number + 1, 3] for number in range(6)]
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=len(context))
+    for number, answer in enumerate(answers):
+        engine.add(context + answer, params, f"r{number}")
+    told = run(engine)
+    assert engine.stats().computed_tokens == 43 + 5 * (43 - 36)
+    for number, answer in enumerate(answers):
+        scores = told[f"r{number}", 0].prompt_logprobs
+        assert scores is not None
+        for position, entry in enumerate(scores[40:], 40):
+            expected = expected_logprob((context + answer)[:position], answer[position - 40])
+            assert entry.logprob == pytest.approx(expected, abs=1e-5)
+
+
 def test_samples_of_one_prompt_share_it() -> None:
     prompt = list(range(10, 30))
     params = SamplingParams(temperature=1.0, max_tokens=7, n=5, seed=11)

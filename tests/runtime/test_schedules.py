@@ -69,6 +69,7 @@ class Requests:
                 n=drawn.choice([1, 1, 2]),
                 logprobs=TOP,
                 prompt_logprobs=drawn.choice([None, None, 3]),
+                prompt_logprobs_start=drawn.choice([1, 12]),
                 ignore_eos=True,
             )
             self.arrivals.append((drawn.randrange(12), prompt, params))
