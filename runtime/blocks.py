@@ -113,7 +113,7 @@ class BlockPool:
             return 0
         last = len(sequence.tokens) - 1
         limit = last if sequence.lookup_limit is None else min(last, sequence.lookup_limit)
-        return limit // self.page.tokens
+        return max(limit, 0) // self.page.tokens
 
     def room_after(self, found: tuple[int, ...], slots: int) -> int:
         """Pages that stay available if `found` are shared and the rest of `slots` slots reserved; negative: too few."""

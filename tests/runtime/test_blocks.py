@@ -59,9 +59,10 @@ def test_a_hit_leaves_at_least_the_last_token() -> None:
     assert pool.lookup(sequence(list(range(8)))) == first.table[0][:1]
     assert pool.lookup(sequence(list(range(9)))) == first.table[0]
     assert pool.lookup(sequence(list(range(4)))) == ()
-    for limit, pages in ((0, 0), (3, 0), (4, 1), (7, 1), (8, 2), (99, 2)):
+    for limit, pages in ((-1, 0), (0, 0), (3, 0), (4, 1), (7, 1), (8, 2), (99, 2)):
         limited = Sequence(1, "1", list(range(9)), 4, lookup_limit=limit)
         assert pool.lookup(limited) == first.table[0][:pages]
+    assert pool.statistics.misses == 1  # of the first sequence, which alone has begun
 
 
 def test_a_prefix_counts_from_its_beginning() -> None:
