@@ -32,6 +32,7 @@ Set = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")]
 DType = Annotated[str, typer.Option("--dtype", help="Dtype to compute in: auto (the model's), float32, bfloat16.")]
+Numerics = Annotated[str, typer.Option("--numerics", help="Of the runtime: fast, or exact (fp32).")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use nothing that is not on this machine.")]
 AllowCode = Annotated[
     list[str] | None,
@@ -82,3 +83,12 @@ def check_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}: there are {', '.join(DTYPES)}", hint=suggestion(dtype, [*DTYPES]))
     return dtype
+
+
+def check_numerics(numerics: str) -> str:
+    """`numerics` if the runtime knows it."""
+    from compress.core.errors import UsageError
+
+    if numerics not in ("fast", "exact"):
+        raise UsageError(f"--numerics is fast or exact, not {numerics!r}")
+    return numerics
