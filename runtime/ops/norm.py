@@ -5,7 +5,8 @@ Shape suffixes: T rows (any leading dimensions), D width.
 
 import torch
 
-from runtime.ops.backend import uses_triton
+from runtime.ops.backend import uses_native, uses_triton
+from runtime.ops.native import norm as native
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, plus_one: bool = False) -> torch.Tensor:
@@ -18,6 +19,8 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, plus_one: b
         from runtime.ops.triton.norm import normalise
 
         return normalise(x_TD, weight_D, eps, plus_one)
+    if uses_native(x_TD) and native.takes(x_TD, weight_D):
+        return native.normalise(x_TD, weight_D, eps, plus_one)
     return normalise_reference(x_TD, weight_D, eps, plus_one)
 
 

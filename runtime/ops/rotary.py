@@ -5,7 +5,8 @@ Shape suffixes: T tokens, H query heads, G key-value heads, N either, D head wid
 
 import torch
 
-from runtime.ops.backend import uses_triton
+from runtime.ops.backend import uses_native, uses_triton
+from runtime.ops.native import rotary as native
 
 
 def apply_rotary(
@@ -19,6 +20,8 @@ def apply_rotary(
         from runtime.ops.triton.rotary import rotate_both
 
         return rotate_both(q_THD, k_TGD, cos_TR, sin_TR)
+    if uses_native(q_THD) and native.takes(q_THD, k_TGD, cos_TR, sin_TR):
+        return native.rotate_both(q_THD, k_TGD, cos_TR, sin_TR)
     return rotate_reference(q_THD, cos_TR, sin_TR), rotate_reference(k_TGD, cos_TR, sin_TR)
 
 

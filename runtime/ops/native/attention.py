@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 
-from runtime.ops.native.build import Library, build
-
-_SERIAL_FLOATS = 1 << 16  # keys that are not worth waking a second thread
+from runtime.ops.native.library import library, threads_for
 
 
 class _Decodes(ctypes.Structure):
@@ -49,16 +45,6 @@ def takes(q_THD: torch.Tensor, *pools: torch.Tensor) -> bool:
     return plain and library().loaded is not None
 
 
-@cache
-def library() -> Library:
-    """The compiled kernel; compiled once in a process."""
-    made = build(Path(__file__).with_name("attention.c"))
-    if made.loaded is not None:
-        made.loaded.paged_decode.argtypes = [ctypes.POINTER(_Decodes), ctypes.c_int]
-        made.loaded.paged_decode.restype = ctypes.c_int
-    return made
-
-
 def decode(
     out_THD: torch.Tensor,
     q_THD: torch.Tensor,
@@ -74,27 +60,9 @@ def decode(
         q_THD = q_THD.contiguous()
     block, groups = k_PBGD.shape[1:3]
     work = _Decodes(
-        q=q_THD.data_ptr(),
-        k=k_PBGD.data_ptr(),
-        v=v_PBGD.data_ptr(),
-        out=out_THD.data_ptr(),
-        table=part.table_NP.data_ptr(),
-        row=part.row_N.data_ptr(),
-        first=part.first_N.data_ptr(),
-        end=part.end_N.data_ptr(),
-        sequences=len(part.row_N),
-        table_stride=part.table_NP.shape[1],
-        q_stride=q_THD.stride(0),
-        heads=heads,
-        groups=groups,
-        width=width,
-        block=block,
-        scale=scale,
-        softcap=softcap or 0.0,
-    )
-    threads = 1 if part.slots * groups * width < _SERIAL_FLOATS else torch.get_num_threads()
-    kernel = library().loaded
-    if kernel is None:
-        raise RuntimeError(library().reason)
-    if kernel.paged_decode(ctypes.byref(work), threads):
+        q_THD.data_ptr(), k_PBGD.data_ptr(), v_PBGD.data_ptr(), out_THD.data_ptr(),
+        part.table_NP.data_ptr(), part.row_N.data_ptr(), part.first_N.data_ptr(), part.end_N.data_ptr(),
+        len(part.row_N), part.table_NP.shape[1], q_THD.stride(0), heads, groups, width, block, scale, softcap or 0.0,
+    )  # fmt: skip
+    if library().loaded.paged_decode(ctypes.byref(work), threads_for(part.slots * groups * width)):
         raise MemoryError(f"no memory for attention of {len(part.row_N)} decodes")

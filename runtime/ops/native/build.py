@@ -1,7 +1,7 @@
 """C files of the runtime, compiled by the machine's own compiler when they are first asked for.
 
-One file of plain C takes about a second; it is loaded from a temporary folder and nothing stays on disk. OpenMP's
-threads are torch's own, so that there are never more of them than cores.
+A file of plain C takes under a second; the library is loaded from a temporary folder and nothing stays on disk. The
+threads are those of torch's OpenMP, so that there are never more of them than cores.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,8 @@ class Library:
     reason: str = ""
 
 
-def build(source: Path) -> Library:
-    """Compile and load one C file."""
+def build(sources: Sequence[Path]) -> Library:
+    """Compile C files into one library and load it."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         return Library(None, "there is no C compiler")
@@ -36,11 +37,12 @@ def build(source: Path) -> Library:
     if not openmp:  # a second OpenMP runtime would fight torch's threads for the cores
         return Library(None, "torch brings no GNU OpenMP library whose threads could be shared")
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
-        compiled, library = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-        for step in (
-            [compiler, *_FLAGS, "-c", str(source), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), str(openmp[0]), "-o", str(library)],
-        ):
+        compiled, library = [str(Path(folder, f"{source.stem}.o")) for source in sources], Path(folder, "kernels.so")
+        steps = [
+            [compiler, *_FLAGS, "-c", str(source), "-o", target]
+            for source, target in zip(sources, compiled, strict=True)
+        ]
+        for step in [*steps, [compiler, "-shared", *compiled, str(openmp[0]), "-lm", "-o", str(library)]]:
             failure = _failure(step)
             if failure:
                 return Library(None, failure)

@@ -18,8 +18,8 @@ import torch
 from runtime.ops.attention import AttentionBatch, paged_attention
 from runtime.ops.backend import torch_only
 from runtime.ops.kv_store import store_kv
-from runtime.ops.native import attention as native
 from runtime.ops.native.build import Library, build
+from runtime.ops.native.library import library
 from tests.runtime.ops.paged import dense, make
 
 Route = Callable[..., torch.Tensor]
@@ -53,7 +53,7 @@ def route(request: pytest.FixtureRequest) -> Iterator[Route]:
     if request.param == "compiled":
         if shutil.which("gcc") is None:
             pytest.skip("needs a C compiler")
-        assert native.library().loaded is not None, native.library().reason
+        assert library().loaded is not None, library().reason
         yield paged_attention
     else:
         with torch_only():
@@ -196,19 +196,19 @@ def test_compiled_decodes_depend_on_nothing_else() -> None:
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    native.library.cache_clear()
+    library.cache_clear()
     try:
-        assert native.library() == Library(None, "there is no C compiler")
+        assert library() == Library(None, "there is no C compiler")
         paged = make(BATCHES["decodes and chunks"])
         out = paged_attention(paged.q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, scale=0.25)
         assert (out - dense(paged, scale=0.25)).abs().max() < 2e-6
     finally:
-        native.library.cache_clear()
+        library.cache_clear()
 
 
 def test_c_that_does_not_compile_is_a_reason(tmp_path: Path) -> None:
     (tmp_path / "broken.c").write_text("int f( {")
-    made = build(tmp_path / "broken.c")
+    made = build([tmp_path / "broken.c"])
     assert made.loaded is None and "fails" in made.reason
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -10,12 +13,26 @@ from compress.core.tensors import QuantTensor
 from runtime.ops.backend import torch_only, uses_triton
 from runtime.ops.kv_store import store_kv
 from runtime.ops.low_bit import low_bit_matmul
+from runtime.ops.native.library import library
 from runtime.ops.norm import rms_norm
 from runtime.ops.rotary import apply_rotary
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["torch", "compiled"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways that an operation has on a CPU."""
+    if request.param == "torch":
+        with torch_only():
+            yield
+    else:
+        if shutil.which("gcc") is None:
+            pytest.skip("needs a C compiler")
+        assert library().loaded is not None, library().reason
+        yield
 
 
 def test_store_writes_these_slots_and_no_other() -> None:
@@ -29,9 +46,11 @@ def test_store_writes_these_slots_and_no_other() -> None:
         assert pool.count_nonzero() == rows.numel()
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("rotated", [16, 8, 2])
-def test_rotary_turns_pairs_by_their_angle(rotated: int) -> None:
-    q, k = random(5, 4, 16), random(5, 2, 16, seed=1)
+def test_rotary_turns_pairs_by_their_angle(rotated: int, strided: bool) -> None:
+    q, k = random(5, 7, 16)[:, 1:].split([4, 2], dim=1) if strided else (random(5, 4, 16), random(5, 2, 16, seed=1))
     angle = random(5, rotated // 2, seed=2)
     cos, sin = (torch.cat([wave, wave], -1) for wave in (angle.cos(), angle.sin()))
     for before, after in zip((q, k), apply_rotary(q, k, cos, sin), strict=True):
@@ -41,14 +60,22 @@ def test_rotary_turns_pairs_by_their_angle(rotated: int) -> None:
         assert torch.equal(after[..., rotated:], before[..., rotated:])
 
 
+@pytest.mark.usefixtures("way")
+def test_norm_takes_strided_rows() -> None:
+    x, weight = random(6, 5, 32), random(2, 32).T.contiguous().T[0]
+    assert torch.equal(rms_norm(x[:, 1:3], weight, 1e-6), rms_norm(x[:, 1:3].clone(), weight.clone(), 1e-6))
+
+
+@pytest.mark.usefixtures("way")
 def test_rotary_keeps_the_dtype() -> None:
     q = random(2, 1, 8).bfloat16()
     wave = random(2, 8)
     assert all(out.dtype == torch.bfloat16 for out in apply_rotary(q, q, wave, wave))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("plus_one", [False, True])
-@pytest.mark.parametrize("shape", [(1, 16), (7, 100), (3, 4, 24)])
+@pytest.mark.parametrize("shape", [(1, 16), (7, 100), (3, 4, 24), (200, 999)])
 def test_norm_is_its_formula(shape: tuple[int, ...], plus_one: bool) -> None:
     x, weight = random(*shape).mul(3), random(shape[-1], seed=1)
     factor = 1 + weight if plus_one else weight
@@ -56,7 +83,8 @@ def test_norm_is_its_formula(shape: tuple[int, ...], plus_one: bool) -> None:
     assert (rms_norm(x, weight, 1e-3, plus_one) - wanted).abs().max() < 3e-6
 
 
-@pytest.mark.parametrize("width", [48, 576, 4096])
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("width", [48, 571, 4096])
 def test_a_row_is_normalised_the_same_in_any_batch(width: int) -> None:
     x, weight = random(33, width), random(width, seed=1)
     together = rms_norm(x, weight, 1e-6)
@@ -64,6 +92,7 @@ def test_a_row_is_normalised_the_same_in_any_batch(width: int) -> None:
         assert torch.equal(rms_norm(x[:rows].clone(), weight, 1e-6), together[:rows])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("plus_one", [False, True])
 def test_norm_rounds_like_the_published_models(plus_one: bool) -> None:
     """bf16: Llama rounds before the weight, Gemma after it."""
