@@ -22,6 +22,7 @@ from compress.workspace import Workspace
 
 if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
+    from compress.core.recipe import Evaluation
 
 
 def stage_artifact(
@@ -38,7 +39,7 @@ def stage_artifact(
     for name, text in _texts(artifact, inputs, journal, evaluation).items():
         atomic_write(workspace.staged / name, text)
         files[name] = _written(workspace.staged / name)
-    manifest = _manifest(artifact, inputs, journal, files)
+    manifest = _manifest(artifact, inputs, journal, files, (evaluation or {}).get("parity"))
     atomic_write(workspace.staged / MANIFEST_NAME, manifest.text())
     journal.add("ready", {"manifest_sha256": sha256_file(workspace.staged / MANIFEST_NAME)})
 
@@ -91,10 +92,30 @@ def _evaluation(
             offline=options.offline,
             events=events,
         )
+        result["parity"] = _parity(artifact, asked, inputs, options, events)
     seconds = round(time.monotonic() - started, 3)
     journal.add("evaluation", {"result": result, "seconds": seconds, "peak_memory_bytes": memory.peak_bytes})
     events(Finished("evaluate"))
     return result
+
+
+def _parity(
+    artifact: Checkpoint, asked: Evaluation, inputs: Inputs, options: RunOptions, events: Listener
+) -> dict[str, Any] | None:
+    """How the runtime compares with transformers, where the artifact was scored through it."""
+    if asked.through != "runtime":
+        return None
+    from compress.evaluate.parity import measure_parity
+
+    return measure_parity(
+        artifact,
+        inputs.tokens,
+        asked,
+        base_folder=inputs.recipe.base_folder,
+        device=options.device,
+        offline=options.offline,
+        events=events,
+    )
 
 
 def _texts(
@@ -111,7 +132,13 @@ def _texts(
     return texts
 
 
-def _manifest(artifact: Checkpoint, inputs: Inputs, journal: Journal, files: Mapping[str, Written]) -> Manifest:
+def _manifest(
+    artifact: Checkpoint,
+    inputs: Inputs,
+    journal: Journal,
+    files: Mapping[str, Written],
+    parity: dict[str, Any] | None,
+) -> Manifest:
     quantized = {
         layer.name: layer.scheme.name for stage in inputs.plan.stages for layer in stage.layers if layer.scheme
     }
@@ -122,6 +149,7 @@ def _manifest(artifact: Checkpoint, inputs: Inputs, journal: Journal, files: Map
         fingerprint=journal.fingerprint,
         lineage=lineage(inputs.original),
         coverage=coverage(inputs.original, artifact, quantized),
+        parity=parity,
         stages=[
             {
                 "kind": stage.kind,

@@ -121,7 +121,7 @@ stages:
 # Measured on the original, too, so that the report shows what the compression costs.
 evaluate:
   perplexity: {{dataset: wikitext, window: {length}, stride: {length // 2}}}
-  through: transformers
+  through: runtime
 {gate}"""
 
 

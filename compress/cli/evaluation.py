@@ -32,6 +32,12 @@ def evaluate(
         str | None, typer.Option("--task-folder", help="Tasks from files.", show_default=False)
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Requests per task.", show_default=False)] = None,
+    through: Annotated[
+        str | None, typer.Option("--through", help="runtime or transformers; as the recipe says.", show_default=False)
+    ] = None,
+    numerics: Annotated[
+        str | None, typer.Option("--numerics", help="Of the runtime: fast or exact.", show_default=False)
+    ] = None,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     offline: opt.Offline = False,
@@ -48,6 +54,7 @@ def evaluate(
 
     output = speak(json=json, quiet=quiet, verbose=verbose)
     asked, base_folder = _what_to_measure(artifact, recipe, text, window, tasks, task_folder, limit)
+    asked = _run_by(asked, through, numerics)
     opt.check_dtype(dtype)
     from compress.evaluate import evaluate_folder
 
@@ -93,6 +100,21 @@ def _what_to_measure(
     if loaded.evaluate is None:
         raise UsageError("the recipe has no evaluate section", hint="give --text DATASET or --tasks a,b")
     return loaded.evaluate, loaded.base_folder
+
+
+def _run_by(asked: Any, through: str | None, numerics: str | None) -> Any:
+    """The Evaluation with what the command line says of who runs the models."""
+    from compress.core.errors import UsageError
+
+    update: dict[str, str] = {}
+    for name, value, known in (
+        ("through", through, ("runtime", "transformers")),
+        ("numerics", numerics, ("fast", "exact")),
+    ):
+        if value is not None and value not in known:
+            raise UsageError(f"--{name} is {known[0]} or {known[1]}, not {value!r}")
+        update |= {name: value} if value else {}
+    return asked.model_copy(update=update)
 
 
 def report(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import RecipeError
-from compress.core.positions import NodePath, Problem, YamlSource, nested
+from compress.core.positions import NodePath, Problem, YamlSource
 from compress.core.yaml_source import parse_value
 
 if TYPE_CHECKING:
@@ -80,9 +80,6 @@ def reserved_problem(data: dict[str, Any]) -> Problem | None:
         return Problem(
             ("budget",), "reserved for a later version, which will search settings for a budget", at_key=True
         )
-    if nested(data, ("evaluate", "through")) == "runtime":
-        message = "the runtime is not part of this version; use transformers"
-        return Problem(("evaluate", "through"), message)
     return None
 
 

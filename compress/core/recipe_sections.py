@@ -85,7 +85,10 @@ class Evaluation(Section):
     fewshot: NotNegative | None = Field(None, description="examples in a prompt; as the task says, unless given")
     limit: Positive | None = Field(None, description="documents of each task; all, unless given")
     chat_template: bool = Field(False, description="ask with the model's chat template")
-    through: Literal["transformers"] = Field("transformers", description="what runs the models")
+    through: Literal["runtime", "transformers"] = Field("runtime", description="what runs the models")
+    numerics: Literal["fast", "exact"] = Field(
+        "fast", description="of the runtime: packed kernels as deployed, or fp32 that depends on nothing but the text"
+    )
     seed: NotNegative = Field(0, description="of bootstrap intervals and few-shot examples")
 
     def located(self, base_folder: Path) -> "Evaluation":

@@ -258,4 +258,6 @@ def _check_hash(path: Path, name: str, wanted: str) -> None:
 def _parity(record: Mapping[str, Any]) -> str:
     if record.get("passed") is not True:
         raise InputError("the recorded comparison with the runtime did not pass", where=f"{MANIFEST_NAME}: parity")
-    return "the runtime agreed when the artifact was made"
+    found, bounds = record["exact_to_transformers"], record["bounds"]
+    within = f"within {found['largest_logprob_difference']:.1e} (bound {bounds['logprob']:g})"
+    return f"the runtime agreed with transformers when the artifact was made: log-probabilities {within}"

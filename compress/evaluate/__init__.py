@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.core.errors import UsageError
 from compress.core.events import Listener, silent
 from compress.evaluate.gate import check_gate
 
@@ -45,17 +44,16 @@ def evaluate(
     unnamed files in `spill_folder`), tasks the whole model.
     Raises UsageError or InputError for what cannot be evaluated.
     """
-    if evaluation.through != "transformers":
-        raise UsageError(
-            f"evaluate.through {evaluation.through!r} does not exist yet: there is no runtime in this version",
-            hint="write through: transformers",
-        )
-    from compress.core.walk import compute_dtype
+    from compress.evaluate.scorers import make_scorer
 
-    computed_in = str(compute_dtype(artifact, dtype, device)).removeprefix("torch.")
+    scorers = [
+        model
+        and make_scorer(model, evaluation, device=device, dtype=dtype, micro_batch=micro_batch, spill=spill_folder)
+        for model in (original, artifact)
+    ]
     result: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "protocol": {"through": evaluation.through, "seed": evaluation.seed, "dtype": computed_in, "text": None},
+        "protocol": {"seed": evaluation.seed, "text": None, **scorers[1].protocol},
         "perplexity": None,
         "bits_per_byte": None,
         "kl": None,
@@ -64,29 +62,18 @@ def evaluate(
         "notices": [],
     }
     if evaluation.perplexity is not None:
-        from compress.core.files import make_folder
-        from compress.core.walk import stream_logits
         from compress.evaluate.text import measure_text
         from compress.evaluate.windows import read_windows
 
         windows = read_windows(evaluation.perplexity, artifact, base_folder, offline=offline)
-        options = {"dtype": dtype, "micro_batch": micro_batch, "device": device}
-        options["spill_folder"] = None if spill_folder is None else make_folder(Path(spill_folder))
-        streams = [model and stream_logits(model, windows.tokens, **options) for model in (original, artifact)]
+        streams = [scorer and scorer.logits(windows.tokens) for scorer in scorers]
         result |= measure_text(windows, *streams, seed=evaluation.seed, events=events)
         result["protocol"]["text"] = windows.protocol
     if evaluation.tasks:
         from compress.evaluate.tasks import measure_tasks
 
         tasks, protocol, notices = measure_tasks(
-            original,
-            artifact,
-            evaluation,
-            base_folder=base_folder,
-            device=device,
-            dtype=dtype,
-            offline=offline,
-            events=events,
+            *scorers, evaluation, base_folder=base_folder, offline=offline, events=events
         )
         result["tasks"], result["protocol"]["tasks"] = tasks, protocol
         result["notices"] += notices

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -26,9 +26,9 @@ from transformers.utils import logging as transformers_logging
 
 from compress.core.documents import hub_offline
 from compress.core.errors import InputError
-from compress.core.events import Finished, Listener, Progress, Started
+from compress.core.events import Listener
+from compress.evaluate._pieces import in_pieces
 
-_PIECE_REQUESTS = 128
 _BATCH_VOCABULARY = 1 << 19
 _MOST_ROWS = 16
 
@@ -44,30 +44,21 @@ class Model(HFLM):
         self.events = events
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list:
-        return self._in_pieces(super().loglikelihood, requests)
+        return in_pieces(super().loglikelihood, requests, self.stage, self.events)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list:
         """Text after one start token. A tokenizer that adds its own would have that one scored as if it were text."""
         before, self.add_bos_token = self.add_bos_token, False
         try:
-            return self._in_pieces(super().loglikelihood_rolling, requests)
+            return in_pieces(super().loglikelihood_rolling, requests, self.stage, self.events)
         finally:
             self.add_bos_token = before
 
     def generate_until(self, requests: list, disable_tqdm: bool = True) -> list:
-        return self._in_pieces(super().generate_until, requests)
+        return in_pieces(super().generate_until, requests, self.stage, self.events)
 
     def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = True, **options: Any) -> list:
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
-
-    def _in_pieces(self, answer: Callable, requests: list) -> list:
-        answers: list = []
-        self.events(Started(self.stage, len(requests), "request"))
-        for start in range(0, len(requests), _PIECE_REQUESTS):
-            answers += answer(requests[start : start + _PIECE_REQUESTS], disable_tqdm=True)
-            self.events(Progress(self.stage, len(answers), len(requests)))
-        self.events(Finished(self.stage, f"{len(answers):,} requests"))
-        return answers
 
 
 def build_tasks(configs: Sequence[dict[str, Any]], names: Sequence[str], *, fewshot: int | None, seed: int) -> dict:
@@ -89,7 +80,7 @@ def build_tasks(configs: Sequence[dict[str, Any]], names: Sequence[str], *, fews
     return loaded
 
 
-def answer_tasks(model: Model, loaded: dict, *, limit: int | None, chat_template: bool, seed: int) -> dict[str, Any]:
+def answer_tasks(model: Any, loaded: dict, *, limit: int | None, chat_template: bool, seed: int) -> dict[str, Any]:
     """lm-eval's results with each document's own, under `samples`."""
     with seeded(seed):
         results = evaluate(

@@ -6,35 +6,32 @@ are of the difference, from a bootstrap over documents in pairs. Shape legend: D
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from compress.core.checkpoint import load_tokenizer
 from compress.core.errors import InputError
 from compress.core.events import Listener, silent
 from compress.evaluate.intervals import Statistic, interval, spread
 from compress.evaluate.task_files import choose, is_local
 
 if TYPE_CHECKING:
-    from compress.core.checkpoint import Checkpoint
     from compress.core.recipe import Evaluation
+    from compress.evaluate.scorers import Scorer
 
 Values = list[Any]
 
 
 def measure_tasks(
-    original: Checkpoint | None,
-    artifact: Checkpoint,
+    original: Scorer | None,
+    artifact: Scorer,
     evaluation: Evaluation,
     *,
     base_folder: Path | str | None = None,
-    device: str = "cpu",
-    dtype: str = "auto",
     offline: bool = False,
     events: Listener = silent,
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -47,8 +44,8 @@ def measure_tasks(
         with _harness.seeded(evaluation.seed):
             loaded = _harness.build_tasks(configs, names, fewshot=evaluation.fewshot, seed=evaluation.seed)
         runs = [
-            model and _answers(model, label, loaded, evaluation, device, dtype, events)
-            for model, label in ((original, "original"), (artifact, "artifact"))
+            scorer and _answers(scorer, label, loaded, evaluation, events)
+            for scorer, label in ((original, "original"), (artifact, "artifact"))
         ]
     tasks, protocols, notices = {}, {}, []
     for name, task in sorted(loaded["tasks"].items()):
@@ -74,28 +71,15 @@ def measure_tasks(
     return tasks, protocol, notices
 
 
-def _answers(
-    checkpoint: Checkpoint, label: str, loaded: dict, evaluation: Evaluation, device: str, dtype: str, events: Listener
-) -> dict[str, Any]:
-    from compress.core.checkpoint import load_tokenizer
-    from compress.core.walk import compute_dtype
-    from compress.evaluate._harness import Model, answer_tasks
+def _answers(scorer: Scorer, label: str, loaded: dict, evaluation: Evaluation, events: Listener) -> dict[str, Any]:
+    from compress.evaluate._harness import answer_tasks
 
-    tokenizer = load_tokenizer(checkpoint.folder)
-    if evaluation.chat_template and not tokenizer.chat_template:
-        raise InputError(
-            "chat_template: true needs a template, and the tokenizer has none", where=str(checkpoint.folder)
+    if evaluation.chat_template and not load_tokenizer(scorer.folder).chat_template:
+        raise InputError("chat_template: true needs a template, and the tokenizer has none", where=str(scorer.folder))
+    with scorer.language_model(f"evaluate tasks, {label}", events) as model:
+        return answer_tasks(
+            model, loaded, limit=evaluation.limit, chat_template=evaluation.chat_template, seed=evaluation.seed
         )
-    model = checkpoint.build_model(dtype=compute_dtype(checkpoint, dtype, device), device=device)
-    wrapped = Model(model, tokenizer, f"evaluate tasks, {label}", events)
-    try:
-        with torch.inference_mode():
-            return answer_tasks(
-                wrapped, loaded, limit=evaluation.limit, chat_template=evaluation.chat_template, seed=evaluation.seed
-            )
-    finally:
-        del model, wrapped
-        gc.collect()
 
 
 def _check_paired(samples: Sequence[list[dict[str, Any]] | None], name: str) -> None:

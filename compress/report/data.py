@@ -191,6 +191,8 @@ def protocol_lines(evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]
     text, tasks = protocol.get("text"), protocol.get("tasks")
     lines = [("run through", str(protocol["through"]))] if "through" in protocol else []
     lines += [("computed in", str(protocol["dtype"]))] if "dtype" in protocol else []
+    lines += [("numerics of the runtime", str(protocol["numerics"]))] if "numerics" in protocol else []
+    lines += _parity_lines((evaluation or {}).get("parity"))
     known = [(name, (text or {}).get(name)) for name in _TEXT_PROTOCOL]
     lines += [(name.replace("_", " "), _plain(value)) for name, value in known if value not in (None, "")]
     if text:
@@ -205,6 +207,22 @@ def protocol_lines(evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]
         lines.append(
             ("lm-eval", f"version {tasks['lm_eval']}, limit {tasks.get('limit') or 'none'}, chat template {template}")
         )
+    return lines
+
+
+def _parity_lines(parity: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the runtime's figures are worth: against transformers, and fast against exact numerics."""
+    if not parity:
+        return []
+    lines = []
+    for key, name in (
+        ("exact_to_transformers", "runtime (exact) against transformers"),
+        ("fast_to_exact", "runtime (fast) against exact"),
+    ):
+        found = parity[key]
+        same = words.percent(found["greedy_agreement"])
+        text = f"KL {words.number(found['kl'])}, same likeliest token at {same} of {parity['tokens']:,} positions"
+        lines.append((name, f"{text}, log-probabilities within {words.number(found['largest_logprob_difference'])}"))
     return lines
 
 

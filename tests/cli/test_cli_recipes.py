@@ -71,7 +71,7 @@ def test_a_shipped_recipe_is_valid_commented_and_has_its_modeline(name: str) -> 
     assert text.startswith("# yaml-language-server: $schema=./schema.json\n")
     assert 20 < len(description(path)) < 140
     assert text.count("#") >= 5
-    assert recipe.evaluate is not None and recipe.evaluate.through == "transformers"
+    assert recipe.evaluate is not None and recipe.evaluate.through == "runtime"
     assert max(map(len, text.splitlines())) <= 120
 
 

@@ -38,7 +38,7 @@ def test_defaults_are_those_of_the_documentation(recipe_file: Path) -> None:
     assert recipe.calibration is not None and recipe.evaluate is not None and recipe.gate is not None
     assert (recipe.calibration.samples, recipe.calibration.length, recipe.calibration.pack) == (128, 2048, True)
     assert recipe.export.format == "compressed-tensors"
-    assert recipe.evaluate.through == "transformers"
+    assert (recipe.evaluate.through, recipe.evaluate.numerics) == ("runtime", "fast")
     assert recipe.gate.max_perplexity_increase == 0.02
     assert recipe.gate.max_size == 120_000_000
     assert recipe.gate.min_accuracy == {"hellaswag": 0.3}

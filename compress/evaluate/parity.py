@@ -1,0 +1,124 @@
+"""Parity: that the bundled runtime computes what transformers computes, on the artifact itself.
+
+In `exact` numerics log-probabilities must agree to BOUND and a task's figure to one document; what `fast` numerics add
+is recorded beside it. The record goes into the artifact's manifest, where `compress verify --level parity` finds it.
+Shapes: B samples, T positions, V vocabulary, P scored positions.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.core.events import Finished, Listener, Started, silent
+from compress.evaluate.scorers import RuntimeScorer, TransformersScorer
+
+if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.recipe import Evaluation
+
+BOUND = 1e-3  # nats, of the log-probability of any token
+LEAST_AGREEMENT = 0.99  # share of positions with the same likeliest token: near-ties may fall either way
+SAMPLES, LENGTH = 4, 256
+DOCUMENTS = 16
+_STAGE = "parity of runtime and transformers"
+
+
+def measure_parity(
+    artifact: Checkpoint,
+    tokens: Tokens | None,
+    evaluation: Evaluation | None,
+    *,
+    base_folder: Path | None = None,
+    device: str = "cpu",
+    offline: bool = False,
+    events: Listener = silent,
+) -> dict[str, Any]:
+    """The record: agreement on some of `tokens` (None: drawn ones) and on the first documents of each task."""
+    from compress.evaluate import rounded
+
+    events(Started(_STAGE, 1, "artifact"))
+    sample = _sample(artifact, tokens)
+    reference = TransformersScorer(artifact, device, "float32")
+    exact, fast = (RuntimeScorer(artifact, device, numerics) for numerics in ("exact", "fast"))
+    to_reference = compare_logits(sample, reference.logits(sample), exact.logits(sample))
+    to_exact = compare_logits(sample, exact.logits(sample), fast.logits(sample))
+    tasks = {}
+    if evaluation is not None and evaluation.tasks:
+        tasks = _task_differences(reference, exact, evaluation, base_folder, offline)
+    record = {
+        "tokens": sample.ids.numel(),
+        "bounds": {"logprob": BOUND, "greedy_agreement": LEAST_AGREEMENT, "documents": 1},
+        "exact_to_transformers": to_reference,
+        "fast_to_exact": to_exact,
+        "tasks": tasks,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+    record["passed"] = (
+        to_reference["largest_logprob_difference"] <= BOUND
+        and to_reference["greedy_agreement"] >= LEAST_AGREEMENT
+        and all(abs(task["difference"]) * task["documents"] < 1.5 for task in tasks.values())
+    )
+    events(Finished(_STAGE, "passed" if record["passed"] else "did not pass"))
+    return rounded(record, [])
+
+
+def compare_logits(
+    tokens: Tokens, reference: Iterable[torch.Tensor], other: Iterable[torch.Tensor]
+) -> dict[str, float]:
+    """Largest difference of a token's log-probability, share of equal likeliest tokens, mean KL of `other` from
+    `reference`, over all positions that foretell a token."""
+    largest = kl = 0.0
+    agreed = count = 0
+    rows = zip(_rows(reference), _rows(other), tokens.ids, strict=True)
+    for number, (reference_TV, other_TV, ids_T) in enumerate(rows):
+        length = len(ids_T) if tokens.lengths is None else int(tokens.lengths[number])
+        before_PV, after_PV = (torch.log_softmax(t[: length - 1].float(), -1) for t in (reference_TV, other_TV))
+        targets_P1 = ids_T[1:length, None].to(before_PV.device)
+        difference_P1 = (before_PV.gather(-1, targets_P1) - after_PV.gather(-1, targets_P1)).abs()
+        largest = max(largest, float(difference_P1.max()))
+        agreed += int((before_PV.argmax(-1) == after_PV.argmax(-1)).sum())
+        kl += float((before_PV.exp() * (before_PV - after_PV)).sum(-1).clamp_(min=0).double().sum())
+        count += length - 1
+    return {"largest_logprob_difference": largest, "greedy_agreement": agreed / count, "kl": kl / count}
+
+
+def _rows(stream: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+    for logits_BTV in stream:
+        yield from logits_BTV
+
+
+def _sample(artifact: Checkpoint, tokens: Tokens | None) -> Tokens:
+    from compress.core.calibration import Tokens
+
+    if tokens is None:
+        generator = torch.Generator().manual_seed(0)
+        return Tokens.of(torch.randint(artifact.config["vocab_size"], (SAMPLES, 64), generator=generator))
+    ids = tokens.ids[:SAMPLES, :LENGTH]
+    return Tokens.of(ids, None if tokens.lengths is None else tokens.lengths[:SAMPLES].clamp(max=LENGTH))
+
+
+def _task_differences(
+    reference: TransformersScorer,
+    exact: RuntimeScorer,
+    evaluation: Evaluation,
+    base_folder: Path | None,
+    offline: bool,
+) -> dict[str, Any]:
+    """By task and metric: the runtime's figure less that of transformers, on the same first documents."""
+    from compress.evaluate.tasks import measure_tasks
+
+    limit = min(DOCUMENTS, evaluation.limit or DOCUMENTS)
+    short = evaluation.model_copy(update={"limit": limit})
+    tasks, _, _ = measure_tasks(reference, exact, short, base_folder=base_folder, offline=offline)
+    return {
+        f"{name}: {metric}": {"difference": figures["difference"], "documents": figures["n"]}
+        for name, metrics in tasks.items()
+        for metric, figures in metrics.items()
+        if metric.startswith(("acc", "exact_match"))
+    }

@@ -1,0 +1,184 @@
+"""What runs a model while it is measured: transformers, or the bundled runtime.
+
+Either gives logits of fixed windows (for perplexity and KL) and a language model for lm-eval's tasks, from one model
+folder. Shapes: B samples, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+
+from compress.core.errors import InputError
+from compress.core.events import Listener
+
+if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.recipe import Evaluation
+
+LOGITS_BYTES = 64 << 20
+BLOCK_SIZE = 16
+
+
+class Scorer(Protocol):
+    """One model as something that can be scored. `protocol` says what its figures depend on."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the model lies."""
+        ...
+
+    @property
+    def protocol(self) -> dict[str, Any]: ...
+
+    def logits(self, tokens: Tokens) -> Iterator[torch.Tensor]:
+        """Logits [B, T, V] of all samples in order."""
+        ...
+
+    def language_model(self, stage: str, events: Listener) -> Any:
+        """A context in which lm-eval may ask the model."""
+        ...
+
+
+@dataclass
+class TransformersScorer:
+    """transformers' model. Logits come block by block from disk, so that a model larger than memory can be measured."""
+
+    checkpoint: Checkpoint
+    device: str = "cpu"
+    dtype: str = "auto"
+    micro_batch: int | None = None
+    spill_folder: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        from compress.core.walk import compute_dtype
+
+        computed_in = compute_dtype(self.checkpoint, self.dtype, self.device)
+        return {"through": "transformers", "dtype": str(computed_in).removeprefix("torch.")}
+
+    def logits(self, tokens: Tokens) -> Iterator[torch.Tensor]:
+        from compress.core.walk import stream_logits
+
+        return stream_logits(
+            self.checkpoint,
+            tokens,
+            dtype=self.dtype,
+            micro_batch=self.micro_batch,
+            device=self.device,
+            spill_folder=self.spill_folder,
+        )
+
+    @contextmanager
+    def language_model(self, stage: str, events: Listener) -> Iterator[Any]:
+        from compress.core.checkpoint import load_tokenizer
+        from compress.core.walk import compute_dtype
+        from compress.evaluate._harness import Model
+
+        dtype = compute_dtype(self.checkpoint, self.dtype, self.device)
+        model = self.checkpoint.build_model(dtype=dtype, device=self.device)
+        wrapped = Model(model, load_tokenizer(self.checkpoint.folder), stage, events)
+        try:
+            with torch.inference_mode():
+                yield wrapped
+        finally:
+            del model, wrapped
+            gc.collect()
+
+
+@dataclass
+class RuntimeScorer:
+    """The bundled runtime: what is scored is what is deployed."""
+
+    checkpoint: Checkpoint
+    device: str = "cpu"
+    numerics: Literal["exact", "fast"] = "fast"
+    dtype: str = "auto"
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        from runtime.layers.linear import compute_dtype
+
+        dtype = self._dtype or compute_dtype(self.numerics, self.device)
+        return {"through": "runtime", "numerics": self.numerics, "dtype": str(dtype).removeprefix("torch.")}
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tokens) -> Iterator[torch.Tensor]:
+        from runtime.cache import KVCache
+        from runtime.loader import load
+        from runtime.ops.batch import AttentionBatch
+
+        model = load(self.checkpoint.folder, numerics=self.numerics, device=self.device, dtype=self._dtype)
+        samples, length = tokens.ids.shape
+        if length > model.config.max_length:
+            raise InputError(
+                f"windows of {length} tokens are longer than the model's {model.config.max_length}",
+                hint="lower evaluate.perplexity.window",
+            )
+        at_once = max(1, min(samples, LOGITS_BYTES // (4 * length * model.config.vocab)))
+        pages = -(-length // BLOCK_SIZE)
+        cache = KVCache(model.config, at_once * pages, BLOCK_SIZE, model.dtype, self.device)
+        for start in range(0, samples, at_once):
+            ids_BT = tokens.ids[start : start + at_once].to(self.device)
+            count = len(ids_BT)
+            tables = [tuple(range(row * pages, (row + 1) * pages)) for row in range(count)]
+            batch = AttentionBatch.build(
+                [0] * count, [length] * count, [0] * count, tables, block_size=BLOCK_SIZE, device=self.device
+            )
+            yield model(ids_BT.reshape(-1), batch, cache, None).view(count, length, -1)
+
+    @contextmanager
+    def language_model(self, stage: str, events: Listener) -> Iterator[Any]:
+        from compress.core.checkpoint import load_tokenizer
+        from compress.evaluate.lm import RuntimeLM
+        from runtime.llm import LLM
+
+        llm = LLM(
+            self.checkpoint.folder,
+            numerics=self.numerics,
+            device=self.device,
+            dtype=self._dtype,
+            seed=0,
+            max_sequences=64,
+        )
+        try:
+            yield RuntimeLM(llm, load_tokenizer(self.checkpoint.folder), stage, events)
+        finally:
+            del llm
+            gc.collect()
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        return None if self.dtype == "auto" else getattr(torch, self.dtype)
+
+
+def make_scorer(
+    checkpoint: Checkpoint,
+    evaluation: Evaluation,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    micro_batch: int | None = None,
+    spill: Path | str | None = None,
+) -> Scorer:
+    """What runs `checkpoint`, as `evaluation` asks for it. `spill`: a folder for activations that are large."""
+    if evaluation.through == "runtime":
+        return RuntimeScorer(checkpoint, device, evaluation.numerics, dtype)
+    from compress.core.files import make_folder
+
+    return TransformersScorer(checkpoint, device, dtype, micro_batch, spill and make_folder(Path(spill)))
