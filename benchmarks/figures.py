@@ -80,6 +80,22 @@ def memory_lines() -> str:
     return "\n".join(["**Memory against the plan.**", "", *lines]) if lines else ""
 
 
+def recipe_table() -> str:
+    results = read("recipes")
+    if results is None:
+        return "(not measured)"
+    lines = ["| recipe | size | bits per weight, whole model | perplexity | KL divergence |", "|---|--:|--:|--:|--:|"]
+    for found in results["recipes"]:
+        perplexity = found["perplexity"]
+        low, high = perplexity["interval"]
+        lines.append(
+            f"| {found['recipe']} | {found['bytes_in'] / 1e6:.2f} → {found['bytes_out'] / 1e6:.2f} MB | "
+            f"{found['bits_per_weight']:.2f} | {perplexity['original']:.2f} → {perplexity['artifact']:.2f} "
+            f"({100 * low:+.2f} … {100 * high:+.2f} %) | {found['kl']:.5f} |"
+        )
+    return "\n".join(lines)
+
+
 def fill(text: str, name: str, content: str) -> str:
     pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
     return pattern.sub(lambda match: match[1] + content + "\n" + match[2], text)
@@ -102,12 +118,16 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.demo:
         keep_demo(arguments.demo)
+    recipes = HERE.parent / "recipes" / "README.md"
+    old_recipes = recipes.read_text()
+    new_recipes = fill(old_recipes, "recipes", recipe_table())
     old = README.read_text()
     figures = "\n\n".join(part for part in (quality_tables(), speed_tables(), memory_lines()) if part)
     new = fill(fill(old, "demo", demo_table()), "figures", figures)
     if arguments.check:
-        return int(new != old)
+        return int(new != old or new_recipes != old_recipes)
     README.write_text(new)
+    recipes.write_text(new_recipes)
     return 0
 
 
