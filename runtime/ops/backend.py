@@ -13,6 +13,7 @@ _torch_only: ContextVar[bool] = ContextVar("torch_only", default=False)
 
 @cache
 def triton_installed() -> bool:
+    """Whether kernels can be had; imports nothing."""
     return find_spec("triton") is not None
 
 
