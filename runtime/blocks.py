@@ -58,6 +58,8 @@ class BlockPool:
         self._references = [0] * pages
         self._owned = 0
         self._prefixes = PrefixIndex()
+        self._known = self._prefixes.content  # by page: in it are the pages whose content is known
+        self._page_tokens = page.tokens
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached pages, the least recently used first
         self._hits = self._misses = self._evictions = 0
 
@@ -132,8 +134,8 @@ class BlockPool:
 
     def register(self, sequence: Sequence, slots: int) -> None:
         """Offer the full pages among the first `slots` slots to the prefix cache."""
-        full = slots // self.page.tokens
-        if not self.prefix_cache or full <= sequence.registered:
+        full = slots // self._page_tokens
+        if full <= sequence.registered or not self.prefix_cache:
             return
         for index in range(sequence.registered, full):
             self._prefixes.add(sequence.table[0][index], key_of(sequence, index, self.page.tokens))
@@ -156,9 +158,9 @@ class BlockPool:
         if there are too few pages.
         """
         table = sequence.table[0]
-        missing = self.pages_for(slots) - len(table)
-        written = sequence.kv_len[0] // self.page.tokens  # only this page can be somebody else's too
-        copied = written < len(table) and not self._is_writable(table[written])
+        missing = -(-slots // self._page_tokens) - len(table)
+        written = sequence.kv_len[0] // self._page_tokens  # only this page can be somebody else's too
+        copied = written < len(table) and (self._references[table[written]] > 1 or table[written] in self._known)
         if missing <= 0 and not copied:
             return ()
         if max(missing, 0) + copied > self.available:
@@ -194,7 +196,8 @@ class BlockPool:
             raise RuntimeError(f"a page is in two states: free {self._free}, cached {idle}, owned {set(holders)}")
         if len(free) + len(idle) + self._owned != self.pages or self._owned != len(holders):
             raise RuntimeError(f"{len(free)} free + {len(idle)} cached + {self._owned} owned of {self.pages} pages")
-        known = self._prefixes.known()
+        self._prefixes.check_integrity()
+        known = set(self._known)
         if free & known or not idle <= known:
             raise RuntimeError(f"known content in pages {sorted(known)}, free {self._free}, cached {idle}")
 
@@ -205,7 +208,7 @@ class BlockPool:
         if sequence.computed > len(sequence.tokens):
             raise RuntimeError(f"sequence {sequence.id} computed more positions than it has tokens")
         for index, page in enumerate(table[: sequence.registered]):
-            content = self._prefixes.content(page)
+            content = self._known.get(page)
             if content is not None and content != key_of(sequence, index, self.page.tokens):
                 raise RuntimeError(f"page {page} of sequence {sequence.id} holds other tokens than the cache says")
 
@@ -220,9 +223,6 @@ class BlockPool:
         sequence.table[0] = pages
         sequence.computed = sequence.kv_len[0] = slots
         sequence.registered = slots // self.page.tokens
-
-    def _is_writable(self, page: int) -> bool:
-        return self._references[page] == 1 and page not in self._prefixes
 
     def _take(self) -> int:
         if self._free:
@@ -242,7 +242,7 @@ class BlockPool:
         if self._references[page]:
             return
         self._owned -= 1
-        if page in self._prefixes:
+        if page in self._known:
             self._idle[page] = None
         else:
             self._free.append(page)

@@ -28,15 +28,9 @@ class Plan:
         start, kv_len, table = sequence.computed, sequence.kv_len[0], sequence.table[0]
         end = start + tokens
         pages = -(-(kv_len + tokens) // self._page_tokens)
-        self.rows.append(
-            Row(
-                sequence=sequence.id,
-                start=start,
-                tokens=tuple(sequence.tokens[start:end]),
-                kv_len=kv_len,
-                table=table if len(table) == pages else table[:pages],
-                samples=end == len(sequence.tokens) and sequence.max_tokens > 0,
-            )
-        )
+        covering = table if len(table) == pages else table[:pages]
+        samples = end == len(sequence.tokens) and sequence.max_tokens > 0
+        self.rows.append(Row(sequence.id, start, tuple(sequence.tokens[start:end]), kv_len, covering, samples))
         self.left -= tokens
-        self._has_prefill = self._has_prefill or tokens > 1
+        if tokens > 1:
+            self._has_prefill = True

@@ -44,35 +44,27 @@ class PrefixIndex:
     """Which page holds what; at most one page per digest."""
 
     def __init__(self) -> None:
-        self._content: dict[int, PrefixKey] = {}
+        self.content: dict[int, PrefixKey] = {}  # by page, to be read only
         self._page: dict[bytes, int] = {}
-
-    def __contains__(self, page: int) -> bool:
-        return page in self._content
 
     def find(self, key: PrefixKey) -> int | None:
         """The page that holds exactly this."""
         page = self._page.get(key.digest)
-        return page if page is not None and self._content[page] == key else None
+        return page if page is not None and self.content[page] == key else None
 
     def add(self, page: int, key: PrefixKey) -> None:
         """Note what `page` holds, unless it or another page is known for it already."""
-        if page not in self._content and key.digest not in self._page:
-            self._content[page] = key
+        if page not in self.content and key.digest not in self._page:
+            self.content[page] = key
             self._page[key.digest] = page
 
     def remove(self, page: int) -> None:
         """Forget what `page` holds."""
-        content = self._content.pop(page, None)
+        content = self.content.pop(page, None)
         if content is not None:
             del self._page[content.digest]
 
-    def content(self, page: int) -> PrefixKey | None:
-        """What `page` holds, if that is known."""
-        return self._content.get(page)
-
-    def known(self) -> set[int]:
-        """All pages whose content is known; RuntimeError if they cannot all be found by it."""
-        if {content.digest: page for page, content in self._content.items()} != self._page:
-            raise RuntimeError(f"the prefix index finds {self._page} but the pages hold {self._content}")
-        return set(self._content)
+    def check_integrity(self) -> None:
+        """RuntimeError if pages whose content is known cannot all be found by it."""
+        if {content.digest: page for page, content in self.content.items()} != self._page:
+            raise RuntimeError(f"the prefix index finds {self._page} but the pages hold {self.content}")

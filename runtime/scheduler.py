@@ -202,25 +202,28 @@ class Scheduler:
     # How a step is made
 
     def _continue_running(self, plan: Plan) -> None:
-        decodes = [sequence for sequence in self.running if len(sequence.tokens) - sequence.computed == 1]
-        prefills = [sequence for sequence in self.running if len(sequence.tokens) - sequence.computed > 1]
-        for sequence in decodes + prefills:
-            if sequence.status != "running":
-                continue  # preempted by one before it
-            tokens = plan.chunk(len(sequence.tokens) - sequence.computed)
-            if tokens and self._secure(sequence, sequence.kv_len[0] + tokens, plan):
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for sequence in self.running:
+            (decodes if len(sequence.tokens) - sequence.computed == 1 else prefills).append(sequence)
+        for sequence in decodes:
+            if sequence.status == "running":  # not preempted by one before it
+                self._decode(plan, sequence)
+        for sequence in prefills:
+            if sequence.status == "running" and (tokens := plan.chunk(sequence.pending)):
                 self._plan_row(plan, sequence, tokens)
 
-    def _secure(self, sequence: Sequence, slots: int, plan: Plan) -> bool:
-        """Get the sequence its pages, preempting others behind it if need be; False if it had to give way itself."""
-        while (copies := self.pool.reserve(sequence, slots)) is None:
+    def _decode(self, plan: Plan, sequence: Sequence) -> None:
+        """One token of the sequence, for whose page others behind it may have to give way, or it itself."""
+        while (copies := self.pool.reserve(sequence, sequence.kv_len[0] + 1)) is None:
             # Only decodes can run short, and they come in order of precedence: the last one has no row yet.
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
-                return False
-        plan.copies.extend(copies)
-        return True
+                return
+        if copies:
+            plan.copies.extend(copies)
+        self._plan_row(plan, sequence, 1)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
