@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 _MOST_NAMES = 2
 
@@ -17,9 +17,10 @@ def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
 
 def sentences(reasons: Mapping[str, str]) -> list[str]:
     """One sentence for each reason."""
-    return [_sentence(reason, names) for reason, names in by_reason(reasons).items()]
+    return [sentence(reason, names) for reason, names in by_reason(reasons).items()]
 
 
-def _sentence(reason: str, names: list[str]) -> str:
+def sentence(reason: str, names: Sequence[str]) -> str:
+    """How many layers, which, and why."""
     named = ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
     return f"{len(names)} {'layer has' if len(names) == 1 else 'layers have'} no fast path ({named}): {reason}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from compress.cli import artifacts, doctor, evaluation, generate, recipes, run, tokens
+from compress.cli import artifacts, bench, doctor, evaluation, generate, recipes, run, tokens
 from compress.cli import options as opt
 from compress.cli.console import last_output, speak
 from compress.core.errors import CompressError, UsageError
@@ -29,6 +29,7 @@ tokens.register(app)
 artifacts.register(app)
 evaluation.register(app)
 generate.register(app)
+bench.register(app)
 doctor.register(app)
 
 INTERRUPTED = 130

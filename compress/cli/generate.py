@@ -146,8 +146,8 @@ def _answer(output: Output, llm: "LLM", ids: list[int], params: "SamplingParams"
 def _summary(facts: dict[str, Any]) -> str:
     reasons = ", ".join(dict.fromkeys(facts["finish_reasons"]))
     return (
-        f"{facts['tokens']} tokens in {facts['seconds']:.2f} s, {facts['tokens_per_second']:.1f} tokens/s; the first "
-        f"after {facts['first_token_seconds']:.2f} s, from {facts['prompt_tokens']} tokens of prompt; ended by {reasons}"
+        f"{facts['tokens']} tokens in {facts['seconds']:.2f} s, {facts['tokens_per_second']:.1f} tokens/s; the "
+        f"first after {facts['first_token_seconds']:.2f} s, from {facts['prompt_tokens']} tokens of prompt; ended by {reasons}"
     )
 
 

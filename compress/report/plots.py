@@ -21,7 +21,7 @@ ACCENT = "#2f6fde"
 SECOND = "#e0803a"
 COLOURS = ("#2f6fde", "#e0803a", "#2a9d76", "#b0529c", "#8a6fd1", "#c9a227", "#4aa3c7", "#d1495b", "#7a8b3a")
 BITS = {2: "#d1495b", 3: "#e0803a", 4: "#2f6fde", 5: "#4aa3c7", 6: "#2a9d76", 7: "#7a8b3a", 8: "#8a6fd1"}
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compress",
     "text.parse_math": False,
@@ -68,8 +68,8 @@ class Point:
 
 def size_quality(points: Sequence[Point], quality: str, key: str = "size-quality") -> Plot:
     """Megabytes against a figure that should be low, one mark per model."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure()
         for number, point in enumerate(points):
             _mark(axes, point, INK if point.is_original else COLOURS[number % len(COLOURS)])
         axes.set_xlabel("size of the weights (MB)")
@@ -77,7 +77,7 @@ def size_quality(points: Sequence[Point], quality: str, key: str = "size-quality
         axes.set_xlim(left=0, right=1.25 * max(point.size_bytes for point in points) / 1e6)
         axes.margins(y=0.25)
         caption = "Lower left is better. Bars are 95 % intervals of the difference to the original, where there is one."
-        return Plot(key, f"Size and {quality}", caption, _svg(figure, key, f"{quality} over size"))
+        return Plot(key, f"Size and {quality}", caption, inline_svg(figure, key, f"{quality} over size"))
 
 
 def _mark(axes, point: Point, colour: str) -> None:
@@ -97,8 +97,8 @@ def _mark(axes, point: Point, colour: str) -> None:
 
 def error_per_layer(outputs: Sequence[float | None], kinds: Mapping[str, Sequence[float | None]]) -> Plot:
     """The error of each block's output and of its layers, along the depth of the model, on a logarithmic axis."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(wide=True)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(wide=True)
         blocks = range(len(outputs))
         marker = "o" if len(outputs) < 20 else "None"
         for number, (kind, errors) in enumerate(kinds.items()):
@@ -114,16 +114,18 @@ def error_per_layer(outputs: Sequence[float | None], kinds: Mapping[str, Sequenc
         axes.set_xlabel("block")
         axes.set_ylabel("relative squared error")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _legend(axes)
+        legend(axes)
         caption = "Against the uncompressed weights on the same inputs; layers weighted by what they were shown."
-        return Plot("error-per-layer", "Error per layer", caption, _svg(figure, "error-per-layer", "error per layer"))
+        return Plot(
+            "error-per-layer", "Error per layer", caption, inline_svg(figure, "error-per-layer", "error per layer")
+        )
 
 
 def bits_per_layer(kinds: Sequence[str], bits: Sequence[Sequence[float | None]]) -> Plot:
     """One square per layer, coloured by its bits; columns are blocks. None: kept as it was."""
-    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         columns = max(map(len, bits))
-        figure, axes = _figure(wide=True, height=0.9 + 0.3 * len(kinds))
+        figure, axes = new_figure(wide=True, height=0.9 + 0.3 * len(kinds))
         present = sorted({round(value) for row in bits for value in row if value is not None})
         for row, values in enumerate(bits):
             for column, value in enumerate(values):
@@ -140,9 +142,9 @@ def bits_per_layer(kinds: Sequence[str], bits: Sequence[Sequence[float | None]])
         handles = [_patches().Patch(color=BITS.get(value, INK), label=f"{value} bits") for value in present]
         if any(value is None for row in bits for value in row):
             handles.append(_patches().Patch(color="#c3c9d0", label="kept"))
-        _legend(axes, handles)
+        legend(axes, handles)
         caption = "Bits of the stored codes, scales apart; experts of one block are averaged."
-        return Plot("bits-per-layer", "Bits per layer", caption, _svg(figure, "bits-per-layer", "bits per layer"))
+        return Plot("bits-per-layer", "Bits per layer", caption, inline_svg(figure, "bits-per-layer", "bits per layer"))
 
 
 def shortened(text: str, longest: int = 28) -> str:
@@ -151,7 +153,8 @@ def shortened(text: str, longest: int = 28) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def _figure(*, wide: bool = False, height: float | None = None):
+def new_figure(*, wide: bool = False, height: float | None = None):
+    """A figure on no ground, and its axes."""
     figure = figure_module.Figure(figsize=(8.6 if wide else 5.6, height or 3.4), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
@@ -174,14 +177,15 @@ def _gaps(values: Sequence[float | None]) -> list[float]:
     return [value or float("nan") for value in values]
 
 
-def _legend(axes, handles=None) -> None:
+def legend(axes, handles=None) -> None:
+    """Right of the axes, where there is anything to name."""
     if handles is None:
         handles = axes.get_legend_handles_labels()[0]
     if handles:
         axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0.2)
 
 
-def _svg(figure, key: str, label: str) -> Markup:
+def inline_svg(figure, key: str, label: str) -> Markup:
     """The figure as an <svg> element: no prolog, no metadata, no fixed size; ids of its own within the page."""
     stream = StringIO()
     with warnings.catch_warnings():

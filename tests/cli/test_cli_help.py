@@ -18,6 +18,7 @@ OPTIONS = {
     "push": "public dry-run message json quiet verbose",
     "eval": "against recipe text window tasks task-folder limit device dtype offline json quiet verbose",
     "generate": "file max-tokens temperature top-k top-p min-p seed stop n chat numerics device json quiet",
+    "bench": "requests prompt-tokens output-tokens trace rate seed against rounds numerics device output json quiet",
     "report": "output json quiet",
     "compare": "output json quiet",
     "doctor": "json quiet verbose",

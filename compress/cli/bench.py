@@ -1,0 +1,103 @@
+"""`compress bench`: how fast an artifact serves requests through the runtime, and what memory it takes."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.cli import options as opt
+from compress.cli.console import Output, speak
+
+
+def bench(
+    artifact: Annotated[str, typer.Argument(help="Artifact or any model: folder or hub id.", show_default=False)],
+    requests: Annotated[int, typer.Option("--requests", help="Requests to send; of a trace, its first.")] = 32,
+    prompt_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-tokens", help="256, 64-512, lognormal:256,0.8 or exponential:256. [default: 256]", metavar="SPEC"
+        ),
+    ] = None,
+    output_tokens: Annotated[
+        str | None, typer.Option("--output-tokens", help="Likewise. [default: 64]", metavar="SPEC")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Lengths and times of a trace: Azure CSV, Mooncake JSON lines.")
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option("--rate", help="Requests a second, or 0.5x the trace's pace. [default: all at once]"),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="For lengths, arrivals and token ids.")] = 0,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Original to take turns with: folder or hub id.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", help="Times each; medians count. [default: 1, or 3 with --against]")
+    ] = None,
+    numerics: opt.Numerics = "fast",
+    device: opt.Device = "auto",
+    folder: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report.")] = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure speed and memory of a model in the runtime.
+
+    Throughput, time to the first token, time per token, gaps between tokens, and bytes by what they are for.
+    Prompts are random token ids. With --against, two models take turns on the same requests.
+    """
+    from compress.cli.progress import LiveProgress
+
+    output = speak(json=json, quiet=quiet)
+    opt.check_numerics(numerics)
+    from compress.benchmark import Asked, benchmark
+
+    asked = Asked(requests, prompt_tokens, output_tokens, trace, rate, seed)
+    with LiveProgress(output) as listener:
+        result = benchmark(
+            artifact, asked, against=against, numerics=numerics, device=opt.choose_device(device), rounds=rounds,
+            events=listener,
+        )  # fmt: skip
+    _show(output, result)
+    files = _write(output, result, folder)
+    output.finish("bench", **_without_series(result), files=files)
+
+
+def _show(output: Output, result: dict[str, Any]) -> None:
+    from compress.benchmark.fallbacks import sentence
+    from compress.cli.tables import add_row, grid
+    from compress.report.speed import speed_tables
+
+    models = result["models"]
+    for table in speed_tables(result):
+        shown = grid(table.title, *table.columns, figures=False)
+        for column in shown.columns[1:]:
+            column.justify = "right"
+        for row in table.rows:
+            add_row(shown, *row)
+        output.show(shown)
+    for model in models:
+        for item in model["fallbacks"]:
+            output.tell(f"{model['role']}: {sentence(item['reason'], item['layers'])}", style="yellow")
+
+
+def _write(output: Output, result: dict[str, Any], folder: Path | None) -> list[str]:
+    if folder is None:
+        return []
+    from compress.report.speed import write_speed_report
+
+    paths = [str(path) for path in write_speed_report(result, folder)]
+    for path in paths:
+        output.answer(path)
+    return paths
+
+
+def _without_series(result: dict[str, Any]) -> dict[str, Any]:
+    """The result without the points of its plots, which would make a line of many kilobytes, and its version."""
+    models = [{key: value for key, value in model.items() if key != "series"} for model in result["models"]]
+    return {key: value for key, value in result.items() if key != "schema_version"} | {"models": models}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this file."""
+    app.command()(bench)

@@ -1,0 +1,200 @@
+"""Speed: the result of a benchmark as tables, and as one offline page, Markdown and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.core.quantities import format_bytes
+from compress.report import words
+from compress.report.figures import Row
+from compress.report.plots import Plot
+from compress.report.render import html, markdown_text, write_files
+from compress.report.speed_plots import speed_plots
+
+SCHEMA_VERSION = 1
+_LATENCIES = {
+    "first_token": "first token",
+    "per_token": "per output token",
+    "gap": "gap between tokens",
+}
+_SPREAD = {"p50": "p50", "p90": "p90", "p99": "p99", "max": "largest"}
+_THROUGHPUT = (
+    ("generated_tokens_per_second", "generated tokens/s"),
+    ("prompt_tokens_per_second", "prompt tokens/s"),
+    ("requests_per_second", "requests/s"),
+)
+_COUNTS = (("steps", "steps"), ("preemptions", "preemptions"), ("prefix_hit_tokens", "prefix-cache hits (tokens)"))
+_MEMORY = (
+    ("disk_bytes", "weights on disk"),
+    ("weights_bytes", "weights in memory"),
+    ("kv_pool_bytes", "KV pool"),
+    ("kv_used_bytes", "… used at most"),
+    ("activations_bytes", "activations (estimate)"),
+    ("graphs_bytes", "captured graphs"),
+    ("total_bytes", "in all"),
+)
+
+
+@dataclass(frozen=True)
+class SpeedTable:
+    """Rows of texts under columns, the first of which names."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """A benchmark's report before it has a form. Pairs are (name, value); all texts are unescaped."""
+
+    title: str
+    subtitle: str
+    tiles: Sequence[Row]
+    tables: Sequence[SpeedTable]
+    notices: Sequence[str]
+    fallbacks: Sequence[tuple[str, str]]
+    plots: Sequence[Plot]
+    workload: Sequence[tuple[str, str]]
+    environment: Sequence[tuple[str, str]]
+
+
+def write_speed_report(result: Mapping[str, Any], folder: Path | str) -> tuple[Path, Path, Path]:
+    """Write benchmark.html, .md and .json of a result of compress.benchmark into `folder`; returns their paths."""
+    data = speed_report(result)
+    return write_files(
+        folder,
+        "benchmark",
+        html=html("benchmark.html.j2", report=data),
+        text=markdown_text("benchmark.md.j2", report=data),
+        data={"schema_version": SCHEMA_VERSION, "kind": "benchmark", **result},
+    )
+
+
+def speed_report(result: Mapping[str, Any]) -> SpeedReport:
+    """What the report of a benchmark shows."""
+    models = result["models"]
+    name, workload, settings = models[0]["name"], result["workload"], result["settings"]
+    against = f"against {models[1]['name']}, in turns; " if len(models) > 1 else ""
+    return SpeedReport(
+        title=name,
+        subtitle=f"{against}{workload['requests']:,} requests, {settings['numerics']} numerics on {settings['device']}",
+        tiles=_tiles(models, result["ratios"]),
+        tables=speed_tables(result),
+        notices=result["notices"],
+        fallbacks=[_fallback(model["role"], item) for model in models for item in model["fallbacks"]],
+        plots=speed_plots(models),
+        workload=_workload(workload, settings),
+        environment=[(key, str(value)) for key, value in result["environment"].items() if value is not None],
+    )
+
+
+def speed_tables(result: Mapping[str, Any]) -> list[SpeedTable]:
+    """Throughput, latency and memory."""
+    models, ratios = result["models"], result["ratios"]
+    tables = [_throughput(models, ratios), _latency(models, ratios), _memory(models, ratios)]
+    return [*tables, _rounds(models)] if result["settings"]["rounds"] > 1 else tables
+
+
+def _columns(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    return ["", "artifact"] if len(models) == 1 else ["", "artifact", "original", "ratio"]
+
+
+def _throughput(models: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | None) -> SpeedTable:
+    rows = [
+        [title, *(words.number(model["figures"][key], 3) for model in models), *_ratio(ratios, key)]
+        for key, title in _THROUGHPUT
+    ]
+    for key, title in (("seconds", "time for all requests"), ("load_seconds", "time to load")):
+        rows.append([title, *(words.duration(model["figures"][key]) for model in models), *_ratio(ratios, key)])
+    for key, title in _COUNTS:
+        rows.append([title, *(f"{model['figures'][key]:,.0f}" for model in models), *([""] if ratios else [])])
+    return SpeedTable("Throughput", _columns(models), rows)
+
+
+def _latency(models: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | None) -> SpeedTable:
+    rows = []
+    for key, title in _LATENCIES.items():
+        for model in models:
+            name = f"{title}, {model['role']}" if ratios else title
+            rows.append([name, *(milliseconds(model["figures"][key][column]) for column in _SPREAD)])
+        if ratios:
+            rows.append(["ratio", *(_ratio(ratios, f"{key}_{column}")[0] for column in _SPREAD)])
+    return SpeedTable("Latency", ["", *_SPREAD.values()], rows)
+
+
+def _memory(models: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | None) -> SpeedTable:
+    rows = []
+    for key, title in (*_MEMORY, ("peak_bytes", f"held at most by {models[0]['memory']['peak_of']}")):
+        if any(model["memory"][key] for model in models):
+            sizes = (format_bytes(model["memory"][key]) for model in models)
+            rows.append([title, *sizes, *(_ratio(ratios, key) if not ratios or key in ratios else [""])])
+    return SpeedTable("Memory", _columns(models), rows)
+
+
+def _rounds(models: Sequence[Mapping[str, Any]]) -> SpeedTable:
+    rates = [model["figures"]["rounds_generated_tokens_per_second"] for model in models]
+    rows = [[str(number), *(words.number(rate, 3) for rate in row)] for number, row in enumerate(zip(*rates), start=1)]  # noqa: B905
+    return SpeedTable("Rounds: generated tokens/s", ["round", *(model["role"] for model in models)], rows)
+
+
+def _ratio(ratios: Mapping[str, Any] | None, key: str) -> list[str]:
+    """The cell of a ratio, where there is a column of them."""
+    if ratios is None:
+        return []
+    return [words.NONE if ratios[key] is None else f"× {words.number(ratios[key], 3)}"]
+
+
+def milliseconds(seconds: float | None) -> str:
+    """0.0123 -> "12.3 ms"; seconds from one on."""
+    if seconds is None:
+        return words.NONE
+    return f"{words.number(1000 * seconds, 3)} ms" if seconds < 0.9995 else f"{words.number(seconds, 3)} s"
+
+
+def _tiles(models: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | None) -> list[Row]:
+    figures = [model["figures"] for model in models]
+    sizes = [model["memory"]["weights_bytes"] for model in models]
+    return [
+        _tile("generated", [words.number(each["generated_tokens_per_second"], 3) for each in figures], "tokens/s",
+              ratios, "generated_tokens_per_second"),
+        _tile("first token, median", [milliseconds(each["first_token"]["p50"]) for each in figures], "",
+              ratios, "first_token_p50"),
+        _tile("per output token, median", [milliseconds(each["per_token"]["p50"]) for each in figures], "",
+              ratios, "per_token_p50"),
+        _tile("weights in memory", [format_bytes(size) for size in sizes], "", ratios, "weights_bytes"),
+    ]  # fmt: skip
+
+
+def _tile(name: str, values: Sequence[str], unit: str, ratios: Mapping[str, Any] | None, key: str) -> Row:
+    detail = f"{_ratio(ratios, key)[0]} of the original's {values[1]}" if ratios else ""
+    return Row(name, "", f"{values[0]} {unit}".strip(), detail)
+
+
+def _fallback(role: str, item: Mapping[str, Any]) -> tuple[str, str]:
+    names = item["layers"]
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{role}: {some}", f"no fast path: {item['reason']}"
+
+
+def _workload(workload: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    say: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "source": ("requests", str),
+        "prompt_tokens": ("prompt tokens", lambda count: f"{count:,}"),
+        "output_tokens": ("tokens to generate", lambda count: f"{count:,}"),
+        "longest_tokens": ("longest request", lambda count: f"{count:,} tokens"),
+        "arrivals": ("arrival", str),
+        "seed": ("seed", str),
+    }
+    told = [(title, text(workload[key])) for key, (title, text) in say.items()]
+    rounds = settings["rounds"]
+    each = "one pass" if rounds == 1 else f"{rounds} passes each; medians of the passes, percentiles of each pass first"
+    return [*told, ("passes", f"{each}; the prefix cache is empty at the start, a short warm-up is not counted")]
+
+
+def plain(report: SpeedReport) -> dict[str, Any]:
+    """The texts of a report without its pictures."""
+    return {key: value for key, value in asdict(report).items() if key != "plots"}
