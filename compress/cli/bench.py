@@ -70,7 +70,7 @@ def _show(output: Output, result: dict[str, Any]) -> None:
 
     models = result["models"]
     for table in speed_tables(result):
-        shown = grid(table.title, *table.columns, figures=False)
+        shown = grid(table.title, *table.columns[1:], figures=False)
         for column in shown.columns[1:]:
             column.justify = "right"
         for row in table.rows:

@@ -147,7 +147,8 @@ def _summary(facts: dict[str, Any]) -> str:
     reasons = ", ".join(dict.fromkeys(facts["finish_reasons"]))
     return (
         f"{facts['tokens']} tokens in {facts['seconds']:.2f} s, {facts['tokens_per_second']:.1f} tokens/s; the "
-        f"first after {facts['first_token_seconds']:.2f} s, from {facts['prompt_tokens']} tokens of prompt; ended by {reasons}"
+        f"first after {facts['first_token_seconds']:.2f} s, from {facts['prompt_tokens']} tokens of prompt; "
+        f"ended by {reasons}"
     )
 
 

@@ -110,7 +110,7 @@ def error_per_layer(outputs: Sequence[float | None], kinds: Mapping[str, Sequenc
         if any(error for errors in (outputs, *kinds.values()) for error in errors):
             axes.set_yscale("log")
             for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                ticks(_short_number)
+                ticks(short_number)
         axes.set_xlabel("block")
         axes.set_ylabel("relative squared error")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -153,16 +153,16 @@ def shortened(text: str, longest: int = 28) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def new_figure(*, wide: bool = False, height: float | None = None):
+def new_figure(*, wide: bool = False, width: float | None = None, height: float | None = None):
     """A figure on no ground, and its axes."""
-    figure = figure_module.Figure(figsize=(8.6 if wide else 5.6, height or 3.4), layout="constrained")
+    figure = figure_module.Figure(figsize=(width or (8.6 if wide else 5.6), height or 3.4), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
     return figure, axes
 
 
-def _short_number(value: float, position: int) -> str:
+def short_number(value: float, position: int) -> str:
     """Ticks of a logarithmic axis at 1, 2 and 5 times powers of ten; matplotlib's own need its mathematics."""
     return f"{value:.3g}" if f"{value:e}"[0] in "125" and round(float(f"{value:e}"[:8]), 3) % 1 == 0 else ""
 

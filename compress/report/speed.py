@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from compress.report import words
 from compress.report.figures import Row
 from compress.report.plots import Plot
 from compress.report.render import html, markdown_text, write_files
-from compress.report.speed_plots import speed_plots
+from compress.report.speed_plots import course_plots, latency_plots
 
 SCHEMA_VERSION = 1
 _LATENCIES = {
@@ -57,6 +57,7 @@ class SpeedReport:
     tables: Sequence[SpeedTable]
     notices: Sequence[str]
     fallbacks: Sequence[tuple[str, str]]
+    small_plots: Sequence[Plot]
     plots: Sequence[Plot]
     workload: Sequence[tuple[str, str]]
     environment: Sequence[tuple[str, str]]
@@ -86,7 +87,8 @@ def speed_report(result: Mapping[str, Any]) -> SpeedReport:
         tables=speed_tables(result),
         notices=result["notices"],
         fallbacks=[_fallback(model["role"], item) for model in models for item in model["fallbacks"]],
-        plots=speed_plots(models),
+        small_plots=latency_plots(models),
+        plots=course_plots(models),
         workload=_workload(workload, settings),
         environment=[(key, str(value)) for key, value in result["environment"].items() if value is not None],
     )
@@ -105,11 +107,11 @@ def _columns(models: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _throughput(models: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | None) -> SpeedTable:
     rows = [
-        [title, *(words.number(model["figures"][key], 3) for model in models), *_ratio(ratios, key)]
+        [title, *(three_digits(model["figures"][key]) for model in models), *_ratio(ratios, key)]
         for key, title in _THROUGHPUT
     ]
-    for key, title in (("seconds", "time for all requests"), ("load_seconds", "time to load")):
-        rows.append([title, *(words.duration(model["figures"][key]) for model in models), *_ratio(ratios, key)])
+    for key, title in (("seconds", "time for all requests"), ("load_seconds", "time to load, at best")):
+        rows.append([title, *(milliseconds(model["figures"][key]) for model in models), *_ratio(ratios, key)])
     for key, title in _COUNTS:
         rows.append([title, *(f"{model['figures'][key]:,.0f}" for model in models), *([""] if ratios else [])])
     return SpeedTable("Throughput", _columns(models), rows)
@@ -137,7 +139,7 @@ def _memory(models: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | Non
 
 def _rounds(models: Sequence[Mapping[str, Any]]) -> SpeedTable:
     rates = [model["figures"]["rounds_generated_tokens_per_second"] for model in models]
-    rows = [[str(number), *(words.number(rate, 3) for rate in row)] for number, row in enumerate(zip(*rates), start=1)]  # noqa: B905
+    rows = [[str(number), *(three_digits(rate) for rate in row)] for number, row in enumerate(zip(*rates), start=1)]  # noqa: B905
     return SpeedTable("Rounds: generated tokens/s", ["round", *(model["role"] for model in models)], rows)
 
 
@@ -145,21 +147,28 @@ def _ratio(ratios: Mapping[str, Any] | None, key: str) -> list[str]:
     """The cell of a ratio, where there is a column of them."""
     if ratios is None:
         return []
-    return [words.NONE if ratios[key] is None else f"× {words.number(ratios[key], 3)}"]
+    return [words.NONE if ratios[key] is None else f"× {three_digits(ratios[key])}"]
 
 
 def milliseconds(seconds: float | None) -> str:
     """0.0123 -> "12.3 ms"; seconds from one on."""
     if seconds is None:
         return words.NONE
-    return f"{words.number(1000 * seconds, 3)} ms" if seconds < 0.9995 else f"{words.number(seconds, 3)} s"
+    return f"{three_digits(1000 * seconds)} ms" if seconds < 0.9995 else f"{three_digits(seconds)} s"
+
+
+def three_digits(value: float | None) -> str:
+    """2.9 -> "2.90", so that columns of figures are easily compared."""
+    if value is None:
+        return words.NONE
+    return f"{value:,.0f}" if value >= 999.5 or value == 0 else f"{value:#.3g}".rstrip(".")
 
 
 def _tiles(models: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | None) -> list[Row]:
     figures = [model["figures"] for model in models]
     sizes = [model["memory"]["weights_bytes"] for model in models]
     return [
-        _tile("generated", [words.number(each["generated_tokens_per_second"], 3) for each in figures], "tokens/s",
+        _tile("generated", [three_digits(each["generated_tokens_per_second"]) for each in figures], "tokens/s",
               ratios, "generated_tokens_per_second"),
         _tile("first token, median", [milliseconds(each["first_token"]["p50"]) for each in figures], "",
               ratios, "first_token_p50"),
@@ -170,7 +179,7 @@ def _tiles(models: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | None
 
 
 def _tile(name: str, values: Sequence[str], unit: str, ratios: Mapping[str, Any] | None, key: str) -> Row:
-    detail = f"{_ratio(ratios, key)[0]} of the original's {values[1]}" if ratios else ""
+    detail = f"{_ratio(ratios, key)[0]}, original {values[1]}" if ratios else ""
     return Row(name, "", f"{values[0]} {unit}".strip(), detail)
 
 
@@ -193,8 +202,3 @@ def _workload(workload: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
     rounds = settings["rounds"]
     each = "one pass" if rounds == 1 else f"{rounds} passes each; medians of the passes, percentiles of each pass first"
     return [*told, ("passes", f"{each}; the prefix cache is empty at the start, a short warm-up is not counted")]
-
-
-def plain(report: SpeedReport) -> dict[str, Any]:
-    """The texts of a report without its pictures."""
-    return {key: value for key, value in asdict(report).items() if key != "plots"}

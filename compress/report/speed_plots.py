@@ -5,49 +5,52 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.report.plots import ACCENT, INK, SECOND, STYLE, Plot, inline_svg, matplotlib, new_figure
+from compress.report.plots import ACCENT, INK, SECOND, STYLE, Plot, inline_svg, matplotlib, new_figure, short_number
 
 _COLOURS = {"artifact": ACCENT, "original": SECOND}
-_FAR = 30
+_FAR = 8
 """Largest over median from which on an axis is logarithmic."""
 
 
-def speed_plots(models: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """Latencies of requests, tokens over time, and requests over time."""
+def latency_plots(models: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """How latencies are spread, small: they stand side by side."""
     return [
-        _latencies(models, "first_token", "Time to the first token", "From a request's arrival, waiting included."),
+        _latencies(models, "first_token", "Time to the first token", "Of each request, from its arrival on."),
         _latencies(models, "per_token", "Time per output token", "Mean of each request after its first token."),
-        _tokens(models),
-        _requests(models),
+        _latencies(models, "gap", "Gap between tokens", "Every token after the first of its request."),
     ]
 
 
+def course_plots(models: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """What was done over time: tokens, requests."""
+    return [_tokens(models), _requests(models)]
+
+
 def _latencies(models: Sequence[Mapping[str, Any]], key: str, title: str, note: str) -> Plot:
-    """Share of requests that were served within a time."""
+    """Share of requests, or of tokens, that came within a time."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure()
-        every: list[float] = []
-        for model in models:
-            values = [1000 * value for value in model["series"]["latencies"][key]]
-            if not values:
-                continue
-            every += values
-            shares = [100 * (number + 1) / len(values) for number in range(len(values))]
-            axes.step([values[0], *values], [0, *shares], where="post", color=_COLOURS[model["role"]], lw=2)
-            axes.lines[-1].set_label(model["role"])
+        figure, axes = new_figure(width=3.7, height=2.7)
+        values_of = {model["role"]: model["series"]["latencies"][key] for model in models}
+        every = sorted(value for values in values_of.values() for value in values)
+        unit, factor = ("seconds", 1.0) if every and every[-1] >= 2 else ("milliseconds", 1000.0)
+        for role, values in values_of.items():
+            if values:
+                shares = [100 * (number + 1) / len(values) for number in range(len(values))]
+                times = [factor * value for value in (values[0], *values)]
+                axes.step(times, [0, *shares], where="post", color=_COLOURS[role], lw=2, label=role)
         axes.set_ylim(0, 104)
-        axes.set_xlabel("milliseconds")
-        axes.set_ylabel("% of requests, at most")
-        _scale(axes, sorted(every))
+        axes.set_xlabel(unit)
+        axes.set_ylabel("% of tokens" if key == "gap" else "% of requests")
+        _scale(axes, every)
         _name(axes, models)
-        return Plot(
-            f"narrow-{key}", title, f"{note} Further left is better.", inline_svg(figure, f"narrow-{key}", title)
-        )
+        return Plot(key, title, note, inline_svg(figure, key, title))
 
 
 def _scale(axes, values: Sequence[float]) -> None:
     if values and values[-1] > _FAR * values[len(values) // 2] > 0:
         axes.set_xscale("log")
+        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            ticks(short_number)
     else:
         axes.set_xlim(left=0)
 
