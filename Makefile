@@ -1,6 +1,6 @@
 # Every target does its own set-up on a fresh machine with Python 3.11 or newer.
 #
-#   make demo      compress the bundled model and write a report
+#   make demo      compress the bundled model, write a report, let the result go on with a story
 #   make test      all tests but the full crash suite
 #   make lint      ruff, pyright, import-linter
 #   make crash     kill or fail a run at every system call that writes (needs strace; long)
@@ -32,6 +32,7 @@ setup: $(VENV)/.ready
 
 demo: setup
 	$(PY) -m compress run --recipe demo-w4 --output $(DEMO) --fresh
+	$(PY) -m compress generate $(DEMO) "One day a little fox found a red ball in the snow." --temperature 0.7 --seed 1
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
