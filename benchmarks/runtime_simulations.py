@@ -1,10 +1,11 @@
 """What the runtime's scheduler and pool do, without a model: waste of memory, batching, fairness, and what they cost.
 
-    python benchmarks/runtime_simulations.py --trace AzureLLMInferenceTrace_conv.csv [--step-time STEPTIME.json]
+    python benchmarks/runtime_simulations.py --trace AzureLLMInferenceTrace_conv.csv [--step-time JSON]
 
 All but the last figure are in virtual time, where a step takes base_s + token_s per token + slot_s per stored slot. The
 default is an assumption, an 8B model in bf16 on one H200 (16 GB of weights at 4.8 TB/s, 16 GFLOP per token at 500
-TFLOP/s, 128 KB per slot); --step-time takes a measured one. The last figure is CPU time of this machine.
+TFLOP/s, 128 KB per slot); --step-time adds a measured one for the long prompt. The last figure is CPU time of this
+machine.
 """
 
 import argparse
@@ -33,19 +34,20 @@ SIMULATED_REQUESTS = 1_500  # of the trace, from its beginning
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True, help="CSV with ContextTokens and GeneratedTokens")
-    parser.add_argument("--step-time", type=Path, help="JSON with base_s, token_s, slot_s")
+    parser.add_argument("--step-time", type=Path, help="JSON of step_time.py")
     parser.add_argument("--out", type=Path, default=tools.HERE / "results" / "runtime-simulations.json")
     asked = parser.parse_args()
-    step_time = StepTime(**json.loads(asked.step_time.read_text())) if asked.step_time else ASSUMED
+    measured = StepTime(**json.loads(asked.step_time.read_text())["step_time"]) if asked.step_time else None
     lengths = read_lengths(asked.trace)
     result = {
         "environment": tools.describe_machine() | {"threads": 1},
         "protocol": " ".join(__doc__.split("\n\n")[2].split()),
-        "step_time": dataclasses.asdict(step_time) | {"measured": bool(asked.step_time)},
-        "kv_waste": kv_waste(lengths, step_time),
+        "step_time": dataclasses.asdict(ASSUMED),
+        "kv_waste": kv_waste(lengths, ASSUMED),
         "continuous_batching": [continuous_batching(batch, seed) for batch in (8, 16, 32) for seed in range(3)],
-        "long_prompt": long_prompt(step_time),
-        "fairness": fairness(lengths, step_time),
+        "long_prompt": long_prompt(ASSUMED),
+        "long_prompt_measured": long_prompt(measured) if measured else None,
+        "fairness": fairness(lengths, ASSUMED),
         "bookkeeping": [bookkeeping(sequences) for sequences in (16, 64, 256)],
     }
     result["gates"] = gates(result)
@@ -115,7 +117,7 @@ def continuous_batching(batch: int, seed: int) -> dict[str, object]:
 def long_prompt(step_time: StepTime) -> dict[str, object]:
     """A prompt of 4,096 tokens comes among 16 decodes: the largest gap between their tokens, over the usual one."""
     budget = step_time.token_budget(decodes=16, slots=16 * 600, factor=1.4)
-    outcome: dict[str, object] = {"token_budget": budget}
+    outcome: dict[str, object] = {"step_time": dataclasses.asdict(step_time), "token_budget": budget}
     for name, chunked in (("chunked", True), ("unchunked", False)):
         simulated = simulator(step_time, token_budget=budget, chunked_prefill=chunked)
         for _ in range(16):
@@ -196,15 +198,16 @@ def bookkeeping(sequences: int, steps: int = 600) -> dict[str, object]:
 
 def gates(result: dict) -> dict[str, bool]:
     """What was promised, and whether it is so."""
-    prompt, waste = result["long_prompt"], result["kv_waste"]
+    waste = result["kv_waste"]
+    prompts = [one for one in (result["long_prompt"], result["long_prompt_measured"]) if one]
     return {
         "paged waste below 4 %": max(waste["paged"], waste["paged_over_time"]) < 0.04,
         "static waste above 60 %": min(waste["static"], waste["static_at_4096"]) > 0.6,
         "batching within 10 % of theory": all(
             abs(one["ratio_to_theory"] - 1) <= 0.1 for one in result["continuous_batching"]
         ),
-        "largest gap with chunks at most 1.5 x": prompt["chunked"]["largest_over_steady"] <= 1.5,
-        "largest gap without chunks at least 5 x": prompt["unchunked"]["largest_over_steady"] >= 5,
+        "largest gap with chunks at most 1.5 x": all(one["chunked"]["largest_over_steady"] <= 1.5 for one in prompts),
+        "largest gap without chunks at least 5 x": all(one["unchunked"]["largest_over_steady"] >= 5 for one in prompts),
         "vtc within its bound": result["fairness"]["vtc"]["largest_service_gap"] <= result["fairness"]["vtc"]["bound"],
         "vtc throughput within 2 % of fcfs": abs(result["fairness"]["throughput_vtc_over_fcfs"] - 1) <= 0.02,
         "bookkeeping at 256 sequences at most 1 ms": result["bookkeeping"][-1]["median_ms"] <= 1,

@@ -56,6 +56,7 @@ class Scheduler:
         self.preemptions = 0
         self.recorder = recorder
         self._clock = clock
+        self._page_tokens = pool.page.tokens
         self._sequences: dict[int, Sequence] = {}  # all that wait or run
         self._orders, self._indices = count(), count()
         self._in_flight: Step | None = None
@@ -128,7 +129,7 @@ class Scheduler:
         if not self._sequences:
             return None
         self.meter.observe(self.policy.tenants())
-        plan = Plan(self.settings.token_budget, self.pool.page.tokens, chunked=self.settings.chunked_prefill)
+        plan = Plan(self.settings.token_budget, self._page_tokens, chunked=self.settings.chunked_prefill)
         self._continue_running(plan)
         self._admit(plan)
         self.meter.observe(self.policy.tenants())
@@ -240,7 +241,7 @@ class Scheduler:
             if sequence is None:
                 return
             found = self.pool.lookup(sequence)
-            tokens = plan.chunk(len(sequence.tokens) - len(found) * self.pool.page.tokens)
+            tokens = plan.chunk(len(sequence.tokens) - len(found) * self._page_tokens)
             growth += self._growth(sequence)
             # Some pages stay with those who run, so that who comes in does not drive out another, or itself, at once.
             # Who is alone needs none: somebody always runs.
@@ -260,8 +261,10 @@ class Scheduler:
 
     def _plan_row(self, plan: Plan, sequence: Sequence, tokens: int) -> None:
         plan.add(sequence, tokens)
-        # Now, not after the step: its other rows may share what this one fills.
-        self.pool.register(sequence, sequence.kv_len[0] + tokens)
+        slots = sequence.kv_len[0] + tokens
+        if slots // self._page_tokens > sequence.registered:
+            # Now, not after the step: its other rows may share what this one fills.
+            self.pool.register(sequence, slots)
 
     # Bookkeeping
 
