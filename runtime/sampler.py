@@ -3,7 +3,8 @@
 A row's token is a function of its own logits, settings, history and random numbers: filters are thresholds on logits
 and the draw runs along the vocabulary, so that neither ties nor neighbours in the batch change it.
 
-Shape legend: R rows, V vocabulary, K candidates (the largest logits of a row, sorted).
+Shape legend: R rows, V vocabulary, K candidates (the largest logits of a row, sorted), B blocks of the
+vocabulary, W places in a block.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from runtime.params import SamplingParams
 
 _UNIFORMS = 64  # random numbers drawn at a time
-_CANDIDATES = 1024  # how many of the largest logits top-p looks at before it sorts the whole vocabulary
+_CANDIDATES = 256  # how many of the largest logits top-p looks at first …
+_MORE = 16  # … and by what factor more where those do not hold enough
+_BLOCK = 256  # weights that are summed up before one of them is chosen
 
 
 class Uniforms:
@@ -125,12 +129,32 @@ def _draw(logits_RV: Tensor, pickers: list[Picker]) -> list[int]:
     temperature_R1 = _column([params.temperature for params in settings], logits_RV, torch.float32)
     # the maximum goes first: the largest becomes 0, and no temperature can make it overflow
     scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R1
-    scaled_RV = scaled_RV.masked_fill(scaled_RV < _thresholds(scaled_RV, settings), -torch.inf)
-    cumulative_RV = scaled_RV.exp().cumsum(-1, dtype=torch.float64)
-    total_R1 = cumulative_RV[:, -1:]
+    weight_RV = scaled_RV.masked_fill(scaled_RV < _thresholds(scaled_RV, settings), -torch.inf).exp_()
     uniform_R1 = _column([picker.uniform() for picker in pickers], logits_RV, torch.float64)
-    target_R1 = torch.minimum(uniform_R1 * total_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))
-    return torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0].tolist()
+    return _invert(weight_RV, uniform_R1)[:, 0].tolist()
+
+
+def _invert(weight_RV: Tensor, uniform_R1: Tensor) -> Tensor:
+    """The index [R, 1] where the running sum of a row's weights passes that share of their total.
+
+    In two stages, blocks and then the one block: a running sum over the whole vocabulary takes many times as long.
+    """
+    vocabulary = weight_RV.shape[1]
+    weight_RBW = functional.pad(weight_RV, (0, -vocabulary % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    running_RB = weight_RBW.sum(-1, dtype=torch.float64).cumsum(-1)
+    target_R1 = _below(uniform_R1 * running_RB[:, -1:], running_RB)
+    block_R1 = torch.searchsorted(running_RB, target_R1, right=True)
+    before_R1 = functional.pad(running_RB, (1, 0)).gather(1, block_R1)
+    weight_RW = weight_RBW[torch.arange(len(block_R1), device=block_R1.device), block_R1[:, 0]]
+    running_RW = weight_RW.cumsum(-1, dtype=torch.float64)
+    within_R1 = torch.searchsorted(running_RW, _below(target_R1 - before_R1, running_RW), right=True)
+    return block_R1 * _BLOCK + within_R1
+
+
+def _below(target_R1: Tensor, running_RX: Tensor) -> Tensor:
+    """The target, at most just short of the total: rounding must not carry it past the last weight."""
+    total_R1 = running_RX[:, -1:]
+    return torch.minimum(target_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))
 
 
 def _thresholds(scaled_RV: Tensor, settings: list[SamplingParams]) -> Tensor:
@@ -149,18 +173,21 @@ def _sorted_thresholds(scaled_RV: Tensor, settings: list[SamplingParams], candid
     tops = [min(params.top_k or vocabulary, vocabulary) for params in settings]
     width = min(vocabulary, max(candidates, *(params.top_k for params in settings)))
     values_RK = scaled_RV.topk(width, dim=-1).values
-    cumulative_RK = values_RK.exp().cumsum(-1, dtype=torch.float64)
+    running_RK = values_RK.exp().cumsum(-1, dtype=torch.float64)
     last_R1 = _column([min(top, width) - 1 for top in tops], scaled_RV, torch.int64)
     whole_R1 = scaled_RV.exp().sum(-1, keepdim=True, dtype=torch.float64)
     is_top_k_R1 = _column([top < vocabulary for top in tops], scaled_RV, torch.bool)
-    total_R1 = torch.where(is_top_k_R1, cumulative_RK.gather(1, last_R1), whole_R1)
+    total_R1 = torch.where(is_top_k_R1, running_RK.gather(1, last_R1), whole_R1)
     top_p_R1 = _column([params.top_p for params in settings], scaled_RV, torch.float64)
     # a token stays while those before it hold less than top_p; the last one that stays is the border
-    kept_R1 = (cumulative_RK < top_p_R1 * total_R1).sum(-1, keepdim=True)
-    if width < vocabulary and bool(((kept_R1 >= width) & ~is_top_k_R1).any()):
-        return _sorted_thresholds(scaled_RV, settings, vocabulary)
+    kept_R1 = (running_RK < top_p_R1 * total_R1).sum(-1, keepdim=True)
     border_R1 = torch.where(top_p_R1 < 1.0, torch.minimum(kept_R1, last_R1), last_R1)
-    return values_RK.gather(1, border_R1)
+    least_R1 = values_RK.gather(1, border_R1)
+    short = ((kept_R1 >= width) & ~is_top_k_R1)[:, 0].nonzero()[:, 0].tolist() if width < vocabulary else []
+    if short:  # the candidates do not hold top_p of the whole
+        more_RV, their_settings = _rows(scaled_RV, short), [settings[row] for row in short]
+        least_R1[short] = _sorted_thresholds(more_RV, their_settings, _MORE * candidates)
+    return least_R1
 
 
 def _column(values: list, like: Tensor, dtype: torch.dtype) -> Tensor:

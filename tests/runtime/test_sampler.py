@@ -83,7 +83,23 @@ def test_top_p_is_right_where_the_candidates_do_not_hold_enough(monkeypatch: pyt
     pickers = [Picker(params, [], seed=str(row)) for row in range(40)]
     wide = sample(logits_RV, pickers)
     monkeypatch.setattr(runtime.sampler, "_CANDIDATES", 4)
+    monkeypatch.setattr(runtime.sampler, "_MORE", 3)
     assert sample(logits_RV, [Picker(params, [], seed=str(row)) for row in range(40)]) == wide
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 255, 256, 257, 1000])
+def test_large_vocabularies_are_drawn_from_evenly(vocabulary: int) -> None:
+    """Every share of the whole leads to the token that a running sum over the whole vocabulary gives."""
+    weight_RV = random_logits(1, seed=5, vocabulary=vocabulary).exp().expand(400, -1).contiguous()
+    weight_RV[:, vocabulary // 3 : vocabulary // 2] = 0.0
+    uniform_R1 = torch.linspace(0, 1, 400, dtype=torch.float64)[:, None]
+    running_V = weight_RV[0].double().cumsum(0)
+    found = runtime.sampler._invert(weight_RV, uniform_R1)[:, 0].tolist()
+    for share, index in zip(uniform_R1[:, 0].tolist(), found, strict=True):
+        target = share * float(running_V[-1])
+        assert weight_RV[0, index] > 0
+        before = float(running_V[index - 1]) if index else 0.0
+        assert before - 1e-6 * target <= target <= float(running_V[index]) * (1 + 1e-6)
 
 
 def test_ties_at_the_border_are_all_kept() -> None:
