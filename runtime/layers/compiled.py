@@ -1,8 +1,9 @@
 """Low-bit weights through the compiled kernels of `native`: any scheme, kept as it is packed, fp32 sums.
 
-Few rows go through the kernel, which reads the codes once for up to four of them. For more rows, tiles of output
-channels are dequantized and multiplied by BLAS, as a dense layer is; benchmarks/low_bit_linear.py shows where the two
-meet. 8-bit inputs are rounded as the format says.
+Few rows go through the kernel, which reads the codes once for up to four of them; where the CPU has AVX2 it takes
+inputs as whole numbers of 16 bits with a scale for each block of them, which is closer to them than bf16. For more
+rows, tiles of output channels are dequantized and multiplied by BLAS, as a dense layer is; benchmarks/low_bit_linear.py
+shows where the two meet. 8-bit inputs are rounded as the format says.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from compress.core.levels import table
 from compress.core.tensors import QuantTensor, pack_rows
 from runtime.layers.activations import rounded_inputs
 from runtime.layers.base import LinearLayer
-from runtime.layers.native import KINDS, Weight, kernels
+from runtime.layers.native import KINDS, LEAST_CHANNELS, Weight, kernels
 
 _TILE_WEIGHTS = 1 << 20
-_FEW_ROWS, _FEW_ROWS_OF_FLOATS = 16, 8  # float levels take more instructions to make
+_MANY_ROWS = 64  # from here on BLAS is faster, for integers in groups of
+_LARGE_GROUP_BYTES = 64
+_MANY_ROWS_OTHERWISE = 24
 _BLOCK_BYTES = 8
 
 
 def fits_kernels(weight: QuantTensor) -> bool:
-    """Whether groups are whole blocks and the kernels could be compiled."""
+    """Whether groups are whole blocks, there are enough output channels, and the kernels could be compiled."""
     size = weight.scheme.group_size
-    return (size == -1 or size * _kept_bits(weight) % (8 * _BLOCK_BYTES) == 0) and kernels().library is not None
+    whole = size == -1 or size * _kept_bits(weight) % (8 * _BLOCK_BYTES) == 0
+    return whole and weight.shape[0] >= LEAST_CHANNELS and kernels().library is not None
 
 
 class CompiledLinear(LinearLayer):
@@ -50,13 +54,14 @@ class CompiledLinear(LinearLayer):
         self._described = self._description()
 
     @property
-    def few_rows(self) -> int:
-        """Most rows that go through the kernel."""
-        return _FEW_ROWS if self.scheme.dtype == "int" else _FEW_ROWS_OF_FLOATS
+    def many_rows(self) -> int:
+        """The number of rows from which on weights are dequantized."""
+        large = self._described.group_bytes >= _LARGE_GROUP_BYTES
+        return _MANY_ROWS if large and self.scheme.dtype == "int" else _MANY_ROWS_OTHERWISE
 
     def product(self, x_MK: Tensor) -> Tensor:
         rounded_MK = rounded_inputs(x_MK.float(), self.scheme)
-        if len(x_MK) <= self.few_rows:
+        if len(x_MK) < self.many_rows:
             return kernels().product(self._current(), rounded_MK)
         return self._many_rows(rounded_MK.to(x_MK.dtype))
 

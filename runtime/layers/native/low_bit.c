@@ -10,34 +10,19 @@
    The order of sums of a row does not depend on the other rows. Shapes: M rows, K input channels, O output channels, G
    groups, B bytes of an output channel (a multiple of 8, as are those of a group). */
 
-#include <stdint.h>
+#include "low_bit.h"
+
 #include <stdlib.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 #define LANES 8
-#define MOST_ROWS 4
-#define MOST_CHANNELS 4
-#define TILE 16 /* output channels whose codes stay in the cache while all rows meet them */
-#define INLINE static inline __attribute__((always_inline))
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef float floats_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* anywhere in memory */
 typedef uint8_t bytes_at __attribute__((vector_size(LANES), aligned(1), may_alias));
-
-enum kind { INTEGER, TABLE, FP8 };
-
-typedef struct {          /* ctypes mirrors it in __init__.py */
-    const uint8_t *codes; /* [O][B] */
-    const float *scale;   /* [O][G] */
-    const uint8_t *zero;  /* [O][G], or NULL: `middle` for all */
-    const float *table;   /* 16 levels, or NULL */
-    int64_t rows, width, row_bytes, groups, group_bytes;
-    float middle;
-    int32_t bits, kind;
-} weight;
 
 INLINE ints widen(const uint8_t *from) {
 #ifdef __AVX2__ /* gcc takes several instructions for what is one */
@@ -111,18 +96,15 @@ INLINE void channels(const weight *w, int64_t o, const int bits, const enum kind
     else if (w->bits == 4) channels(w, o, 4, INTEGER, R, M, x, x_sum, y);                             \
     else channels(w, o, 8, INTEGER, R, M, x, x_sum, y)
 
-/* Output channels [o, end) for 1, 2 or 4 rows, several at a time while there are so many. */
-static void product_of(const weight *w, int64_t o, int64_t end, int M, const float *x, const float *x_sum, float *y) {
-    const int64_t at_once = M == 4 ? 2 : 4;
-    for (; o + at_once <= end; o += at_once) {
+/* At least MOST_CHANNELS output channels [first, end) for 1, 2 or 4 rows. The last ones may be done twice. */
+static void product_of(const weight *w, int64_t first, int64_t end, int M, const float *x, const float *x_sum,
+        float *y) {
+    const int64_t at_once = M == 4 ? 2 : MOST_CHANNELS;
+    for (int64_t next = first; next < end; next += at_once) {
+        const int64_t o = next < end - at_once ? next : end - at_once;
         if (M == 1) { OF_KIND(4, 1); }
         else if (M == 2) { OF_KIND(4, 2); }
         else { OF_KIND(2, 4); }
-    }
-    for (; o < end; o++) {
-        if (M == 1) { OF_KIND(1, 1); }
-        else if (M == 2) { OF_KIND(1, 2); }
-        else { OF_KIND(1, 4); }
     }
 }
 
@@ -151,12 +133,8 @@ static void arrange(const weight *w, int64_t M, const float *x, float *to, float
     }
 }
 
-/* How many rows to take at once when `left` are left. */
-INLINE int rows_at_once(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
-
-/* y [M][O] = x Wt for x [M][K]. 0, or 1 if there is no memory. */
 int low_bit_product(const weight *w, int64_t M, const float *x, float *y, int threads) {
-    const int64_t wide = 8 / w->bits * w->row_bytes, tiles = (w->rows + TILE - 1) / TILE;
+    const int64_t wide = 8 / w->bits * w->row_bytes, tiles = tiles_of(w);
     float *arranged = malloc(sizeof(float) * (size_t)(M * (wide + w->groups)));
     if (!arranged) return 1;
     float *x_sum = arranged + M * wide;
@@ -164,7 +142,7 @@ int low_bit_product(const weight *w, int64_t M, const float *x, float *y, int th
         arrange(w, rows_at_once(M - m), x + m * w->width, arranged + m * wide, x_sum + m * w->groups);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t tile = 0; tile < tiles; tile++) {
-        const int64_t o = tile * TILE, end = o + TILE < w->rows ? o + TILE : w->rows;
+        const int64_t o = tile * TILE, end = tile == tiles - 1 ? w->rows : o + TILE;
         for (int64_t m = 0; m < M; m += rows_at_once(M - m))
             product_of(w, o, end, rows_at_once(M - m), arranged + m * wide, x_sum + m * w->groups, y + m * w->rows);
     }
