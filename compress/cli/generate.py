@@ -48,10 +48,12 @@ def generate(
 
     The answer alone goes to standard output. A final newline of a prompt from a file or standard input is left out.
     """
-    from runtime.params import SamplingParams
+    from compress.cli.interrupted import ends_when_interrupted
 
     output = speak(json=json, quiet=quiet)
     opt.check_numerics(numerics)
+    from runtime.params import SamplingParams
+
     text = _prompt(prompt, file)
     params = SamplingParams(
         max_tokens=_USUAL_TOKENS if max_tokens is None else max_tokens, temperature=temperature, top_k=top_k,
@@ -59,18 +61,25 @@ def generate(
     )  # fmt: skip
     if params.greedy and (n > 1 or (top_k, top_p, min_p, seed) != (0, 1.0, 0.0, None)):
         output.tell("temperature 0 always takes the likeliest token: give --temperature to sample", style="yellow")
-    if chat:
-        text = _chat_prompt(artifact, text)
+    with ends_when_interrupted(output, "generate"):
+        if chat:
+            text = _chat_prompt(artifact, text)
+        llm = _load(output, artifact, numerics, opt.choose_device(device))
+        ids = llm.encode(text, special_tokens=not chat)
+        if max_tokens is None:
+            params = _fitting(params, llm.max_length - len(ids))
+        _answer(output, llm, ids, params)
+
+
+def _load(output: Output, artifact: Path, numerics: str, device: str) -> "LLM":
+    """The model, and what there is to say about its layers."""
     from compress.benchmark.fallbacks import sentences
     from runtime.llm import LLM
 
-    llm = LLM(artifact, numerics=numerics, device=opt.choose_device(device))  # type: ignore[arg-type]  checked above
+    llm = LLM(artifact, numerics=numerics, device=device)  # type: ignore[arg-type]  numerics are checked
     for sentence in sentences(llm.engine.runner.model.slow_reasons):
         output.tell(sentence, style="yellow")
-    ids = llm.encode(text, special_tokens=not chat)
-    if max_tokens is None:
-        params = _fitting(params, llm.max_length - len(ids))
-    _answer(output, llm, ids, params)
+    return llm
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

@@ -11,6 +11,9 @@ _COLOURS = {"artifact": ACCENT, "original": SECOND}
 _FAR = 8
 """Largest over median from which on an axis is logarithmic."""
 
+_CROWDED = 20
+"""Largest over smallest from which on such an axis names powers of ten only."""
+
 
 def latency_plots(models: Sequence[Mapping[str, Any]]) -> list[Plot]:
     """How latencies are spread, small: they stand side by side."""
@@ -49,8 +52,9 @@ def _latencies(models: Sequence[Mapping[str, Any]], key: str, title: str, note: 
 def _scale(axes, values: Sequence[float]) -> None:
     if values and values[-1] > _FAR * values[len(values) // 2] > 0:
         axes.set_xscale("log")
-        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            ticks(short_number)
+        axes.xaxis.set_major_formatter(short_number)
+        crowded = values[-1] > _CROWDED * values[0]
+        axes.xaxis.set_minor_formatter((lambda value, position: "") if crowded else short_number)
     else:
         axes.set_xlim(left=0)
 
