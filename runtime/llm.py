@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast
 
@@ -19,15 +19,17 @@ import torch
 
 from compress.core._model_folder import TOKENIZER_FILES, read_json
 from compress.core.errors import InputError, UsageError
+from runtime.completion import Completion, Drafts
 from runtime.engine import Engine, EngineSettings, EngineStats
 from runtime.loader import load
-from runtime.logprobs import TokenLogprobs
 from runtime.memory import allocate
 from runtime.params import SamplingParams, SamplingSettings
 from runtime.runner import Runner
-from runtime.sample import PromptLogprobs, Update
+from runtime.sample import Update
 from runtime.scheduler import QueueFull, SchedulerSettings
 from runtime.trace import Recorder
+
+__all__ = ["LLM", "Completion", "Prompt", "SchedulerKeywords"]
 
 Prompt = str | Sequence[int]
 
@@ -45,18 +47,6 @@ class SchedulerKeywords(TypedDict, total=False):
     tenant_weights: dict[str, float]
     input_weight: float
     output_weight: float
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a prompt became. `index` tells the completions of one prompt apart (n > 1); see Update for the rest."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: PromptLogprobs | None = None
-    index: int = 0
 
 
 class LLM:
@@ -139,7 +129,7 @@ class LLM:
         Raises UsageError for bad settings and prompts, RequestTooLong for a prompt that can never fit.
         """
         encoded = [self.encode(prompt, special_tokens=special_tokens) for prompt in _listed(prompts)]
-        drafts = _Drafts()
+        drafts = Drafts()
         with ExitStack() as interrupted:
             interrupted.callback(self._drop, drafts)
             for prompt, its_params in zip(encoded, _params(params, settings, len(encoded)), strict=True):
@@ -157,14 +147,16 @@ class LLM:
         special_tokens: bool = True,
         **settings: Unpack[SamplingSettings],
     ) -> Iterator[Update]:
-        """Complete one prompt, telling what is new step by step. To stop early, close the iterator: that aborts."""
-        [its_params] = _params(params, settings, 1)
-        name = self.engine.add(self.encode(prompt, special_tokens=special_tokens), its_params)
-        return self._stream(name, its_params.n)
+        """Complete one prompt, telling what is new step by step. To stop early, close the iterator: that aborts.
 
-    def _stream(self, name: str, samples: int) -> Iterator[Update]:
-        drafts = _Drafts()
-        drafts.expect(name, samples)
+        Bad settings are refused at once; the prompt is taken in when the first update is asked for.
+        """
+        [its_params] = _params(params, settings, 1)
+        return self._stream(self.encode(prompt, special_tokens=special_tokens), its_params)
+
+    def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Update]:
+        drafts = Drafts()
+        drafts.expect(self.engine.add(prompt, params), params.n)
         try:
             while drafts.open:
                 news = self._news_of(drafts)
@@ -215,14 +207,14 @@ class LLM:
         """Counts of steps, tokens, pages and requests."""
         return self.engine.stats()
 
-    def _add_when_possible(self, prompt: list[int], params: SamplingParams, drafts: _Drafts) -> str:
+    def _add_when_possible(self, prompt: list[int], params: SamplingParams, drafts: Drafts) -> str:
         while True:
             try:
                 return self.engine.add(prompt, params)
             except QueueFull:
                 drafts.take(self._news_of(drafts))
 
-    def _news_of(self, drafts: _Drafts) -> list[Update]:
+    def _news_of(self, drafts: Drafts) -> list[Update]:
         """News of some requests, after one more step if there are none yet; those of others are kept."""
         if not any(update.request in drafts for update in self._kept):
             self._kept += self.engine.step()
@@ -230,57 +222,11 @@ class LLM:
         self._kept = [update for update in self._kept if update.request not in drafts]
         return mine
 
-    def _drop(self, drafts: _Drafts) -> None:
+    def _drop(self, drafts: Drafts) -> None:
         """Nobody will ask about these any more."""
         for request in drafts.unfinished():
             self.engine.forget(request)
         self._kept = [update for update in self._kept if update.request not in drafts]
-
-
-class _Drafts:
-    """Completions in the making, in the order of their requests."""
-
-    def __init__(self) -> None:
-        self._updates: dict[str, list[list[Update]]] = {}  # by request, then index
-        self._left: dict[str, int] = {}  # unfinished completions by request
-
-    def __contains__(self, request: str) -> bool:
-        return request in self._updates
-
-    @property
-    def open(self) -> bool:
-        """Whether any is unfinished."""
-        return bool(self._left)
-
-    def unfinished(self) -> list[str]:
-        """Requests that have not ended."""
-        return list(self._left)
-
-    def expect(self, request: str, samples: int) -> None:
-        self._updates[request] = [[] for _ in range(samples)]
-        self._left[request] = samples
-
-    def take(self, updates: list[Update]) -> None:
-        for update in updates:
-            self._updates[update.request][update.index].append(update)
-            if update.finish_reason is not None:
-                self._left[update.request] -= 1
-                if not self._left[update.request]:
-                    del self._left[update.request]
-
-    def completions(self) -> list[Completion]:
-        return [_completion(updates) for samples in self._updates.values() for updates in samples]
-
-
-def _completion(updates: list[Update]) -> Completion:
-    return Completion(
-        "".join(update.text for update in updates),
-        tuple(token for update in updates for token in update.token_ids),
-        updates[-1].finish_reason or "",
-        tuple(entry for update in updates for entry in update.logprobs),
-        next((update.prompt_logprobs for update in updates if update.prompt_logprobs is not None), None),
-        updates[-1].index,
-    )
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,7 +71,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(REQUESTS)
 def test_a_requests_tokens_do_not_depend_on_the_schedule(requests: list[tuple]) -> None:
     """Non-determinism: whatever is chunked, cached, preempted or batched, the same tokens come out."""
@@ -448,6 +450,17 @@ def test_forgotten_requests_say_nothing_more() -> None:
     engine.forget("r")
     assert not engine.has_work
     assert engine.stats().pages.owned == 0
+
+
+def test_the_engine_needs_neither_transformers_nor_pydantic() -> None:
+    """It runs on bare GPU machines."""
+    script = (
+        "import sys, runtime.engine, runtime.memory, runtime.trace\n"
+        "sys.exit(', '.join({'transformers', 'tokenizers', 'pydantic', 'datasets', 'psutil'} & set(sys.modules)) or 0)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root)
+    assert result.returncode == 0, result.stderr
 
 
 def test_steps_are_recorded_and_replayed(tmp_path: Path) -> None:

@@ -128,6 +128,13 @@ def test_closing_a_stream_frees_its_pages(demo: LLM) -> None:
     assert not demo.has_work
 
 
+def test_a_stream_that_nobody_reads_costs_nothing(demo: LLM) -> None:
+    demo.stream("The sun", max_tokens=200)
+    assert not demo.has_work
+    with pytest.raises(UsageError, match="top_p"):
+        demo.stream("The sun", top_p=7)
+
+
 def test_a_refused_prompt_leaves_nothing_behind(demo: LLM) -> None:
     with pytest.raises(RequestTooLong, match="512"):
         demo.generate(["The sun", [5] * 600], max_tokens=10)
@@ -136,7 +143,7 @@ def test_a_refused_prompt_leaves_nothing_behind(demo: LLM) -> None:
 
 
 def test_step_by_step(demo: LLM) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=200)
+    params = SamplingParams(temperature=0.0, max_tokens=30)
     demo.add("The sun", params, "kept", tenant="a", priority=1)
     demo.add("A dog", params, "dropped")
     demo.step()
