@@ -44,12 +44,11 @@ class Build:
 def attentions() -> Iterator[Build]:
     for group, width, decode, segments, dtype, window, softcap in [
         (4, 128, True, 8, "bf16", False, False),
-        (3, 64, True, 8, "fp16", True, True),
+        (3, 96, True, 8, "fp16", True, True),
         (2, 256, True, 4, "bf16", True, True),
         (4, 128, False, 1, "bf16", False, False),
-        (1, 96, True, 1, "fp16", True, False),
         (2, 256, False, 1, "bf16", True, True),
-        (2, 128, False, 1, "fp32", False, True),
+        (1, 64, False, 1, "fp32", False, True),
     ]:
         tile = attention.tile_for(decode=decode, group=group, width=width, element_bytes=TYPES[dtype])
         constants = {
