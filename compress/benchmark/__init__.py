@@ -115,6 +115,7 @@ def _summed_up(model: _Model, rounds: Sequence[Measurement]) -> dict[str, Any]:
     return {
         "role": model.role,
         "name": model.name,
+        "computes_in": rounds[0].computes_in,
         "figures": figures(rounds),
         "memory": memory(rounds, model.disk_bytes),
         "fallbacks": fallbacks(rounds),

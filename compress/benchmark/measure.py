@@ -73,6 +73,7 @@ class Measurement:
     peak_bytes: int  # of the process, or of the GPU's allocator
     peak_of: str
     slow_layers: dict[str, str]
+    computes_in: str  # the dtype of activations
 
     @property
     def seconds(self) -> float:
@@ -105,6 +106,7 @@ def measure(
         memory.peak_bytes if gpu_bytes is None else gpu_bytes,
         "this process" if gpu_bytes is None else "the GPU",
         dict(llm.engine.runner.model.slow_reasons),
+        str(llm.engine.runner.model.dtype).removeprefix("torch."),
     )
     del llm
     gc.collect()

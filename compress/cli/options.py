@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+NUMERICS = ("fast", "exact")
+
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Names of shipped recipes for the shell's completion."""
@@ -32,7 +34,10 @@ Set = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")]
 DType = Annotated[str, typer.Option("--dtype", help="Dtype to compute in: auto (the model's), float32, bfloat16.")]
-Numerics = Annotated[str, typer.Option("--numerics", help="Of the runtime: fast, or exact (fp32).")]
+Numerics = Annotated[
+    str,
+    typer.Option("--numerics", help="Of the runtime: fast, or exact (fp32).", autocompletion=lambda: [*NUMERICS]),
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Use nothing that is not on this machine.")]
 AllowCode = Annotated[
     list[str] | None,
@@ -89,6 +94,6 @@ def check_numerics(numerics: str) -> str:
     """`numerics` if the runtime knows it."""
     from compress.core.errors import UsageError
 
-    if numerics not in ("fast", "exact"):
+    if numerics not in NUMERICS:
         raise UsageError(f"--numerics is fast or exact, not {numerics!r}")
     return numerics

@@ -89,7 +89,7 @@ def speed_report(result: Mapping[str, Any]) -> SpeedReport:
         fallbacks=[_fallback(model["role"], item) for model in models for item in model["fallbacks"]],
         small_plots=latency_plots(models),
         plots=course_plots(models),
-        workload=_workload(workload, settings),
+        workload=_workload(workload, settings, models[0]["computes_in"]),
         environment=[(key, str(value)) for key, value in result["environment"].items() if value is not None],
     )
 
@@ -189,7 +189,7 @@ def _fallback(role: str, item: Mapping[str, Any]) -> tuple[str, str]:
     return f"{role}: {some}", f"no fast path: {item['reason']}"
 
 
-def _workload(workload: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _workload(workload: Mapping[str, Any], settings: Mapping[str, Any], dtype: str) -> list[tuple[str, str]]:
     say: dict[str, tuple[str, Callable[[Any], str]]] = {
         "source": ("requests", str),
         "prompt_tokens": ("prompt tokens", lambda count: f"{count:,}"),
@@ -200,5 +200,6 @@ def _workload(workload: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
     }
     told = [(title, text(workload[key])) for key, (title, text) in say.items()]
     rounds = settings["rounds"]
-    each = "one pass" if rounds == 1 else f"{rounds} passes each; medians of the passes, percentiles of each pass first"
+    each = "one pass" if rounds == 1 else f"{rounds} passes each, of whose figures these are the medians"
+    told.append(("numerics", f"{settings['numerics']}: activations in {dtype}, on {settings['device']}"))
     return [*told, ("passes", f"{each}; the prefix cache is empty at the start, a short warm-up is not counted")]

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from compress.report import compare, write_report
+from compress.report.speed import write_speed_report
 from tests.hostile_names import HOSTILE
+from tests.sample_benchmark import sample_benchmark
 from tests.sample_run import sample_run
 
 pytestmark = pytest.mark.browser
@@ -96,3 +98,15 @@ def test_a_comparison_is_laid_out_and_hostile_names_run_nothing(chromium, tmp_pa
     assert said["rows"] == 3
     assert any(item["tag"] == "svg" and item["height"] > 60 for item in said["seen"])
     assert said["page"]["width"] <= said["page"]["window"]
+
+
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_benchmark_s_page_is_laid_out_at_desktop_and_phone_width(chromium, tmp_path, width):
+    page, _, _ = write_speed_report(sample_benchmark(), tmp_path / "report")
+    said = look(chromium, page, tmp_path / "profile", width)
+    pictures = {item["key"]: item for item in said["seen"] if item["tag"] == "svg"}
+    assert pictures.keys() == {"first_token", "per_token", "gap", "tokens", "requests"}
+    assert all(item["width"] > 250 and item["height"] > 100 for item in pictures.values()), pictures
+    assert sum(item["tag"] == "table" and item["height"] > 60 for item in said["seen"]) == 4
+    assert said["page"]["width"] <= said["page"]["window"]
+    assert said["resources"] == []

@@ -124,7 +124,12 @@ def test_the_public_names_are_there() -> None:
 
 
 def test_the_shell_completes_commands_and_recipe_names() -> None:
-    for words, expected in (("compress rec", "recipes"), ("compress run --recipe demo", "demo-w4")):
+    for words, expected in (
+        ("compress rec", "recipes"),
+        ("compress run --recipe demo", "demo-w4"),
+        ("compress gen", "generate"),
+        ("compress bench folder --numerics e", "exact"),
+    ):
         environment = {
             **os.environ,
             "_COMPRESS_COMPLETE": "complete_bash",
