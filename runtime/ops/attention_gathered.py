@@ -56,7 +56,7 @@ def attend_gathered(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """`paged_attention`, as fast as torch alone gets it; rows depend on their neighbours in the last bits."""
+    """`paged_attention`, as fast as it gets here; rows may depend on their neighbours in the last bits."""
     block, groups, width = k_PBGD.shape[1:]
     compiled = uses_native(q_THD) and native.takes(q_THD, k_PBGD, v_PBGD)
     key = "gathered", block, groups * width, window, compiled
