@@ -6,7 +6,6 @@ Shape legend: R rows, one per completion, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -42,4 +41,4 @@ def _logprobs(logits_RV: Tensor, samples: Sequence[Sample], tokens: Sequence[int
         return {}
     chosen = [token for row, token in enumerate(tokens) if row in asked and token is not None]
     found = token_logprobs(logits_RV[list(asked)], chosen, max(asked.values()))
-    return {row: replace(entry, top=entry.top[:top]) for (row, top), entry in zip(asked.items(), found, strict=True)}
+    return {row: entry.with_top(top) for (row, top), entry in zip(asked.items(), found, strict=True)}

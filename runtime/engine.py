@@ -7,7 +7,6 @@ It belongs to one thread; a server calls it from one.
 from __future__ import annotations
 
 import itertools
-import math
 import secrets
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from compress.core.errors import UsageError
 from runtime.blocks import BlockPool, PoolStatistics
 from runtime.choice import Choice, choose
 from runtime.detokenizer import Decoder, decoder_of
-from runtime.logprobs import token_logprobs
+from runtime.logprobs import TokenLogprobs, token_logprobs
 from runtime.params import SamplingParams
 from runtime.runner import Runner, StepLogits
 from runtime.sample import Sample, Update
@@ -217,7 +216,7 @@ class Engine:
         with ExitStack() as failure:
             failure.callback(self._abandon)
             found = self.runner.run(step, wanted)
-            broken = [id for id in found.prompts if not self._score_prompt(id, wanted[id], found)]
+            broken = self._score_prompts(wanted, found)
             choices = self._choose(found)
             failure.pop_all()
         self._steps += 1
@@ -241,14 +240,18 @@ class Engine:
         scores = self._samples[row.sequence].scores
         return range(0) if scores is None else scores.wanted(row.start, row.start + len(row.tokens))
 
-    def _score_prompt(self, id: int, positions: range, found: StepLogits) -> bool:
-        """Take down the log-probabilities of some prompt tokens; False if they are no numbers."""
-        scores = self._samples[id].scores
-        if scores is None:
-            return True
-        logprobs = token_logprobs(found.logits_NV[found.prompts[id]], scores.targets(positions), scores.top)
-        scores.take(logprobs)
-        return not any(math.isnan(entry.logprob) for entry in logprobs)
+    def _score_prompts(self, wanted: dict[int, range], found: StepLogits) -> list[int]:
+        """Take down the log-probabilities of prompt tokens; the sequences of which some are no numbers."""
+        scores = {id: scores for id in wanted if (scores := self._samples[id].scores) is not None}
+        if found.prompts_NK is None:
+            return []
+        targets = [token for id, its_scores in scores.items() for token in its_scores.targets(wanted[id])]
+        top = max(its_scores.top for its_scores in scores.values())
+        logprobs: list[TokenLogprobs] = []
+        for logits_NV in self.runner.logits(found.prompts_NK):
+            logprobs += token_logprobs(logits_NV, targets[len(logprobs) :][: len(logits_NV)], top)
+        rest = iter(logprobs)
+        return [id for id, its_scores in scores.items() if not its_scores.take(itertools.islice(rest, len(wanted[id])))]
 
     def _choose(self, found: StepLogits) -> dict[int, list[Choice]]:
         """What each sequence that samples goes on with; where siblings wait for its prompt, theirs after its own."""

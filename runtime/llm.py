@@ -88,7 +88,8 @@ class LLM:
         cache, pool, ledger = allocate(
             model, block_size, self.max_length, settings, _bytes("memory", memory), _bytes("kv_bytes", kv_bytes)
         )
-        graph_pages = pool.pages_for(self.max_length) if cuda_graphs and cache.pages > pool.pages else 0
+        captures = cuda_graphs and model.capturable and cache.pages > pool.pages
+        graph_pages = pool.pages_for(self.max_length) if captures else 0
         runner = Runner(model, cache, device, graph_pages=graph_pages, most_rows=settings.max_sequences)
         self.ledger = replace(ledger, graphs_bytes=runner.graphs_bytes)
         self._recorder = None if record is None else Recorder(Path(record))

@@ -6,12 +6,10 @@ Shape legend: R rows (one per token asked about), V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-
-_PIECE_ELEMENTS = 1 << 24  # logits looked at in one go, so that temporaries stay below 64 MiB each
 
 
 @dataclass(frozen=True)
@@ -23,17 +21,13 @@ class TokenLogprobs:
     rank: int
     top: tuple[tuple[int, float], ...] = ()
 
+    def with_top(self, count: int) -> TokenLogprobs:
+        """The same with no more than `count` of the likeliest tokens."""
+        return self if len(self.top) <= count else replace(self, top=self.top[:count])
+
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
     """Row i says how likely `tokens[i]` was, with the `top` likeliest tokens of the row beside it."""
-    rows = max(1, _PIECE_ELEMENTS // logits_RV.shape[1])
-    found: list[TokenLogprobs] = []
-    for first in range(0, len(tokens), rows):
-        found += _piece(logits_RV[first : first + rows], tokens[first : first + rows], top)
-    return found
-
-
-def _piece(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
     logits_RV = logits_RV.float()
     token_R1 = torch.tensor(tokens, dtype=torch.int64, device=logits_RV.device)[:, None]
     total_R1 = logits_RV.logsumexp(-1, keepdim=True)

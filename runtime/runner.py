@@ -1,11 +1,11 @@
 """From a step, as the scheduler decided it, to logits: page copies, the flat batch, one forward pass.
 
-Shape suffixes: T tokens of the flat batch, N rows whose logits are wanted, V vocabulary.
+Shape suffixes: T tokens of the flat batch, N rows whose logits are wanted, K hidden channels, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,17 @@ from runtime.step import Step
 if TYPE_CHECKING:
     from runtime.graphs import DecodeGraphs
 
+_PIECE_LOGITS = 1 << 24  # logits of prompts that are there at once: 64 MiB
+
 
 @dataclass(frozen=True)
 class StepLogits:
-    """fp32 logits [N, V]: row i < len(sampled) is where sequence `sampled[i]` chooses its next token; the rows
-    `prompts[sequence]` foretell tokens of that sequence's prompt."""
+    """Row i of the fp32 logits [N, V] is where sequence `sampled[i]` chooses its next token. `prompts_NK` are the
+    hidden rows of all positions that were wanted beside them, for Runner.logits."""
 
     logits_NV: Tensor
     sampled: tuple[int, ...]
-    prompts: Mapping[int, slice]
+    prompts_NK: Tensor | None = None
 
 
 class Runner:
@@ -53,7 +55,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: Step, wanted: Mapping[int, range]) -> StepLogits:
-        """Logits of every row that samples and, beside them, of the positions `wanted` of some sequences."""
+        """Logits of every row that samples, and what is needed for those of the positions `wanted`, by sequence."""
         self.cache.copy_pages(step.copies)
         rows = step.rows
         batch = AttentionBatch.build(
@@ -65,14 +67,26 @@ class Runner:
             device=self.device,
         )
         ids_T = torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int64, device=self.device)
-        indices, sampled, prompts = _logit_rows(step, batch.starts, wanted)
-        return StepLogits(self._logits(ids_T, batch, indices), sampled, prompts)
+        sampling = [(row.sequence, end - 1) for row, end in zip(rows, batch.starts[1:], strict=True) if row.samples]
+        index_N = torch.tensor([index for _, index in sampling], dtype=torch.int64, device=self.device)
+        sampled = tuple(sequence for sequence, _ in sampling)
+        if not wanted:
+            return StepLogits(self._logits(ids_T, batch, index_N), sampled)
+        offsets = {row.sequence: start - row.start for row, start in zip(rows, batch.starts, strict=False)}
+        prompts = [offsets[sequence] + position for sequence, positions in wanted.items() for position in positions]
+        x_TK = self.model.hidden(ids_T, batch, self.cache)
+        prompts_NK = x_TK[torch.tensor(prompts, dtype=torch.int64, device=self.device)]
+        return StepLogits(self.model.logits(x_TK[index_N]), sampled, prompts_NK)
 
-    def _logits(self, ids_T: Tensor, batch: AttentionBatch, indices: list[int]) -> Tensor:
-        index_N = torch.tensor(indices, dtype=torch.int64, device=self.device)
+    def logits(self, x_NK: Tensor) -> Iterator[Tensor]:
+        """fp32 logits [N, V] of hidden rows, in pieces [n, V] of bounded size: all rows of a prompt would be large."""
+        for piece_NK in x_NK.split(max(1, _PIECE_LOGITS // self.vocabulary)):
+            yield self.model.logits(piece_NK)
+
+    def _logits(self, ids_T: Tensor, batch: AttentionBatch, index_N: Tensor) -> Tensor:
         if self._graphs is not None and self._graphs.covers(batch):
             logits_TV = self._graphs.run(ids_T, batch)
-            return logits_TV if len(indices) == len(logits_TV) else logits_TV[index_N]
+            return logits_TV if len(index_N) == len(logits_TV) else logits_TV[index_N]
         return self.model(ids_T, batch, self.cache, index_N)
 
     def _capture(self, pages: int, most_rows: int) -> DecodeGraphs:
@@ -86,18 +100,3 @@ class Runner:
             device=torch.device(self.device),
             sizes=[size for size in SIZES if size < 2 * most_rows],
         )
-
-
-def _logit_rows(
-    step: Step, starts: list[int], wanted: Mapping[int, range]
-) -> tuple[list[int], tuple[int, ...], dict[int, slice]]:
-    """Indices of the flat batch whose logits are needed: first those that sample, then those of prompts."""
-    sampling = [(row.sequence, end - 1) for row, end in zip(step.rows, starts[1:], strict=True) if row.samples]
-    indices = [index for _, index in sampling]
-    prompts = {}
-    for row, start in zip(step.rows, starts, strict=False):
-        positions = wanted.get(row.sequence, range(0))
-        if positions:
-            prompts[row.sequence] = slice(len(indices), len(indices) + len(positions))
-            indices += range(start + positions.start - row.start, start + positions.stop - row.start)
-    return indices, tuple(sequence for sequence, _ in sampling), prompts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from runtime.detokenizer import Decoder, Detokenizer, StopStrings
@@ -54,10 +55,12 @@ class PromptScores:
         """The tokens that stand after `positions`."""
         return list(self.prompt[positions.start + 1 : positions.stop + 1])
 
-    def take(self, found: Sequence[TokenLogprobs]) -> None:
-        """The log-probabilities of the next tokens."""
+    def take(self, logprobs: Iterable[TokenLogprobs]) -> bool:
+        """The log-probabilities of the next tokens; False if some are no numbers."""
+        found = [entry.with_top(self.top) for entry in logprobs]
         self._found += found
         self._next += len(found)
+        return not any(math.isnan(entry.logprob) for entry in found)
 
     def result(self) -> PromptLogprobs:
         """One entry per prompt token."""

@@ -87,11 +87,21 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward(self, ids_T: Tensor, batch: AttentionBatch, cache: KVCache, rows: Tensor | None = None) -> Tensor:
         """fp32 logits [N, V] of the flat batch's `rows` (all of them: None); this step's keys and values are stored."""
+        x_TK = self.hidden(ids_T, batch, cache)
+        return self.logits(x_TK if rows is None else x_TK[rows])
+
+    @torch.inference_mode()
+    def hidden(self, ids_T: Tensor, batch: AttentionBatch, cache: KVCache) -> Tensor:
+        """What the last block gives [T, K]; this step's keys and values are stored."""
         rotations = [rotary(batch.position_T) for rotary in self.rotaries]
         x_TK = self.embedding(ids_T)
         for block, kind, pages in zip(self.blocks, self._kind_of_layer, cache.layers(), strict=True):
             x_TK = block(x_TK, rotations[kind], batch, pages)
-        x_NK = x_TK if rows is None else x_TK[rows]
+        return x_TK
+
+    @torch.inference_mode()
+    def logits(self, x_NK: Tensor) -> Tensor:
+        """fp32 logits [N, V] of rows that `hidden` gave."""
         logits_NV = self.head(self.norm(x_NK)).float()
         softcap = self.config.logit_softcap
         return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)

@@ -53,12 +53,20 @@ class FakeModel:
     def __call__(
         self, ids_T: torch.Tensor, batch: AttentionBatch, cache: FakeCache, rows: torch.Tensor
     ) -> torch.Tensor:
+        return self.logits(self.hidden(ids_T, batch, cache)[rows])
+
+    def hidden(self, ids_T: torch.Tensor, batch: AttentionBatch, cache: FakeCache) -> torch.Tensor:
+        """The number of each row."""
         self.calls += 1
-        self.most_rows = max(self.most_rows, len(rows))
         if self.calls == self.fail_at:
             raise RuntimeError("the machine is on fire")
         cache.slots[batch.slot_T.numpy()] = ids_T.numpy()
-        logits = [self._logits(int(row), batch, cache) for row in rows]
+        self.step = batch, cache
+        return torch.arange(len(ids_T))[:, None]
+
+    def logits(self, x_NK: torch.Tensor) -> torch.Tensor:
+        self.most_rows = max(self.most_rows, len(x_NK))
+        logits = [self._logits(int(row), *self.step) for row in x_NK[:, 0]]
         return torch.stack(logits) if logits else torch.zeros(0, self.config.vocab)
 
     def _logits(self, row: int, batch: AttentionBatch, cache: FakeCache) -> torch.Tensor:

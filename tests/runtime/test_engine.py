@@ -307,6 +307,19 @@ def test_prompt_logprobs_come_whole_through_chunks_and_preemption(budget: int) -
             tokens.append(token)
 
 
+def test_prompt_logits_are_there_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = [number % 7 for number in range(25)]
+    params = SamplingParams(max_tokens=0, prompt_logprobs=2)
+    whole = make_engine()
+    whole.add(prompt, params, "r")
+    expected = run(whole)
+    monkeypatch.setattr("runtime.runner._PIECE_LOGITS", 5 * VOCABULARY)
+    engine = make_engine()
+    engine.add(prompt, params, "r")
+    assert run(engine) == expected
+    assert (engine.runner.model.most_rows, whole.runner.model.most_rows) == (5, 24)
+
+
 def test_prompt_logprobs_are_right_after_the_prompt_was_cached() -> None:
     """A prefix hit must not swallow the logits of the positions it covers."""
     prompt = [number % 7 for number in range(25)]
@@ -322,6 +335,20 @@ def test_prompt_logprobs_are_right_after_the_prompt_was_cached() -> None:
         for position, entry in enumerate(scores)
         if entry is not None
     )
+
+
+def test_each_request_gets_as_many_likeliest_tokens_as_it_asked_for() -> None:
+    engine = make_engine()
+    for number, top in enumerate([0, 5, 2]):
+        params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=top, logprobs=top)
+        engine.add([number, 1, 2, 3], params, f"r{number}")
+    told = run(engine)
+    for number, top in enumerate([0, 5, 2]):
+        result = told[f"r{number}", 0]
+        assert result.prompt_logprobs is not None
+        entries = [*result.prompt_logprobs[1:], *result.logprobs]
+        assert [len(entry.top) for entry in entries if entry is not None] == [top] * 6
+        assert result.prompt_logprobs[3].logprob == pytest.approx(expected_logprob([number, 1, 2], 3), abs=1e-5)
 
 
 def test_prompt_logprobs_from_a_position_on() -> None:

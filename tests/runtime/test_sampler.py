@@ -205,12 +205,3 @@ def test_logprobs_are_the_models_own() -> None:
         assert found.rank == order.index(tokens[row]) + 1
         assert [token for token, _ in found.top] == order[:4]
         assert [value for _, value in found.top] == pytest.approx(expected_RV[row, order[:4]].tolist(), abs=1e-5)
-
-
-def test_logprobs_in_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits_RV = random_logits(7, seed=4)
-    tokens = list(range(7))
-    whole = token_logprobs(logits_RV, tokens, top=2)
-    monkeypatch.setattr("runtime.logprobs._PIECE_ELEMENTS", 2 * VOCABULARY)
-    assert token_logprobs(logits_RV, tokens, top=2) == whole
-    assert all(row.top == () for row in token_logprobs(logits_RV, tokens, top=0))
