@@ -18,22 +18,28 @@
 #endif
 
 #define LANES 8
+#define FP8_UNIT 0x1p-120f
+#define FP8_LIFT 0x1p60f /* half of what is missing goes to the inputs, so that products stay far from subnormal */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef float floats_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* anywhere in memory */
+typedef int8_t signed_bytes_at __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef uint8_t bytes_at __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-INLINE ints widen(const uint8_t *from) {
+/* Eight bytes, those of fp8 with their sign. */
+INLINE ints widen(const uint8_t *from, const enum kind kind) {
 #ifdef __AVX2__ /* gcc takes several instructions for what is one */
-    return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+    const __m128i octets = _mm_loadl_epi64((const __m128i *)from);
+    return (ints)(kind == FP8 ? _mm256_cvtepi8_epi32(octets) : _mm256_cvtepu8_epi32(octets));
 #else
+    if (kind == FP8) return __builtin_convertvector(*(const signed_bytes_at *)from, ints);
     return __builtin_convertvector(*(const bytes_at *)from, ints);
 #endif
 }
 
-/* fp32 levels of the codes at one place of each byte. fp8 (e4m3): its bits, put where those of fp32 are, mean 2^-120 of
-   the value, also where it is subnormal. */
+/* fp32 levels of the codes at one place of each byte. fp8 (e4m3): its bits, put where those of fp32 are, mean FP8_UNIT
+   of the value, also where it is subnormal. */
 INLINE floats levels(ints octets, const int place, const int bits, const enum kind kind, floats low, floats high) {
     const ints shifted = octets >> (place * bits);
 #ifdef __AVX2__ /* the permutation looks at the lowest three bits alone, the choice at the sign */
@@ -44,7 +50,7 @@ INLINE floats levels(ints octets, const int place, const int bits, const enum ki
     const ints code = shifted & ((1 << bits) - 1);
     if (kind == TABLE) return __builtin_shuffle(low, high, code);
     if (kind == INTEGER) return __builtin_convertvector(code, floats);
-    return (floats)(((code & 0x80) << 24) | ((code & 0x7f) << 20)) * 0x1p120f;
+    return (floats)((octets << 20) & (int32_t)0x87f00000);
 }
 
 INLINE float total(floats value) {
@@ -69,7 +75,7 @@ INLINE void channels(const weight *w, int64_t o, const int bits, const enum kind
         const float *inputs = x + start * M * c;
         for (int64_t j = start; j < end; j += LANES, inputs += LANES * M * c) {
             ints octets[MOST_CHANNELS];
-            for (int r = 0; r < R; r++) octets[r] = widen(codes + r * B + j);
+            for (int r = 0; r < R; r++) octets[r] = widen(codes + r * B + j, kind);
             for (int p = 0; p < c; p++)
                 for (int r = 0; r < R; r++) {
                     const floats level = levels(octets[r], p, bits, kind, low, high);
@@ -80,7 +86,7 @@ INLINE void channels(const weight *w, int64_t o, const int bits, const enum kind
             const int64_t at = (o + r) * G + g;
             const float scale = w->scale[at], zero = w->zero ? (float)w->zero[at] : w->middle;
             for (int m = 0; m < M; m++) {
-                sums[r][m] += sum[r][m] * scale;
+                sums[r][m] += sum[r][m] * (kind == FP8 ? scale * FP8_LIFT : scale);
                 shift[r][m] += scale * zero * x_sum[m * G + g];
             }
         }
@@ -111,13 +117,14 @@ static void product_of(const weight *w, int64_t first, int64_t end, int M, const
 /* x [M][K] -> [B / 8][M][c][8], with zeros behind the last input, and the sums of its groups [M][G]. */
 static void arrange(const weight *w, int64_t M, const float *x, float *to, float *x_sum) {
     const int64_t c = 8 / w->bits, G = w->groups, K = w->width, block = LANES * c, size = w->group_bytes * c;
+    const float lift = w->kind == FP8 ? FP8_LIFT : 1;
     for (int64_t m = 0; m < M; m++, x += K, x_sum += G) {
         for (int64_t k = 0; k < w->row_bytes * c; k += block) {
             float *place = to + k * M + m * block;
             for (int64_t p = 0; p < c; p++)
                 for (int64_t lane = 0; lane < LANES; lane++) {
                     const int64_t at = k + lane * c + p;
-                    place[p * LANES + lane] = at < K ? x[at] : 0;
+                    place[p * LANES + lane] = at < K ? x[at] * lift : 0;
                 }
         }
         for (int64_t g = 0; g < G; g++) {
@@ -160,9 +167,10 @@ INLINE void dense_channel(const weight *w, int64_t o, const int bits, const enum
         const int64_t start = g * w->group_bytes, end = g == G - 1 ? B : start + w->group_bytes;
         const float scale = w->scale[o * G + g], zero = w->zero ? (float)w->zero[o * G + g] : w->middle;
         for (int64_t j = start; j < end; j += LANES) {
-            const ints octets = widen(codes + j);
+            const ints octets = widen(codes + j, kind);
             for (int p = 0; p < c; p++)
-                *(floats_at *)(to + p * B + j) = (levels(octets, p, bits, kind, low, high) - zero) * scale;
+                *(floats_at *)(to + p * B + j) =
+                    (levels(octets, p, bits, kind, low, high) * (kind == FP8 ? 1 / FP8_UNIT : 1) - zero) * scale;
         }
     }
 }

@@ -222,6 +222,14 @@ def test_a_layer_can_be_copied_and_moved() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("scheme", [Scheme(4, 128), Scheme(4, 32), FLOATS[0], FLOATS[2]], ids=name_of)
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12])
+def test_inputs_of_every_size(scheme, size) -> None:
+    weight, x = quantized(scheme, (48, 128)), random(3, 128) * size
+    assert error(make_linear(weight, numerics="fast")(x), expected(x, weight)) < 2e-4
+
+
+@needs_kernels
 @pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(2, 32), FLOATS[2]], ids=name_of)
 def test_threads_do_not_change_bits(scheme) -> None:
     weight, x = quantized(scheme, (600, 256)), random(5, 256)
