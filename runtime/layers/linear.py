@@ -19,6 +19,7 @@ from runtime.layers.base import LinearLayer
 from runtime.layers.compiled import CompiledLinear, fits_kernels
 from runtime.layers.dense import DenseLinear
 from runtime.layers.exact import ExactDense, ExactPacked
+from runtime.layers.gpu import GpuLinear
 from runtime.layers.int4pack import Int4Linear, int4_group
 from runtime.layers.int8 import Int8Linear, Int8ProductLinear, fast_int8_products, fits_int8
 from runtime.layers.packed import DequantizingLinear
@@ -61,7 +62,7 @@ def make_linear(
     if numerics == "exact":
         return ExactPacked(weight, bias)
     if torch.device(device).type != "cpu":
-        return DequantizingLinear(weight, bias, f"there is no {weight.scheme.name} kernel for {device} here yet")
+        return GpuLinear(weight, bias)
     return _fast_on_cpu(weight, bias, compiled)
 
 

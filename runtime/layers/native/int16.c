@@ -1,7 +1,7 @@
 /* Products of low-bit weights with inputs in 16 bits, for CPUs with AVX2: half the instructions of the fp32 ones.
 
    Inputs become whole numbers of 16 bits with a scale for each of their blocks, a group of the weight's or part of one.
-   That is closer to them than bf16 is. Codes are widened to 16 bits; pairs of products are added in 32, in which a whole
+   That is closer to them than bf16 is. Codes are widened to 16 bits; pairs of products are added in 32, where a whole
    block, less its zero point, cannot overflow; sums of blocks are fp32. Levels of tables are rounded to 14 bits.
 
    A step takes 32 bytes of an output channel. Shapes as in low_bit.c, and N blocks of inputs. */

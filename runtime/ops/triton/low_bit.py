@@ -34,8 +34,9 @@ class Tile:
 
 
 def supports(scheme: Scheme) -> bool:
-    """Whether a whole number of codes fills a word, and tiles of input channels fit the groups."""
-    return scheme.bits in _BITS and _channels_of_a_step(scheme.group_size) >= 32
+    """Whether codes are integers, a whole number of them fills a word, and tiles of input channels fit the groups."""
+    whole = scheme.dtype == "int" and scheme.bits in _BITS
+    return whole and _channels_of_a_step(scheme.group_size) >= 32
 
 
 def _channels_of_a_step(group_size: int) -> int:
