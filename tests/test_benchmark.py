@@ -351,6 +351,13 @@ def test_one_model_has_no_ratios() -> None:
     assert not any("ratio" in row or "×" in str(row) for table in report.tables for row in table.rows)
 
 
+def test_what_there_is_nothing_of_has_no_plot() -> None:
+    result = sample_benchmark()
+    for model in result["models"]:
+        model["series"]["latencies"] |= {"per_token": [], "gap": []}
+    assert [plot.key for plot in speed_report(result).small_plots] == ["first_token"]
+
+
 def test_figures_have_three_digits() -> None:
     assert [three_digits(value) for value in (None, 0, 2.9, 0.2, 143.4, 12_345, 999.7)] == [
         "–", "0", "2.90", "0.200", "143", "12,345", "1,000"

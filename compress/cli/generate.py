@@ -139,6 +139,10 @@ def _answer(output: Output, llm: "LLM", ids: list[int], params: "SamplingParams"
             writer.take(update)
     finally:
         writer.end_line()
+    if "error" in writer.reasons:
+        from compress.core.errors import InputError
+
+        raise InputError("the model gives no usable logits", hint="compress verify says whether its weights are whole")
     facts = {
         "prompt_tokens": len(ids),
         "tokens": len(times),

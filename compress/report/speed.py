@@ -82,7 +82,7 @@ def speed_report(result: Mapping[str, Any]) -> SpeedReport:
     against = f"against {models[1]['name']}, in turns; " if len(models) > 1 else ""
     return SpeedReport(
         title=name,
-        subtitle=f"{against}{workload['requests']:,} requests, {settings['numerics']} numerics on {settings['device']}",
+        subtitle=f"{against}{_requests(workload)}, {settings['numerics']} numerics on {settings['device']}",
         tiles=_tiles(models, result["ratios"]),
         tables=speed_tables(result),
         notices=result["notices"],
@@ -165,28 +165,33 @@ def three_digits(value: float | None) -> str:
 
 
 def _tiles(models: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | None) -> list[Row]:
-    figures = [model["figures"] for model in models]
-    sizes = [model["memory"]["weights_bytes"] for model in models]
-    return [
-        _tile("generated", [three_digits(each["generated_tokens_per_second"]) for each in figures], "tokens/s",
-              ratios, "generated_tokens_per_second"),
-        _tile("first token, median", [milliseconds(each["first_token"]["p50"]) for each in figures], "",
-              ratios, "first_token_p50"),
-        _tile("per output token, median", [milliseconds(each["per_token"]["p50"]) for each in figures], "",
-              ratios, "per_token_p50"),
-        _tile("weights in memory", [format_bytes(size) for size in sizes], "", ratios, "weights_bytes"),
+    """What a person looks for first; below it the original's, or, where there is none, what stands beside it."""
+    figures, held = models[0]["figures"], models[0]["memory"]
+    prompt = f"and {three_digits(figures['prompt_tokens_per_second'])} of prompts"
+    tiles = [
+        ("generated tokens/s", lambda model: three_digits(model["figures"]["generated_tokens_per_second"]),
+         "generated_tokens_per_second", prompt),
+        ("first token, median", lambda model: milliseconds(model["figures"]["first_token"]["p50"]),
+         "first_token_p50", f"99 % within {milliseconds(figures['first_token']['p99'])}"),
+        ("per output token, median", lambda model: milliseconds(model["figures"]["per_token"]["p50"]),
+         "per_token_p50", f"99 % within {milliseconds(figures['per_token']['p99'])}"),
+        ("weights in memory", lambda model: format_bytes(model["memory"]["weights_bytes"]),
+         "weights_bytes", f"on disk {format_bytes(held['disk_bytes'])}"),
     ]  # fmt: skip
-
-
-def _tile(name: str, values: Sequence[str], unit: str, ratios: Mapping[str, Any] | None, key: str) -> Row:
-    detail = f"{_ratio(ratios, key)[0]}, original {values[1]}" if ratios else ""
-    return Row(name, "", f"{values[0]} {unit}".strip(), detail)
+    return [
+        Row(name, "", text(models[0]), f"{_ratio(ratios, key)[0]}, original {text(models[1])}" if ratios else beside)
+        for name, text, key, beside in tiles
+    ]
 
 
 def _fallback(role: str, item: Mapping[str, Any]) -> tuple[str, str]:
     names = item["layers"]
     some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{role}: {some}", f"no fast path: {item['reason']}"
+
+
+def _requests(workload: Mapping[str, Any]) -> str:
+    return "1 request" if workload["requests"] == 1 else f"{workload['requests']:,} requests"
 
 
 def _workload(workload: Mapping[str, Any], settings: Mapping[str, Any], dtype: str) -> list[tuple[str, str]]:

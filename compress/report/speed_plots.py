@@ -8,19 +8,25 @@ from typing import Any
 from compress.report.plots import ACCENT, INK, SECOND, STYLE, Plot, inline_svg, matplotlib, new_figure, short_number
 
 _COLOURS = {"artifact": ACCENT, "original": SECOND}
+_SMALL = (
+    ("first_token", "Time to the first token", "Of each request, from its arrival on."),
+    ("per_token", "Time per output token", "Mean of each request after its first token."),
+    ("gap", "Gap between tokens", "Every token after the first of its request."),
+)
+
 _FAR = 8
 """Largest over median from which on an axis is logarithmic."""
 
-_CROWDED = 20
+_CROWDED = 150
 """Largest over smallest from which on such an axis names powers of ten only."""
 
 
 def latency_plots(models: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """How latencies are spread, small: they stand side by side."""
+    """How latencies are spread, small: they stand side by side. Left out: what there is nothing of."""
     return [
-        _latencies(models, "first_token", "Time to the first token", "Of each request, from its arrival on."),
-        _latencies(models, "per_token", "Time per output token", "Mean of each request after its first token."),
-        _latencies(models, "gap", "Gap between tokens", "Every token after the first of its request."),
+        _latencies(models, key, title, note)
+        for key, title, note in _SMALL
+        if any(model["series"]["latencies"][key] for model in models)
     ]
 
 
@@ -92,6 +98,7 @@ def _requests(models: Sequence[Mapping[str, Any]]) -> Plot:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("seconds")
         axes.set_ylabel("requests")
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="best")
         caption = "Running requests get a token or a part of their prompt in every step; the others wait."
         return Plot("requests", "Requests over time", caption, inline_svg(figure, "requests", "requests over time"))

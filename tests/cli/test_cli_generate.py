@@ -138,6 +138,13 @@ def test_folders_and_files_that_are_none_are_refused(call, model: Path, tmp_path
     assert "is not UTF-8 text: byte 3 is 0xe9" in called.err
 
 
+def test_a_model_that_breaks_down_is_an_error(call, model: Path, monkeypatch) -> None:
+    monkeypatch.setattr(LLM, "stream", lambda *_, **__: iter([Update("r", 0, "half", (1,), "error")]))
+    called = call("generate", model, PROMPT)
+    assert (called.code, called.out) == (3, "half\n")
+    assert "no usable logits" in called.err
+
+
 def test_a_terminal_is_sent_no_control_characters_and_a_file_all(call, model: Path, monkeypatch) -> None:
     def stream(self: LLM, *_: object, **__: object) -> Iterator[Update]:
         yield Update("r", 0, "a\x1b[2Jb", (1,), "stop")
