@@ -12,6 +12,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
 import random
 import statistics
 import time
@@ -40,7 +41,7 @@ def main() -> None:
     measured = StepTime(**json.loads(asked.step_time.read_text())["step_time"]) if asked.step_time else None
     lengths = read_lengths(asked.trace)
     result = {
-        "environment": tools.describe_machine() | {"threads": 1},
+        "environment": tools.describe_machine() | {"threads": 1, "load_before": os.getloadavg()[0]},
         "protocol": " ".join(__doc__.split("\n\n")[2].split()),
         "step_time": dataclasses.asdict(ASSUMED),
         "kv_waste": kv_waste(lengths, ASSUMED),
@@ -116,7 +117,7 @@ def continuous_batching(batch: int, seed: int) -> dict[str, object]:
 
 def long_prompt(step_time: StepTime) -> dict[str, object]:
     """A prompt of 4,096 tokens comes among 16 decodes: the largest gap between their tokens, over the usual one."""
-    budget = step_time.token_budget(decodes=16, slots=16 * 600, factor=1.4)
+    budget = step_time.token_budget(decodes=16, slots=16 * 600, prompt=4096, factor=1.4)
     outcome: dict[str, object] = {"step_time": dataclasses.asdict(step_time), "token_budget": budget}
     for name, chunked in (("chunked", True), ("unchunked", False)):
         simulated = simulator(step_time, token_budget=budget, chunked_prefill=chunked)

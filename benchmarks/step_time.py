@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
+    busy = os.getloadavg()[0]
     torch.set_num_threads(asked.threads)
     model = load(asked.model, numerics=asked.numerics, device=asked.device)
     pages = max(decodes * pages_for(stored + 1) + pages_for(stored + chunk) for decodes, chunk, stored in SHAPES)
@@ -60,7 +62,9 @@ def main() -> None:
     step_time = StepTime.fit(samples)
     errors = [abs(step_time.seconds(step) / seconds - 1) for step, (_, _, seconds) in zip(steps, samples, strict=True)]
     result = {
-        "environment": tools.describe_machine() | {"threads": asked.threads, "device": asked.device},
+        "environment": tools.describe_machine()
+        | {"threads": asked.threads, "device": asked.device}
+        | {"load_before": busy},
         "protocol": " ".join(__doc__.split("\n\n")[2].split()),
         "model": asked.model.name,
         "numerics": asked.numerics,

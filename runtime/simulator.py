@@ -26,13 +26,11 @@ class StepTime:
         slots = sum(row.kv_len + len(row.tokens) for row in step.rows)
         return self.base_s + self.token_s * tokens + self.slot_s * slots
 
-    def token_budget(self, decodes: int, slots: int, factor: float) -> int:
-        """Largest budget with which a step takes at most `factor` times one of `decodes` decodes with `slots` slots.
-
-        The prefill's own slots are left out: leave some room in the factor for them.
-        """
+    def token_budget(self, decodes: int, slots: int, prompt: int, factor: float) -> int:
+        """Largest budget with which a step takes at most `factor` times one of `decodes` decodes that read `slots`
+        slots, while it also reads on in a prompt of `prompt` tokens."""
         decode_s = self.base_s + self.token_s * decodes + self.slot_s * slots
-        return decodes + int((factor - 1) * decode_s / self.token_s)
+        return decodes + max(int(((factor - 1) * decode_s - self.slot_s * prompt) / self.token_s), 1)
 
     @classmethod
     def fit(cls, samples: Iterable[tuple[int, int, float]]) -> StepTime:

@@ -40,7 +40,7 @@ class Recorder:
         self._path = path
         make_folder(path.parent)
         with io_errors("write the trace", path):
-            self._stream = open(path, "w", encoding="utf-8")  # noqa: SIM115 - as long as the scheduler lives
+            self._stream = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - while the scheduler lives
 
     def __enter__(self) -> Recorder:
         return self

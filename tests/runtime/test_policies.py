@@ -84,6 +84,17 @@ def test_being_away_earns_nothing() -> None:
     assert served.count("new") == 5 and served[:4].count("new") == 2  # turns, not five at once
 
 
+def test_who_comes_is_lifted_to_the_smallest_counter_in_line() -> None:
+    line = make_policy("vtc")
+    for order, (tenant, served) in enumerate((("a", 10.0), ("b", 3.0), ("away", 1.0), ("a", 5.0), ("new", 0.0))):
+        line.charge(tenant, served)
+        if tenant != "away":
+            sequence = Sequence(order, str(order), [1], 1, tenant)
+            sequence.order = order
+            line.add(sequence)
+    assert line.counters == {"a": 15.0, "b": 10.0, "away": 1.0, "new": 10.0}
+
+
 def test_a_line_that_ran_empty_starts_where_the_last_one_left() -> None:
     bench = Bench(settings=SchedulerSettings(policy="vtc"))
     bench.add(10, 1, tenant="a")

@@ -93,6 +93,18 @@ def test_rows_of_one_step_share_what_it_fills() -> None:
     assert len({tuple(tokens) for tokens in bench.run()}) == 1
 
 
+def test_what_an_aborted_prefill_did_not_reach_is_not_shared() -> None:
+    bench = Bench(settings=settings(token_budget=5))
+    prompt = [1, 2, 0, 1, 2, 2, 1, 0, 1]
+    first = bench.add(prompt, 2)
+    bench.step()
+    bench.scheduler.abort(first.id)
+    second = bench.add(prompt, 2)
+    assert bench.step().rows[0].start == 4
+    bench.run()
+    assert second.finish_reason == "length"
+
+
 # runtime_kv 1: requests that can never fit must fail at once
 
 

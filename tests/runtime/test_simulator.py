@@ -57,16 +57,16 @@ def test_the_clock_can_be_stopped_and_goes_on() -> None:
 
 def test_a_budget_keeps_steps_within_a_factor() -> None:
     step_time = StepTime(0.01, 1e-4, 1e-7)
-    budget = step_time.token_budget(decodes=16, slots=16 * 500, factor=1.4)
+    budget = step_time.token_budget(decodes=16, slots=16 * 500, prompt=4096, factor=1.4)
     decodes = [(499, 1)] * 16
-    full = step_time.seconds(step(*decodes, (0, budget - 16)))
+    full = step_time.seconds(step(*decodes, (4096 - budget + 16, budget - 16)))
     assert 1.38 < full / step_time.seconds(step(*decodes)) < 1.41
 
 
 def gaps(chunked: bool) -> tuple[float, float]:
     """Steady gap between tokens of 16 decodes, and the largest while a prompt of 4,096 tokens comes among them."""
     step_time = StepTime(0.01, 1e-4, 1e-7)
-    budget = step_time.token_budget(decodes=16, slots=16 * 500, factor=1.4)
+    budget = step_time.token_budget(decodes=16, slots=16 * 500, prompt=4096, factor=1.4)
     clock = simulator(step_time, token_budget=budget, chunked_prefill=chunked)
     served = clock.run([*(Arrival(0.0, 20, 900) for _ in range(16)), Arrival(3.0, 4096, 4)])
     times = served[0].token_times
