@@ -15,7 +15,7 @@ _CHARACTER_TOKENS = 3  # tokens before the one that completes a character
 _WINDOW = 24  # tokens decoded together before the window moves on
 
 
-class Decoder(Protocol):
+class TextDecoder(Protocol):
     """What is needed of a tokenizer."""
 
     def decode(self, ids: list[int], /, *, skip_special_tokens: bool = ...) -> str:
@@ -23,7 +23,7 @@ class Decoder(Protocol):
         ...
 
 
-def decoder_of(tokenizer: Decoder) -> Decoder:
+def decoder_of(tokenizer: TextDecoder) -> TextDecoder:
     """The tokenizer's fast core where it has one: the same text at a fraction of the time."""
     return getattr(tokenizer, "backend_tokenizer", None) or tokenizer
 
@@ -34,7 +34,7 @@ class Detokenizer:
     Tokens are decoded together with some that went before, since decoders treat the beginning of a text specially.
     """
 
-    def __init__(self, decoder: Decoder | None) -> None:
+    def __init__(self, decoder: TextDecoder | None) -> None:
         self._decoder = decoder
         self._window: list[int] = []
         self._read = 0  # tokens of the window whose text was handed out …

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from compress.core.errors import UsageError
 from runtime.blocks import BlockPool, PoolStatistics
 from runtime.choice import Choice, choose
-from runtime.detokenizer import Decoder, decoder_of
+from runtime.detokenizer import TextDecoder, decoder_of
 from runtime.logprobs import TokenLogprobs, token_logprobs
 from runtime.params import SamplingParams
 from runtime.runner import Runner, StepLogits
@@ -61,7 +61,7 @@ class Engine:
         self,
         runner: Runner,
         pool: BlockPool,
-        tokenizer: Decoder | None,
+        tokenizer: TextDecoder | None,
         settings: EngineSettings,
         *,
         clock: Callable[[], float] = time.monotonic,

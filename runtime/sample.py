@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from runtime.detokenizer import Decoder, Detokenizer, StopStrings
+from runtime.detokenizer import Detokenizer, StopStrings, TextDecoder
 from runtime.logprobs import TokenLogprobs
 from runtime.params import SamplingParams
 from runtime.sampler import Picker
@@ -77,7 +77,7 @@ class Sample:
         prompt: Sequence[int],
         params: SamplingParams,
         *,
-        decoder: Decoder | None,
+        decoder: TextDecoder | None,
         end_tokens: frozenset[int],
         seed: str,
     ) -> None:

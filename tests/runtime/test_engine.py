@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.core.errors import UsageError
 from runtime.logprobs import TokenLogprobs
+from runtime.ops.batch import AttentionBatch
 from runtime.params import SamplingParams
+from runtime.runner import Runner
 from runtime.scheduler import QueueFull, RequestTooLong
 from runtime.trace import Recorder, replay
 from tests.runtime.fake_model import POISON, VOCABULARY, greedy, make_engine, next_logits, run
@@ -71,7 +74,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(REQUESTS)
 def test_a_requests_tokens_do_not_depend_on_the_schedule(requests: list[tuple]) -> None:
     """Non-determinism: whatever is chunked, cached, preempted or batched, the same tokens come out."""
@@ -138,6 +141,34 @@ def test_preemption_happens_and_changes_nothing() -> None:
     told = run(engine)
     assert engine.stats().preemptions > 0
     assert [told[name, 0].token_ids for name in names] == [greedy(prompt, 30) for prompt in prompts]
+
+
+class ReplayedDecodes:
+    """Stands in for captured graphs: logits of every row of a batch of decodes."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.replays = 0
+
+    def covers(self, batch: AttentionBatch) -> bool:
+        return batch.max_query == 1 and len(batch.kv_len) <= 4
+
+    def run(self, ids_T: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        self.replays += 1
+        return self.runner.model(ids_T, batch, self.runner.cache, torch.arange(len(ids_T)))
+
+
+@pytest.mark.parametrize("budget", [1, 3, 100])
+def test_steps_that_graphs_cover_go_through_them(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single tokens of a prompt, whose logits nobody wants, are covered too."""
+    engine = make_engine(token_budget=budget)
+    graphs = ReplayedDecodes(engine.runner)
+    monkeypatch.setattr(engine.runner, "_graphs", graphs)
+    prompts = [[number] * 5 for number in range(6)]
+    names = [engine.add(prompt, GREEDY) for prompt in prompts]
+    told = run(engine)
+    assert [told[name, 0].token_ids for name in names] == [greedy(prompt, 8) for prompt in prompts]
+    assert (graphs.replays > 0) == (budget < 100)
 
 
 # Ends

@@ -61,6 +61,22 @@ def test_greedy_text_is_that_of_transformers(demo: LLM, reference: list[dict[str
         assert completion.finish_reason == ("stop" if completion.token_ids[-1] == 1 else "length")
 
 
+@pytest.mark.parametrize("name", ["stories-7m", "tinystories-656k"])
+def test_real_models_say_what_they_say_in_transformers(shared_data: Path, name: str) -> None:
+    folder = shared_data / "models" / name
+    llm = LLM(folder, numerics="exact", device="cpu", max_sequences=4, token_budget=20)
+    model = Checkpoint.open(folder).build_model(torch.float32)
+    prompts = [
+        llm.encode(text) for text in ("Once upon a time", "The little dog was sad because", "Tom", "One day, Sue")
+    ]
+    completions = llm.generate(prompts, max_tokens=40, ignore_eos=True)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.tensor([prompt])
+        model.generation_config.eos_token_id = None
+        kept = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        assert list(completion.token_ids) == kept[0, len(prompt) :].tolist()
+
+
 def test_texts_and_ids_are_the_same_prompt(demo: LLM, reference: list[dict[str, Any]]) -> None:
     [text] = demo.generate("The sun", max_tokens=5)
     [one] = demo.generate(reference[0]["ids"], max_tokens=5)
