@@ -33,11 +33,13 @@ class Policy(Protocol):
     def charge(self, tenant: str, amount: float) -> None:
         """The tenant has got so much service."""
 
-    def precedence(self, sequence: Sequence) -> Key:
+    def precedence(self, sequence: Sequence, /) -> Key:
         """Running sequences are served in ascending order of this, and preempted in descending order."""
+        ...
 
     def tenants(self) -> set[str]:
         """Tenants with a sequence waiting."""
+        ...
 
 
 def make_policy(name: str) -> Policy:

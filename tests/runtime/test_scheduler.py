@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from compress.core.errors import UsageError
@@ -518,3 +522,8 @@ def test_a_sample_of_another_tenant_or_beginning_is_refused() -> None:
     with pytest.raises(UsageError, match="does not begin like"):
         bench.scheduler.fork(parent, bench.sequence([1, 1, 0], 4, tenant="a"))
     bench.check()
+
+
+def test_bookkeeping_imports_no_torch() -> None:
+    script = "import sys, runtime.simulator, runtime.trace; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False, cwd=Path(__file__).parents[2]).returncode == 0
