@@ -96,7 +96,7 @@ def _mooncake(stream: TextIO, path: Path) -> Iterator[Shape]:
 
 def _milliseconds(row: dict[str, Any], where: str) -> float:
     value = row.get("timestamp")
-    if type(value) not in (int, float) or not 0 <= value < 1e15:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e15:
         raise InputError(f"timestamp is {value!r}, not a number of milliseconds", where=where)
     return value / 1000
 
