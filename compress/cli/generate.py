@@ -100,7 +100,9 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=where) from None
     except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}", where=where) from None
+        raise InputError(
+            f"is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}", where=where
+        ) from None
 
 
 def _chat_prompt(folder: Path, text: str) -> str:
