@@ -256,8 +256,16 @@ def _check_hash(path: Path, name: str, wanted: str) -> None:
 
 
 def _parity(record: Mapping[str, Any]) -> str:
-    if record.get("passed") is not True:
-        raise InputError("the recorded comparison with the runtime did not pass", where=f"{MANIFEST_NAME}: parity")
-    found, bounds = record["exact_to_transformers"], record["bounds"]
-    within = f"within {found['largest_logprob_difference']:.1e} (bound {bounds['logprob']:g})"
-    return f"the runtime agreed with transformers when the artifact was made: log-probabilities {within}"
+    where = f"{MANIFEST_NAME}: parity"
+    match record:
+        case {
+            "exact_to_transformers": {"largest_logprob_difference": float(found)},
+            "bounds": {"logprob": float(bound)},
+            "passed": bool(passed),
+        }:
+            pass
+        case _:
+            raise ArtifactError("is not a comparison with the runtime", where=where)
+    if not passed or not found <= bound:
+        raise InputError("the recorded comparison with the runtime did not pass", where=where)
+    return f"the runtime agreed with transformers: log-probabilities within {found:.1e} (bound {bound:g})"

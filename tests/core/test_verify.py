@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,11 +206,28 @@ def test_absence_of_parity_is_a_notice(tmp_path: Path) -> None:
     assert any(notice.startswith("parity: ") for notice in report.notices)
 
 
-@pytest.mark.parametrize("passed", [True, False])
-def test_a_record_of_parity_counts(tmp_path: Path, passed: bool) -> None:
+def parity(found: object, passed: object = True) -> dict[str, object]:
+    compared = {"largest_logprob_difference": found, "greedy_agreement": 1.0, "kl": 0.0}
+    return {"exact_to_transformers": compared, "bounds": {"logprob": 0.001}, "passed": passed}
+
+
+@pytest.mark.parametrize(
+    ("record", "ok"),
+    [
+        (parity(0.0), True),
+        (parity(1e-6), True),
+        (parity(1e-6, passed=False), False),
+        (parity(0.01), False),
+        (parity(None), False),
+        (parity(1e-6, passed="yes"), False),
+        ({"passed": True}, False),
+        ([], False),
+    ],
+)
+def test_a_record_of_parity_counts(tmp_path: Path, record: Any, ok: bool) -> None:
     folder = write_quantized(tmp_path, Scheme(4, 32))
-    write_manifest(folder, parity={"passed": passed})
-    assert verify(folder.path, level="parity").ok == passed
+    write_manifest(folder, parity=record)
+    assert verify(folder.path, level="parity").ok == ok
 
 
 def test_the_report_as_data(tmp_path: Path) -> None:
