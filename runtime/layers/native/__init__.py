@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compress.core.errors import CompressError
-from runtime.layers.native._build import load
+from runtime.compiling import load
 
 KINDS = {"int": 0, "nf4": 1, "fp4": 1, "fp8": 2}
 LEAST_CHANNELS = 4
@@ -75,7 +76,7 @@ def _threads(weight: Weight, rows: int) -> int:
 def kernels() -> Kernels:
     """Compile, or take from the cache, and load: once in a process."""
     try:
-        return Kernels(_typed(load()))
+        return Kernels(_typed(load(Path(__file__).parent)))
     except CompressError as error:
         return Kernels(None, str(error))
 

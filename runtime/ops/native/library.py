@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from runtime.ops.native.build import Library, build
+from compress.core.errors import CompressError
+from runtime.compiling import load
 
 _SERIAL_FLOATS = 1 << 16  # work that is not worth waking a second thread
 _POINTER, _INTEGER = c_void_p, c_int64
@@ -19,16 +21,26 @@ _ARGUMENTS = {
 }
 
 
+@dataclass(frozen=True)
+class Library:
+    """The loaded library, or None and the reason."""
+
+    loaded: CDLL | None
+    reason: str = ""
+
+
 @cache
 def library() -> Library:
-    """Compiled and loaded once in a process."""
-    made = build(sorted(Path(__file__).parent.glob("*.c")))
-    if made.loaded is not None:
-        for name, arguments in _ARGUMENTS.items():
-            function = getattr(made.loaded, name)
-            function.argtypes = arguments
-            function.restype = c_int if name == "paged_decode" else None
-    return made
+    """Compiled, or taken from the cache, and loaded: once in a process."""
+    try:
+        loaded = load(Path(__file__).parent)
+    except CompressError as error:
+        return Library(None, str(error))
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(loaded, name)
+        function.argtypes = arguments
+        function.restype = c_int if name == "paged_decode" else None
+    return Library(loaded)
 
 
 def threads_for(floats: int) -> int:

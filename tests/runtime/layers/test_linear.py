@@ -12,12 +12,12 @@ from compress.core.errors import UsageError
 from compress.core.grid import fit_grid
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
+from runtime import compiling
 from runtime.layers import native
 from runtime.layers.activations import rounded_inputs
 from runtime.layers.compiled import CompiledLinear
 from runtime.layers.gpu import GpuLinear
 from runtime.layers.linear import compute_dtype, concatenate, make_linear
-from runtime.layers.native import _build
 from runtime.layers.packed import DequantizingLinear
 
 INTEGERS = [
@@ -42,6 +42,7 @@ FLOATS = [
     Scheme(8, dtype="fp8"),
     Scheme(8, dtype="fp8", activation_bits=8),
 ]
+KERNELS = Path(native.__file__).parent
 SHAPES = [(48, 128), (4, 64), (33, 192), (16, 100), (5, 36), (22, 1280)]  # [out, in]
 needs_kernels = pytest.mark.skipif(native.kernels().library is None, reason="needs gcc and torch with libgomp")
 
@@ -260,7 +261,7 @@ def test_the_gpus_layer_computes_the_same_here(scheme) -> None:
 
 
 def test_without_a_compiler_torchs_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     native.kernels.cache_clear()
     try:
         assert native.kernels().reason == "there is no C compiler"
@@ -273,7 +274,7 @@ def test_without_a_compiler_torchs_kernels_are_used(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_build, "_FLAGS", ("--no-such-option",))
+    monkeypatch.setattr(compiling, "_FLAGS", ("--no-such-option",))
     native.kernels.cache_clear()
     try:
         assert "fails" in native.kernels().reason
@@ -284,18 +285,18 @@ def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
 @needs_kernels
 def test_kernels_are_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(_build, "_FLAGS", ("-O0", *_build._FLAGS[1:]))  # sooner done
+    monkeypatch.setattr(compiling, "_FLAGS", ("-O0", *compiling._FLAGS[1:]))  # sooner done
     compiled = []
-    compile = _build._compile
-    monkeypatch.setattr(_build, "_compile", lambda *asked: compiled.append(asked) or compile(*asked))
+    compile = compiling._compile
+    monkeypatch.setattr(compiling, "_compile", lambda *asked: compiled.append(asked) or compile(*asked))
     for _ in range(2):
-        _build.load()
+        compiling.load(KERNELS)
     assert len(compiled) == 1
     [kept] = (tmp_path / "compress").iterdir()
     assert kept.name.startswith("kernels-")
     assert (tmp_path / "compress").stat().st_mode & 0o077 == 0
-    monkeypatch.setattr(_build, "_FLAGS", (*_build._FLAGS, "-DOTHER"))
-    _build.load()
+    monkeypatch.setattr(compiling, "_FLAGS", (*compiling._FLAGS, "-DOTHER"))
+    compiling.load(KERNELS)
     assert len(compiled) == 2
 
 
@@ -303,9 +304,9 @@ def test_kernels_are_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp
 def test_without_a_cache_kernels_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(_build, "_FLAGS", ("-O0", *_build._FLAGS[1:]))
-    assert _build._cache_folder() is None
-    assert _build.load().low_bit_product
+    monkeypatch.setattr(compiling, "_FLAGS", ("-O0", *compiling._FLAGS[1:]))
+    assert compiling._cache_folder() is None
+    assert compiling.load(KERNELS).low_bit_product
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 32, symmetric=False), FLOATS[0]], ids=name_of)

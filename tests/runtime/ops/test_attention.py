@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.core.errors import EnvironmentRefused
+from runtime.compiling import load
 from runtime.ops.attention import AttentionBatch, paged_attention
 from runtime.ops.backend import torch_only
 from runtime.ops.kv_store import store_kv
-from runtime.ops.native.build import Library, build
-from runtime.ops.native.library import library
+from runtime.ops.native.library import Library, library
 from tests.runtime.ops.paged import dense, make
 
 Route = Callable[..., torch.Tensor]
@@ -208,8 +209,8 @@ def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch)
 
 def test_c_that_does_not_compile_is_a_reason(tmp_path: Path) -> None:
     (tmp_path / "broken.c").write_text("int f( {")
-    made = build([tmp_path / "broken.c"])
-    assert made.loaded is None and "fails" in made.reason
+    with pytest.raises(EnvironmentRefused, match="fails"):
+        load(tmp_path)
 
 
 MEASURE = """

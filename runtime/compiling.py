@@ -1,4 +1,4 @@
-"""Compiling the kernels with the machine's gcc, and keeping the result in the user's cache.
+"""Compiling C kernels with the machine's gcc, and keeping the result in the user's cache.
 
 The cache is a folder that only its owner can write to; a file's name is a digest of everything that it is made from, so
 that a new source, compiler, torch or CPU makes a new one. Without such a folder the kernels are compiled each time.
@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,15 +22,14 @@ import torch
 from compress.core.errors import CompressError, EnvironmentRefused
 from compress.core.files import link_or_copy, make_folder
 
-_FOLDER = Path(__file__).parent
-_SOURCES = ("low_bit.c", "int16.c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _TIMEOUT_S = 120
 _OURS_ALONE = 0o700
 
 
-def load() -> ctypes.CDLL:
-    """The shared library, from the cache or compiled now. EnvironmentRefused says what is missing."""
+def load(folder: Path) -> ctypes.CDLL:
+    """All C files of a folder as one library, from the cache or compiled now. EnvironmentRefused says what is missing."""
+    sources = sorted(folder.glob("*.c"))
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise EnvironmentRefused("there is no C compiler")
@@ -37,11 +37,15 @@ def load() -> ctypes.CDLL:
     if not openmp:  # a second OpenMP runtime would fight torch's threads for the cores
         raise EnvironmentRefused("torch brings no GNU OpenMP library whose threads could be shared")
     cache = _cache_folder()
-    kept = None if cache is None else cache / f"kernels-{_digest(compiler, openmp[0])}.so"
+    kept = (
+        None
+        if cache is None
+        else cache / f"kernels-{_digest(compiler, openmp[0], sorted(folder.glob('*.h')) + sources)}.so"
+    )
     if kept is not None and kept.is_file():
         return _opened(kept)
-    with tempfile.TemporaryDirectory(prefix="compress-", dir=cache) as folder:
-        made = _compile(compiler, openmp[0], Path(folder, "kernels.so"))
+    with tempfile.TemporaryDirectory(prefix="compress-", dir=cache) as work:
+        made = _compile(compiler, openmp[0], sources, Path(work, "kernels.so"))
         if kept is not None and not kept.is_file():
             with suppress(CompressError):  # another process was first, or the disk is full: what was made still loads
                 link_or_copy(made, kept)
@@ -68,7 +72,7 @@ def _cache_folder() -> Path | None:
     return folder
 
 
-def _digest(compiler: str, openmp: Path) -> str:
+def _digest(compiler: str, openmp: Path, files: Sequence[Path]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_TIMEOUT_S, check=False).stdout
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -76,14 +80,14 @@ def _digest(compiler: str, openmp: Path) -> str:
     except (OSError, StopIteration):
         cpu = platform.processor()
     parts = [version, cpu.encode(), platform.machine().encode(), str(openmp).encode(), repr(_FLAGS).encode()]
-    parts += [(_FOLDER / name).read_bytes() for name in ("low_bit.h", *_SOURCES)]
+    parts += [file.read_bytes() for file in files]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
-def _compile(compiler: str, openmp: Path, library: Path) -> Path:
-    objects = {source: str(library.with_name(source).with_suffix(".o")) for source in _SOURCES}
-    _run([[compiler, *_FLAGS, "-c", str(_FOLDER / source), "-o", made] for source, made in objects.items()])
-    _run([[compiler, "-shared", *objects.values(), str(openmp), "-o", str(library)]])
+def _compile(compiler: str, openmp: Path, sources: Sequence[Path], library: Path) -> Path:
+    objects = {source: str(library.with_name(f"{source.stem}.o")) for source in sources}
+    _run([[compiler, *_FLAGS, "-c", str(source), "-o", made] for source, made in objects.items()])
+    _run([[compiler, "-shared", *objects.values(), str(openmp), "-lm", "-o", str(library)]])
     return library
 
 
