@@ -212,7 +212,9 @@ def main() -> None:
                         command, env=tools.quiet_environment(asked.threads), capture_output=True, text=True, check=False
                     )
                     if done.returncode:
-                        raise SystemExit(f"throughput: {contestant}, {workload} on {shape} failed:\n{done.stderr[-2000:]}")
+                        raise SystemExit(
+                            f"throughput: {contestant}, {workload} on {shape} failed:\n{done.stderr[-2000:]}"
+                        )
                     found = json.loads(done.stdout.strip().splitlines()[-1])
                     runs.append(
                         {"shape": shape, "workload": workload, "contestant": contestant, "run": number, **found}
