@@ -28,7 +28,7 @@ _OURS_ALONE = 0o700
 
 
 def load(folder: Path) -> ctypes.CDLL:
-    """All C files of a folder as one library, from the cache or compiled now. EnvironmentRefused says what is missing."""
+    """All C files of a folder as one library, from the cache or compiled now. EnvironmentRefused: what is missing."""
     sources = sorted(folder.glob("*.c"))
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
@@ -37,11 +37,8 @@ def load(folder: Path) -> ctypes.CDLL:
     if not openmp:  # a second OpenMP runtime would fight torch's threads for the cores
         raise EnvironmentRefused("torch brings no GNU OpenMP library whose threads could be shared")
     cache = _cache_folder()
-    kept = (
-        None
-        if cache is None
-        else cache / f"kernels-{_digest(compiler, openmp[0], sorted(folder.glob('*.h')) + sources)}.so"
-    )
+    digest = _digest(compiler, openmp[0], [*sorted(folder.glob("*.h")), *sources])
+    kept = None if cache is None else cache / f"kernels-{digest}.so"
     if kept is not None and kept.is_file():
         return _opened(kept)
     with tempfile.TemporaryDirectory(prefix="compress-", dir=cache) as work:

@@ -16,7 +16,9 @@ OPTIONS = {
     "inspect": "json verbose",
     "verify": "source level json quiet verbose",
     "push": "public dry-run message json quiet verbose",
-    "eval": "against recipe text window tasks task-folder limit through numerics device dtype offline json quiet verbose",
+    "eval": (
+        "against recipe text window tasks task-folder limit through numerics device dtype offline json quiet verbose"
+    ),
     "generate": "file max-tokens temperature top-k top-p min-p seed stop n chat numerics device json quiet",
     "bench": "requests prompt-tokens output-tokens trace rate seed against rounds numerics device output json quiet",
     "report": "output json quiet",
