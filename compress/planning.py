@@ -51,7 +51,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> 
     bytes_in = sum(info.bytes for info in checkpoint.tensors.values())
     bytes_out = stages[-1].bytes_out
     extra_bytes = _files_beside_tensors(checkpoint, stages[-1])
-    notices = [*_unknown(checkpoint), *(notice for stage in stages for notice in stage.notices)]
+    notices = [
+        *_unknown(checkpoint),
+        *_speechless(checkpoint),
+        *(notice for stage in stages for notice in stage.notices),
+    ]
     return RunPlan(
         stages=stages,
         bytes_in=bytes_in,
@@ -72,6 +76,14 @@ def _unknown(checkpoint: Checkpoint) -> list[str]:
         return []
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return [f"{names[0]}{others}: not a tensor of {checkpoint.model_type} models, carried over as it is"]
+
+
+def _speechless(checkpoint: Checkpoint) -> list[str]:
+    from compress.core._model_folder import TOKENIZER_FILES
+
+    if any((checkpoint.folder / name).is_file() for name in TOKENIZER_FILES):
+        return []
+    return ["the source has no tokenizer, so the artifact will have none: it can only be run on token ids"]
 
 
 def require_composition(recipe: Recipe, checkpoint: Checkpoint) -> None:

@@ -102,6 +102,10 @@ class Engine:
         UsageError: the prompt or a setting makes no sense, or the name is taken. RequestTooLong: it could never be
         served; the message has the limit. QueueFull: too many wait already.
         """
+        if not isinstance(tenant, str) or not isinstance(priority, int) or isinstance(priority, bool):
+            raise UsageError(f"tenant is a text and priority a whole number, not {tenant!r} and {priority!r}")
+        if not isinstance(params, SamplingParams):
+            raise UsageError(f"params are SamplingParams, not {params!r}")
         number = self._accepted
         name = f"request-{number}" if request is None else request
         if name in self._requests:

@@ -9,6 +9,7 @@ Prompts are texts or lists of token ids; chat templates are the caller's busines
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from typing import Any, Literal, TypedDict, Unpack, cast
 import torch
 
 from compress.core._model_folder import TOKENIZER_FILES, read_json
-from compress.core.errors import InputError, UsageError
+from compress.core.errors import EnvironmentRefused, InputError, UsageError
 from runtime.completion import Completion, Drafts
 from runtime.engine import Engine, EngineSettings, EngineStats
 from runtime.loader import load
@@ -80,7 +81,7 @@ class LLM:
     ) -> None:
         settings = _scheduler_settings(scheduler)
         folder = Path(path)
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        device = _device(device)
         model = load(folder, numerics=numerics, device=device, dtype=dtype)
         self.config = model.config
         self.max_length = _longest(max_length, model.config.max_length)
@@ -101,6 +102,7 @@ class LLM:
             recorder=self._recorder,
         )
         self._kept: list[Update] = []  # news of requests that nobody asked about yet
+        self._turn = threading.RLock()  # threads take turns at the engine: their requests share its steps
 
     def __enter__(self) -> LLM:
         return self
@@ -157,7 +159,8 @@ class LLM:
 
     def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Update]:
         drafts = Drafts()
-        drafts.expect(self.engine.add(prompt, params), params.n)
+        with self._turn:
+            drafts.expect(self.engine.add(prompt, params), params.n)
         try:
             while drafts.open:
                 news = self._news_of(drafts)
@@ -168,6 +171,8 @@ class LLM:
 
     def encode(self, prompt: Prompt, *, special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt; a list of ids is taken as it is."""
+        if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence):
+            raise UsageError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
@@ -193,16 +198,19 @@ class LLM:
     ) -> str:
         """Take a request in and return its name; `step` tells about it. See Engine.add for what is refused."""
         ids = self.encode(prompt, special_tokens=special_tokens)
-        return self.engine.add(ids, params, request, tenant=tenant, priority=priority)
+        with self._turn:
+            return self.engine.add(ids, params, request, tenant=tenant, priority=priority)
 
     def step(self) -> list[Update]:
         """Compute one step; what is new about the requests."""
-        kept, self._kept = self._kept, []
-        return kept + self.engine.step()
+        with self._turn:
+            kept, self._kept = self._kept, []
+            return kept + self.engine.step()
 
     def abort(self, request: str) -> None:
         """End a request; the next step reports it with finish_reason "abort"."""
-        self.engine.abort(request)
+        with self._turn:
+            self.engine.abort(request)
 
     def stats(self) -> EngineStats:
         """Counts of steps, tokens, pages and requests."""
@@ -211,28 +219,48 @@ class LLM:
     def _add_when_possible(self, prompt: list[int], params: SamplingParams, drafts: Drafts) -> str:
         while True:
             try:
-                return self.engine.add(prompt, params)
+                with self._turn:
+                    return self.engine.add(prompt, params)
             except QueueFull:
                 drafts.take(self._news_of(drafts))
 
     def _news_of(self, drafts: Drafts) -> list[Update]:
         """News of some requests, after one more step if there are none yet; those of others are kept."""
-        if not any(update.request in drafts for update in self._kept):
-            self._kept += self.engine.step()
-        mine = [update for update in self._kept if update.request in drafts]
-        self._kept = [update for update in self._kept if update.request not in drafts]
-        return mine
+        with self._turn:
+            if not any(update.request in drafts for update in self._kept):
+                self._kept += self.engine.step()
+            mine = [update for update in self._kept if update.request in drafts]
+            self._kept = [update for update in self._kept if update.request not in drafts]
+            return mine
 
     def _drop(self, drafts: Drafts) -> None:
         """Nobody will ask about these any more."""
-        for request in drafts.unfinished():
-            self.engine.forget(request)
-        self._kept = [update for update in self._kept if update.request not in drafts]
+        with self._turn:
+            for request in drafts.unfinished():
+                self.engine.forget(request)
+            self._kept = [update for update in self._kept if update.request not in drafts]
+
+
+def _device(name: str) -> str:
+    """The device to run on. UsageError for one that does not exist, EnvironmentRefused for one that is not here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is none of auto, cpu, cuda, cuda:0 …")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentRefused("there is no GPU that torch can use here", hint="device='cpu' runs everywhere")
+    return name
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """A text or one list of ids is one prompt."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+    if not isinstance(prompts, str | Sequence):
+        raise UsageError(f"prompts are texts or lists of token ids, not {type(prompts).__name__}")
+    if isinstance(prompts, str | bytes) or (len(prompts) and isinstance(prompts[0], int)):
         return [cast(Prompt, prompts)]
     return cast(Sequence[Prompt], prompts)
 

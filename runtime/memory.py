@@ -73,7 +73,8 @@ def allocate(
         raise ResourceError(
             f"{source} leaves {max(budget, 0):,} bytes for keys and values; a page of {block_size} tokens takes "
             f"{page.bytes:,}",
-            hint=f"weights take {weights:,} bytes, a step's activations up to {activations:,}",
+            hint=f"weights take {weights:,} bytes, a step's activations up to {activations:,}, less with a smaller "
+            f"token_budget: in all at least {weights + activations + page.bytes * (1 + is_gpu):,}",
         )
     cache = KVCache(model.config, pages + is_gpu, block_size, model.dtype, model.device)
     pool = BlockPool(pages, page, prefix_cache=settings.prefix_cache)

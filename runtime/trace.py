@@ -95,12 +95,13 @@ class Recorder:
             self._stream.write(json.dumps({"kind": kind} | data, separators=(",", ":")) + "\n")
 
 
-def replay(path: Path) -> Iterator[tuple[Scheduler, Step]]:
+def replay(path: str | Path) -> Iterator[tuple[Scheduler, Step]]:
     """Tell a new scheduler all that the trace says; yields it after each step that it made, before the step's output.
 
     TraceMismatch names the line where it decides otherwise. A trace that ends in the middle is replayed as far as it
     goes, but for a torn last line, which is passed over.
     """
+    path = Path(path)
     scheduler: Scheduler | None = None
     step: Step | None = None
     sequences: dict[int, Sequence] = {}

@@ -90,6 +90,7 @@ def _in_turns(
     models: Sequence[_Model], workload: Workload, rounds: int, numerics: str, device: str, events: Listener
 ) -> list[list[Measurement]]:
     """Measurements of each model: A B, B A, A B …"""
+    _warm_up()
     found: list[list[Measurement]] = [[] for _ in models]
     total = len(workload.requests)
     for number in range(rounds):
@@ -109,6 +110,16 @@ def _in_turns(
             found[index].append(measured)
             events(Finished(stage, f"{measured.seconds:.1f} s"))
     return found
+
+
+def _warm_up() -> None:
+    """What a process does once: imports and kernels are not part of the time to load."""
+    import transformers.models.auto.tokenization_auto
+
+    from runtime.layers.native import kernels
+    from runtime.ops.native.library import library
+
+    _ = transformers.models.auto.tokenization_auto, kernels(), library()
 
 
 def _summed_up(model: _Model, rounds: Sequence[Measurement]) -> dict[str, Any]:

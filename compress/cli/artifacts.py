@@ -72,6 +72,9 @@ def verify(
     verdict = (
         f"{len(failed)} of {len(report.checks)} checks failed" if failed else f"all {len(report.checks)} checks passed"
     )
+    if quiet:
+        for found in failed:
+            output.answer(f"{found.name}: {found.detail}")
     output.answer(f"{folder}: {verdict}")
     output.finish("verify", code, path=str(folder), failed=[found.name for found in failed])
     if code:

@@ -4,8 +4,10 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from compress.core.errors import UsageError
+from compress.core.places import locate
 from compress.core.quantities import format_bytes
 from compress.core.scheme import Scheme
 
@@ -63,7 +65,7 @@ def read_sizes(model: str, *, offline: bool) -> Sizes:
     from compress.core._verify_shapes import require_shapes
     from compress.core.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(model, offline=offline)
+    checkpoint = Checkpoint.open(locate(model, "model", Path.cwd()), offline=offline)
     require_shapes(checkpoint)
     layers: dict[tuple[int, int], int] = {}
     quantized_bytes = 0

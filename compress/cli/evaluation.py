@@ -67,6 +67,9 @@ def evaluate(
     for row in quality_rows(result):
         add_row(table, *row)
     output.show(table)
+    if quiet:
+        for row in quality_rows(result):
+            output.answer("\t".join(cell for cell in row if cell))
     for notice in result.get("notices") or ():
         output.tell(notice, style="yellow")
     if against is None:
@@ -114,7 +117,10 @@ def _run_by(asked: Any, through: str | None, numerics: str | None) -> Any:
         if value is not None and value not in known:
             raise UsageError(f"--{name} is {known[0]} or {known[1]}, not {value!r}")
         update |= {name: value} if value else {}
-    return asked.model_copy(update=update)
+    found = asked.model_copy(update=update)
+    if found.through == "transformers" and numerics:
+        raise UsageError("--numerics is of the runtime: transformers would not heed it")
+    return found
 
 
 def report(

@@ -70,8 +70,8 @@ def _require_hub_id(model: str) -> None:
 
 def _absent(offline: bool) -> str:
     if offline:
-        return "not in the hub's cache, and the run is offline"
-    return "not in the hub's cache, and the hub cannot be reached"
+        return "neither a folder here nor in the hub's cache, and the run is offline"
+    return "neither a folder here nor in the hub's cache, and the hub cannot be reached"
 
 
 def _first_line(error: BaseException) -> str:

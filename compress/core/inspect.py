@@ -11,7 +11,7 @@ from typing import Any
 from compress.core._verify_folder import Contents, read_json, read_manifest, read_weights
 from compress.core.architectures import ARCHITECTURES
 from compress.core.compatibility import Verdict, preflight
-from compress.core.errors import UsageError
+from compress.core.errors import InputError, UsageError
 from compress.core.formats import NotRead, Reader, method_of, reader_for
 from compress.core.safetensors_io import TensorInfo
 from compress.core.scheme import Scheme
@@ -70,6 +70,8 @@ def inspect(folder: str | Path) -> Inspection:
     path = Path(folder)
     if not path.is_dir():
         raise UsageError("there is no such folder", where=str(folder))
+    if not (path / "config.json").is_file():
+        raise InputError("not a model folder: config.json is missing", where=str(folder))
     contents = Contents(path, config=read_json(path / "config.json"))
     contents.manifest = read_manifest(path)
     read_weights(contents)

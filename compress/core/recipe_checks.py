@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import RecipeError
-from compress.core.positions import NodePath, Problem, YamlSource
+from compress.core.positions import NodePath, Problem, YamlSource, nested
 from compress.core.yaml_source import parse_value
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def reserved_problem(data: dict[str, Any]) -> Problem | None:
         return Problem(
             ("budget",), "reserved for a later version, which will search settings for a budget", at_key=True
         )
+    if nested(data, ("evaluate", "through")) == "transformers" and nested(data, ("evaluate", "numerics")) == "exact":
+        return Problem(("evaluate", "numerics"), "is of the runtime: with through: transformers nothing would heed it")
     return None
 
 

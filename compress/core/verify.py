@@ -234,8 +234,8 @@ class _Run:
     def parity(self) -> None:
         manifest = self.contents.manifest
         record = None if manifest is None else manifest.parity
-        if record is None:
-            self.report.notices.append("parity: the artifact holds no record of the runtime's agreement")
+        if manifest is None:
+            self.report.notices.append("parity: the folder has no manifest to hold a record of the runtime's agreement")
             return
         self.check("parity", lambda: _parity(record))
 
@@ -255,7 +255,7 @@ def _check_hash(path: Path, name: str, wanted: str) -> None:
         raise ArtifactError(f"its SHA-256 is {found[:12]}…, the manifest says {wanted[:12]}…", where=name)
 
 
-def _parity(record: Mapping[str, Any]) -> str:
+def _parity(record: Mapping[str, Any] | None) -> str:
     where = f"{MANIFEST_NAME}: parity"
     match record:
         case {
@@ -264,6 +264,8 @@ def _parity(record: Mapping[str, Any]) -> str:
             "passed": bool(passed),
         }:
             pass
+        case None:
+            raise ArtifactError("the artifact was not scored through the runtime: there is no record", where=where)
         case _:
             raise ArtifactError("is not a comparison with the runtime", where=where)
     if not passed or not found <= bound:

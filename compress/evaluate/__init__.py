@@ -93,10 +93,12 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """`evaluate` for any model folder or hub id; without `base` only the folder's own figures are measured."""
     from compress.core.checkpoint import Checkpoint
+    from compress.core.places import locate
     from compress.evaluate.task_files import require_tasks
 
     require_tasks(evaluation, base_folder)
-    original = None if base is None else Checkpoint.open(base, offline=offline)
+    artifact, original_place = (place and locate(str(place), "model", Path.cwd()) for place in (artifact, base))
+    original = None if original_place is None else Checkpoint.open(original_place, offline=offline)
     return evaluate(
         original,
         Checkpoint.open(artifact, offline=offline),

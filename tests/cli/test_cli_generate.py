@@ -156,7 +156,18 @@ def test_a_terminal_is_sent_no_control_characters_and_a_file_all(call, model: Pa
 
 
 def test_ctrl_c_ends_the_line_and_the_command_with_130(model: Path) -> None:
-    command = [sys.executable, "-m", "compress", "generate", model, PROMPT, "--temperature", "1", "-n", "100"]
+    command = [
+        sys.executable,
+        "-m",
+        "compress",
+        "generate",
+        model,
+        PROMPT,
+        "--temperature",
+        "1",
+        "-n",
+        "256",
+    ]  # fills the pipe
     child = subprocess.Popen(
         [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}
     )

@@ -44,7 +44,7 @@ def test_every_engine_says_its_version_and_evidence() -> None:
         ("transformers", Scheme(3, 128), "with-conditions"),
         ("transformers", Scheme(4, 128, symmetric=False), "with-conditions"),
         ("llama.cpp", W4, "no"),
-        ("compress", W4, "no"),
+        ("compress", W4, "yes"),
     ],
 )
 def test_verdicts(engine: str, scheme: Scheme, ok: str) -> None:

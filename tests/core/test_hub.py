@@ -145,7 +145,7 @@ def test_a_branch_that_moved_is_followed_online_and_not_offline(hub: Hub) -> Non
 
 
 def test_offline_without_a_cached_model_is_refused(hub: Hub) -> None:
-    with pytest.raises(InputError, match="someone/tiny: not in the hub's cache, and the run is offline"):
+    with pytest.raises(InputError, match="someone/tiny: neither a folder here nor in the hub's cache, and the run is offline"):
         snapshot("someone/tiny", offline=True)
     assert hub.requests == []
 
@@ -177,7 +177,7 @@ def test_a_hub_that_fails_is_named_with_what_it_said(hub: Hub) -> None:
 
 def test_a_hub_that_is_not_there_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(InputError, match="not in the hub's cache, and the hub cannot be reached"):
+    with pytest.raises(InputError, match="neither a folder here nor in the hub's cache, and the hub cannot be reached"):
         snapshot("someone/tiny")
 
 

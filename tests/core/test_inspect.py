@@ -67,7 +67,7 @@ def test_formats_that_are_not_read_are_a_notice(tmp_path: Path) -> None:
 def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         inspect(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"config.json: is missing"):
+    with pytest.raises(InputError, match=r"not a model folder: config.json is missing"):
         inspect(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(InputError, match="no safetensors weights"):

@@ -198,12 +198,14 @@ def test_formats_that_are_not_read_are_a_notice(tmp_path: Path) -> None:
     assert any("quantization: not checked" in notice and "'hqq'" in notice for notice in report.notices)
 
 
-def test_absence_of_parity_is_a_notice(tmp_path: Path) -> None:
-    folder = write_quantized(tmp_path, Scheme(4, 32))
-    write_manifest(folder)
-    report = verify(folder.path, level="parity")
-    assert report.ok
+def test_absence_of_parity_is_a_notice_where_nobody_asked_or_nobody_could_write_it(tmp_path: Path) -> None:
+    foreign, ours = (write_quantized(tmp_path / name, Scheme(4, 32)) for name in ("foreign", "ours"))
+    write_manifest(ours)
+    assert verify(ours.path).ok
+    report = verify(foreign.path, source=foreign.path, level="parity")
     assert any(notice.startswith("parity: ") for notice in report.notices)
+    [failed] = [check for check in verify(ours.path, level="parity").checks if not check.ok]
+    assert failed.name == "parity" and "was not scored through the runtime" in failed.detail
 
 
 def parity(found: object, passed: object = True) -> dict[str, object]:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.core.checkpoint import Checkpoint, load_tokenizer
-from compress.core.errors import InputError, ResourceError, UsageError
+from compress.core.errors import EnvironmentRefused, InputError, ResourceError, UsageError
 from runtime.llm import LLM, SchedulerKeywords
 from runtime.memory import Ledger
 from runtime.params import SamplingParams, SamplingSettings
@@ -297,3 +298,36 @@ def test_llm_is_part_of_the_lazy_public_api() -> None:
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
     assert subprocess.run([sys.executable, "-c", script], check=False, env=environment).returncode == 0
+
+
+def test_threads_take_turns_and_get_their_own_answers(demo: LLM) -> None:
+    alone = [demo.generate(prompt, max_tokens=12)[0].token_ids for prompt in PROMPTS if prompt]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(
+            threads.map(lambda prompt: demo.generate(prompt, max_tokens=12)[0].token_ids, filter(None, PROMPTS))
+        )
+    assert found == alone
+    demo.engine.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("device", "error"), [("tpu", UsageError), ("cpu:x", UsageError), ("cuda", EnvironmentRefused)]
+)
+def test_a_device_that_is_not_there_is_refused(device: str, error: type[Exception]) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(error, match="device|GPU"):
+        LLM(DEMO, device=device)
+
+
+@pytest.mark.parametrize("given", [{"tenant": 5}, {"priority": "high"}, {"priority": True}])
+def test_a_tenant_or_priority_of_another_type_is_refused(demo: LLM, given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="tenant is a text and priority a whole number"):
+        demo.add("The sun", SamplingParams(), **given)
+    assert not demo.has_work
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"abc", [b"abc"]])
+def test_prompts_of_another_type_are_refused(demo: LLM, prompts: Any) -> None:
+    with pytest.raises(UsageError, match="prompt"):
+        demo.generate(prompts)
