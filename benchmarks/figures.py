@@ -41,9 +41,10 @@ def quality_tables() -> str:
     ]
     for model, original in results["original"].items():
         cases = [case for case in results["cases"] if case["model"] == model]
-        lines += [f"{model} (original {original:.3f}):", "", "| | ours | best peer | |", "|---|---|---|---|"]
-        lines += [row for bits in (4, 3, 2) for size in (32, 64, 128, -1) if (row := quality_row(cases, bits, size))]
-        lines.append("")
+        rows = [row for bits in (4, 3, 2) for size in (32, 64, 128, -1) if (row := quality_row(cases, bits, size))]
+        if rows:
+            head = [f"{model} (original {original:.3f}):", "", "| | ours | best peer | |", "|---|---|---|---|"]
+            lines += [*head, *rows, ""]
     return "\n".join(lines).strip()
 
 
