@@ -169,7 +169,11 @@ def test_ctrl_c_ends_the_line_and_the_command_with_130(model: Path) -> None:
         "256",
     ]  # fills the pipe
     child = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job is started deaf to it
     )
     first = child.stdout.read(1)
     child.send_signal(signal.SIGINT)
