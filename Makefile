@@ -32,7 +32,7 @@ setup: $(VENV)/.ready
 
 demo: setup
 	$(PY) -m compress run --recipe demo-w4 --output $(DEMO) --fresh
-	$(PY) -m compress generate $(DEMO) "One day a little fox found a red ball in the snow." --temperature 0.7 --seed 1
+	$(PY) -m compress generate $(DEMO) "One day a little fox found a red ball in the snow."
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
