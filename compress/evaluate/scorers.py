@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from compress.core._forward import LOGITS_BYTES
 from compress.core.errors import InputError
 from compress.core.events import Listener
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
     from compress.core.recipe import Evaluation
 
-LOGITS_BYTES = 64 << 20
 BLOCK_SIZE = 16
 
 
@@ -63,10 +63,7 @@ class TransformersScorer:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        from compress.core.walk import compute_dtype
-
-        computed_in = compute_dtype(self.checkpoint, self.dtype, self.device)
-        return {"through": "transformers", "dtype": str(computed_in).removeprefix("torch.")}
+        return {"through": "transformers", "dtype": str(self._computed_in).removeprefix("torch.")}
 
     def logits(self, tokens: Tokens) -> Iterator[torch.Tensor]:
         from compress.core.walk import stream_logits
@@ -83,11 +80,9 @@ class TransformersScorer:
     @contextmanager
     def language_model(self, stage: str, events: Listener) -> Iterator[Any]:
         from compress.core.checkpoint import load_tokenizer
-        from compress.core.walk import compute_dtype
         from compress.evaluate._harness import Model
 
-        dtype = compute_dtype(self.checkpoint, self.dtype, self.device)
-        model = self.checkpoint.build_model(dtype=dtype, device=self.device)
+        model = self.checkpoint.build_model(dtype=self._computed_in, device=self.device)
         wrapped = Model(model, load_tokenizer(self.checkpoint.folder), stage, events)
         try:
             with torch.inference_mode():
@@ -95,6 +90,12 @@ class TransformersScorer:
         finally:
             del model, wrapped
             gc.collect()
+
+    @property
+    def _computed_in(self) -> torch.dtype:
+        from compress.core.walk import compute_dtype
+
+        return compute_dtype(self.checkpoint, self.dtype, self.device)
 
 
 @dataclass
