@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress.core.compiling import load
 from compress.core.errors import CompressError
-from runtime.compiling import load
 
 KINDS = {"int": 0, "nf4": 1, "fp4": 1, "fp8": 2}
 LEAST_CHANNELS = 4

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from compress.core.compiling import load
 from compress.core.errors import CompressError
-from runtime.compiling import load
 
 _SERIAL_FLOATS = 1 << 16  # work that is not worth waking a second thread
 _POINTER, _INTEGER = c_void_p, c_int64

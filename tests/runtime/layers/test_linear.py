@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.core import compiling
 from compress.core.errors import UsageError
 from compress.core.grid import fit_grid
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
-from runtime import compiling
 from runtime.layers import native
 from runtime.layers.activations import rounded_inputs
 from runtime.layers.compiled import CompiledLinear

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.core.compiling import load
 from compress.core.errors import EnvironmentRefused
-from runtime.compiling import load
 from runtime.ops.attention import AttentionBatch, paged_attention
 from runtime.ops.backend import torch_only
 from runtime.ops.kv_store import store_kv
