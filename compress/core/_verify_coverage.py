@@ -14,7 +14,7 @@ from compress.core._verify_weights import quantized_names, sampled_weight
 from compress.core.errors import ArtifactError, InputError
 from compress.core.formats import Reader, method_of, reader_for
 from compress.core.manifest import MANIFEST_NAME, Manifest
-from compress.core.safetensors_io import TensorInfo, load_tensor, raw_bytes
+from compress.core.safetensors_io import MappedFiles, TensorInfo, raw_bytes
 from compress.core.scheme import Scheme
 
 # Relative error |w - quantized| / |w| that no honest quantization exceeds; zeros instead of weights have 1.
@@ -120,12 +120,13 @@ def check_closeness(contents: Contents, source: Contents, reader: Reader, scheme
     if method_of(source.config) is not None:
         return "not compared: the source is quantized itself"
     worst, where = 0.0, ""
+    files = MappedFiles()
     for module, scheme in schemes.items():
-        rows, ours = sampled_weight(reader, module, scheme, contents.tensors)
+        rows, ours = sampled_weight(reader, module, scheme, contents.tensors, files)
         info = source.tensors.get(f"{module}.weight")
         if info is None or len(info.shape) != 2 or info.shape[1] != ours.shape[1] or int(rows[-1]) >= info.shape[0]:
             raise ArtifactError("the source has no weight of this shape", where=module)
-        before = load_tensor(info)[torch.from_numpy(rows)].float()
+        before = files.tensor(info)[torch.from_numpy(rows)].float()
         error = float((ours - before).norm() / before.norm().clamp(min=1e-30))
         if not error <= _WORST_ERROR.get(scheme.bits, _WORST_OTHERS):
             raise ArtifactError(f"is {error:.0%} away from the source: this is not its quantization", where=module)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -13,7 +15,7 @@ from compress.core._verify_parts import FLOATS, check_module_parts
 from compress.core._verify_shapes import architecture_of, module_shapes, sizes_of
 from compress.core.errors import ArtifactError, InputError
 from compress.core.formats import NotKept, Reader, _reference
-from compress.core.safetensors_io import TensorInfo, load_tensor
+from compress.core.safetensors_io import MappedFiles, TensorInfo, load_tensor
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor, words_in
 
@@ -60,50 +62,52 @@ def _check_dense(contents: Contents, reader: Reader, schemes: Mapping[str, Schem
             raise ArtifactError("is stored dense, but the config calls the layer quantized", where=name)
 
 
-def check_values(name: str, info: TensorInfo) -> None:
+def check_values(name: str, info: TensorInfo, files: MappedFiles) -> None:
     """Floats are finite; scales are not zero as well (a symmetric grid may be mirrored by a negative scale)."""
     if info.dtype == "F8_E4M3" and info.bytes:
-        patterns = load_tensor(info).view(torch.uint8).reshape(-1)
+        patterns = files.tensor(info).view(torch.uint8).reshape(-1)
         for start in range(0, patterns.numel(), _CHUNK):
             if bool(((patterns[start : start + _CHUNK] & _FP8_NAN) == _FP8_NAN).any()):
                 raise ArtifactError("holds NaN", where=name)
     if info.dtype not in FLOATS or info.bytes == 0:
         return
-    flat = load_tensor(info).reshape(-1)
+    flat = files.tensor(info).reshape(-1)
     low, high = float("inf"), float("-inf")
     for start in range(0, flat.numel(), _CHUNK):
         least, most = torch.aminmax(flat[start : start + _CHUNK])  # NaN wins in both
         low, high = min(low, float(least)), max(high, float(most))
-        if not (np.isfinite(float(least)) and np.isfinite(float(most))):
+        if not (math.isfinite(least) and math.isfinite(most)):
             raise ArtifactError("holds NaN or infinite values", where=name)
     is_scale = name.endswith(_SCALES)
     if is_scale and low <= 0 <= high and bool((flat == 0).any()):
         raise ArtifactError("holds a scale that is zero", where=name)
 
 
-def check_module(reader: Reader, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> None:
+def check_module(
+    reader: Reader, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], files: MappedFiles
+) -> None:
     """The module decodes, and the second decoder gives the same fp32 values, bit for bit (large layers: some rows)."""
-    rows, ours = sampled_weight(reader, module, scheme, tensors)
-    again = _reference.weights(reader, module, tensors, scheme, rows)
+    rows, ours = sampled_weight(reader, module, scheme, tensors, files)
+    again = _reference.weights(reader, module, tensors, scheme, rows, files.bytes)
     if ours.shape != again.shape or not np.array_equal(ours.numpy().view(np.uint32), again.view(np.uint32)):
         raise ArtifactError("the two decoders disagree on its values", where=module)
 
 
 def sampled_weight(
-    reader: Reader, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]
+    reader: Reader, module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], files: MappedFiles
 ) -> tuple[np.ndarray, torch.Tensor]:
     """(row numbers, fp32 weights of these rows) of a module, by the main decoder."""
 
     def read(name: str) -> torch.Tensor:
         if name not in tensors:
             raise InputError("is missing", where=name)
-        return load_tensor(tensors[name])
+        return files.tensor(tensors[name])
 
     try:
         whole = reader.decode(module, read, scheme)
     except NotKept:  # in activation order, say, which only the whole layer can undo
         weight = reader.dequantize(module, read, scheme, torch.float32)
-        rows = sampled_rows(tuple(weight.shape))
+        rows = sampled_rows((weight.shape[0], weight.shape[1]))
         return rows, weight[torch.from_numpy(rows)]
     rows = sampled_rows(whole.shape)
     index = torch.from_numpy(rows)
@@ -112,8 +116,9 @@ def sampled_weight(
     return rows, part.dequantize()
 
 
-def sampled_rows(shape: tuple[int, ...]) -> np.ndarray:
-    """All rows of a small matrix, evenly spread ones of a large one."""
+@lru_cache(maxsize=64)  # a model has few shapes and many layers
+def sampled_rows(shape: tuple[int, int]) -> np.ndarray:
+    """All rows of a small matrix, evenly spread ones of a large one. Not to be changed in place."""
     rows, width = shape
     count = rows if rows * width <= _WHOLE else min(rows, _ROWS)
     return np.unique(np.linspace(0, rows - 1, count).astype(np.int64))

@@ -137,3 +137,32 @@ def raw_bytes(info: TensorInfo) -> memoryview:
         return memoryview(b"")
     with info.file.open("rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[info.start : info.end]
+
+
+class MappedFiles:
+    """Files mapped whole, each once: for whoever looks at many tensors of a file. For one thread at a time.
+
+    The mappings are private (what is done to a tensor never reaches a file) and end with the last tensor of them.
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def whole(self, path: Path) -> mmap.mmap:
+        """All bytes of a file that is not empty."""
+        if path not in self._maps:
+            with path.open("rb") as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[path]
+
+    def bytes(self, info: TensorInfo) -> memoryview:
+        """As `raw_bytes`."""
+        return memoryview(self.whole(info.file))[info.start : info.end] if info.bytes else memoryview(b"")
+
+    def tensor(self, info: TensorInfo) -> Any:
+        """As `load_tensor`."""
+        dtype = torch_dtype(info.dtype)
+        if info.bytes == 0 or info.start % dtype.itemsize:
+            return load_tensor(info)
+        count = math.prod(info.shape)
+        return torch.frombuffer(self.whole(info.file), dtype=dtype, count=count, offset=info.start).view(info.shape)

@@ -11,10 +11,12 @@ file and field. Files are mapped, shard by shard, so memory stays bounded.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,21 +144,23 @@ class _Run:
         return check_shapes(self.contents, self.schemes, self.reader)
 
     def _shards(self, *, decode: bool) -> str:
-        """Hashes, finite values and the second decoder, one shard at a time on each thread."""
-        jobs = [*self.contents.shards, *self._other_files()]
+        """Hashes on one thread, finite values and the second decoder on another, shard by shard."""
         modules = self._modules_by_shard() if decode else {}
+        tensors: dict[Path, list[TensorInfo]] = {}
+        for info in self.contents.tensors.values():
+            tensors.setdefault(info.file, []).append(info)
         hashes = (
             {} if self.contents.manifest is None else {file.path: file.sha256 for file in self.contents.manifest.files}
         )
-
-        def look(path: Path) -> None:
+        jobs: list[Callable[[], None]] = []
+        for path in [*self.contents.shards, *self._other_files()]:
             name = path.relative_to(self.contents.folder).as_posix()
             if name in hashes:
-                _check_hash(path, name, hashes[name])
-            self._values(path, modules.get(path, ()))
-
+                jobs.append(partial(_check_hash, path, name, hashes[name]))
+            if path in tensors:
+                jobs.append(partial(self._values, tensors[path], modules.get(path, [])))
         with ThreadPoolExecutor(self.threads) as pool:
-            for _ in pool.map(look, jobs):
+            for _ in pool.map(lambda job: job(), jobs):
                 pass
         hashed = f"{len(hashes)} files have their SHA-256; " if hashes else ""
         decoded = f"; {sum(map(len, modules.values()))} layers read alike by two decoders" if modules else ""
@@ -169,16 +173,17 @@ class _Run:
         paths = (self.contents.folder / file.path for file in self.contents.manifest.files)
         return [path for path in paths if path not in shards and path.is_file()]
 
-    def _values(self, path: Path, modules: Iterable[str]) -> None:
+    def _values(self, infos: list[TensorInfo], modules: list[str]) -> None:
+        """One shard: all its tensors, and the modules that begin in it."""
         from compress.core._verify_weights import check_module, check_values
+        from compress.core.safetensors_io import MappedFiles
 
-        tensors = self.contents.tensors
-        for name, info in tensors.items():
-            if info.file == path:
-                check_values(name, info)
+        files = MappedFiles()
+        for info in infos:
+            check_values(info.name, info, files)
         for module in modules:
             if self.reader is not None:
-                check_module(self.reader, module, self.schemes[module], tensors)
+                check_module(self.reader, module, self.schemes[module], self.contents.tensors, files)
 
     def _modules_by_shard(self) -> dict[Path, list[str]]:
         found: dict[Path, list[str]] = {}
@@ -248,9 +253,10 @@ def _opened(folder: Path, opened: list[folders.Contents]) -> str:
 
 
 def _check_hash(path: Path, name: str, wanted: str) -> None:
-    from compress.core.files import sha256_file
+    """Mapped and hashed in one call, which lets go of the interpreter's lock for as long as it takes."""
+    from compress.core.safetensors_io import MappedFiles
 
-    found = sha256_file(path)
+    found = hashlib.sha256(MappedFiles().whole(path) if path.stat().st_size else b"").hexdigest()
     if found != wanted:
         raise ArtifactError(f"its SHA-256 is {found[:12]}…, the manifest says {wanted[:12]}…", where=name)
 

@@ -7,12 +7,12 @@ module. O output channels, K input channels, G groups.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from compress.core.formats import Reader
-from compress.core.safetensors_io import TensorInfo
+from compress.core.safetensors_io import TensorInfo, raw_bytes
 from compress.core.scheme import Scheme
 
 _DTYPES = {
@@ -21,25 +21,31 @@ _DTYPES = {
 }  # fmt: skip
 
 Array = np.ndarray
+Bytes = Callable[[TensorInfo], memoryview]  # a tensor's bytes as they lie in the file
 
 
-def weights(reader: Reader, module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array) -> Array:
+def weights(
+    reader: Reader,
+    module: str,
+    tensors: Mapping[str, TensorInfo],
+    scheme: Scheme,
+    rows: Array,
+    read: Bytes = raw_bytes,
+) -> Array:
     """fp32 weights [len(rows), K] of the chosen output channels of a module."""
     if reader.method == "gptq":
-        return gptq(module, tensors, scheme, rows, reader.options["version"])
+        return gptq(module, tensors, scheme, rows, reader.options["version"], read)
     if reader.method == "awq":
-        return awq(module, tensors, scheme, rows)
+        return awq(module, tensors, scheme, rows, read)
     if reader.method == "bitsandbytes":
         decoder = bitsandbytes_int8 if scheme.dtype == "int" else bitsandbytes_4bit
-        return decoder(module, tensors, scheme, rows)
-    return compressed_tensors(module, tensors, scheme, rows)
+        return decoder(module, tensors, scheme, rows, read)
+    return compressed_tensors(module, tensors, scheme, rows, read)
 
 
-def load(info: TensorInfo) -> Array:
-    """The tensor as numpy sees it in the file (mapped, read-only); BF16 as its 16-bit patterns, I32 unsigned."""
-    if info.bytes == 0:
-        return np.zeros(info.shape, _DTYPES[info.dtype])
-    return np.memmap(info.file, _DTYPES[info.dtype], "r", offset=info.start, shape=info.shape)
+def load(info: TensorInfo, read: Bytes) -> Array:
+    """The tensor as numpy sees it in the file (not copied); BF16 as its 16-bit patterns, I32 unsigned."""
+    return np.frombuffer(read(info), _DTYPES[info.dtype]).reshape(info.shape)
 
 
 def floats(values: Array, dtype: str) -> Array:
@@ -53,26 +59,33 @@ def bits_to_numbers(words_RW: Array, bits: int, count: int) -> Array:
     """Rows of 32-bit words, each one stream, least significant bit first -> their first `count` numbers [R, count]."""
     octets = np.ascontiguousarray(words_RW).astype("<u4").view(np.uint8).reshape(words_RW.shape[0], -1)
     stream = np.unpackbits(octets, axis=1, count=count * bits, bitorder="little")
-    return stream.reshape(-1, count, bits).astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
+    numbers = stream[:, 0::bits].copy()
+    for bit in range(1, bits):
+        numbers |= stream[:, bit::bits] << np.uint8(bit)
+    return numbers.astype(np.int32)
 
 
-def compressed_tensors(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array) -> Array:
+def compressed_tensors(
+    module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array, read: Bytes = raw_bytes
+) -> Array:
     """The same for a pack-quantized, int-quantized or float-quantized module."""
     scale_info = tensors[f"{module}.weight_scale"]
     if scheme.dtype == "fp8":
-        return _fp8(load(tensors[f"{module}.weight"])[rows], floats(load(scale_info), scale_info.dtype), rows)
-    scale = floats(load(scale_info)[rows], scale_info.dtype)
+        return _fp8(
+            load(tensors[f"{module}.weight"], read)[rows], floats(load(scale_info, read), scale_info.dtype), rows
+        )
+    scale = floats(load(scale_info, read)[rows], scale_info.dtype)
     half = 1 << (scheme.bits - 1)
     packed = tensors.get(f"{module}.weight_packed")
     if packed is None:
-        code = load(tensors[f"{module}.weight"])[rows].astype(np.int32)
+        code = load(tensors[f"{module}.weight"], read)[rows].astype(np.int32)
     else:
-        width = int(load(tensors[f"{module}.weight_shape"])[1])
-        code = bits_to_numbers(load(packed)[rows], scheme.bits, width) - half
+        width = int(load(tensors[f"{module}.weight_shape"], read)[1])
+        code = bits_to_numbers(load(packed, read)[rows], scheme.bits, width) - half
     group = group_of(code.shape[1], scheme)
     if not scheme.symmetric:
         zero_info = tensors[f"{module}.weight_zero_point"]
-        stored = load(zero_info)
+        stored = load(zero_info, read)
         if packed is None:
             zero = stored[rows].astype(np.int32)
         else:
@@ -81,53 +94,64 @@ def compressed_tensors(module: str, tensors: Mapping[str, TensorInfo], scheme: S
     return code.astype(np.float32) * scale[:, group]
 
 
-def gptq(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array, version: int) -> Array:
+def gptq(
+    module: str,
+    tensors: Mapping[str, TensorInfo],
+    scheme: Scheme,
+    rows: Array,
+    version: int,
+    read: Bytes = raw_bytes,
+) -> Array:
     """The same for a GPTQ module, activation order undone."""
     qweight, scales = tensors[f"{module}.qweight"], tensors[f"{module}.scales"]
     width = qweight.shape[0] * 32 // scheme.bits
-    code = bits_to_numbers(load(qweight)[:, rows].T, scheme.bits, width)
-    zero = bits_to_numbers(load(tensors[f"{module}.qzeros"]), scheme.bits, qweight.shape[1])[:, rows].T
+    code = bits_to_numbers(load(qweight, read)[:, rows].T, scheme.bits, width)
+    zero = bits_to_numbers(load(tensors[f"{module}.qzeros"], read), scheme.bits, qweight.shape[1])[:, rows].T
     if version == 1:
         zero = zero + 1
     order = tensors.get(f"{module}.g_idx")
-    group = group_of(width, scheme) if order is None else np.asarray(load(order)).astype(np.int64)
-    scale = floats(load(scales)[:, rows].T, scales.dtype)
+    group = group_of(width, scheme) if order is None else np.asarray(load(order, read)).astype(np.int64)
+    scale = floats(load(scales, read)[:, rows].T, scales.dtype)
     return (code - zero[:, group]).astype(np.float32) * scale[:, group]
 
 
-def awq(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array) -> Array:
+def awq(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array, read: Bytes = raw_bytes) -> Array:
     """The same for an AWQ module: column 8w + order[i] is nibble i of word w."""
-    words = {part: load(tensors[f"{module}.{part}"]) for part in ("qweight", "qzeros")}
+    words = {part: load(tensors[f"{module}.{part}"], read) for part in ("qweight", "qzeros")}
     count = words["qweight"].shape[1] * 8
     column = np.arange(count).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
     place = np.argsort(column)[rows]  # where each wanted output channel lies
     code, zero = (bits_to_numbers(words[part], 4, count)[:, place].T for part in ("qweight", "qzeros"))
     group = group_of(code.shape[1], scheme)
     info = tensors[f"{module}.scales"]
-    scale = floats(load(info)[:, rows].T, info.dtype)
+    scale = floats(load(info, read)[:, rows].T, info.dtype)
     return (code - zero[:, group]).astype(np.float32) * scale[:, group]
 
 
-def bitsandbytes_4bit(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array) -> Array:
+def bitsandbytes_4bit(
+    module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array, read: Bytes = raw_bytes
+) -> Array:
     """The same for NF4 and FP4, with the levels that the file itself holds."""
     part = {name.removeprefix(f"{module}.weight"): info for name, info in tensors.items()}
-    state = json.loads(bytes(load(part[f".quant_state.bitsandbytes__{scheme.dtype}"])))
-    absmax = load(part[".absmax"])
+    state = json.loads(bytes(load(part[f".quant_state.bitsandbytes__{scheme.dtype}"], read)))
+    absmax = load(part[".absmax"], read)
     if "nested_offset" in state:
         block = np.arange(len(absmax)) // state["nested_blocksize"]
-        absmax = load(part[".nested_quant_map"])[absmax] * load(part[".nested_absmax"])[block]
+        absmax = load(part[".nested_quant_map"], read)[absmax] * load(part[".nested_absmax"], read)[block]
         absmax = absmax + np.float32(state["nested_offset"])
     width = state["shape"][1]
     index = rows[:, None] * width + np.arange(width)
-    octet = load(part[""]).reshape(-1)[index // 2]
+    octet = load(part[""], read).reshape(-1)[index // 2]
     code = np.where(index % 2 == 0, octet >> 4, octet & 15)
-    return load(part[".quant_map"])[code] * absmax[index // state["blocksize"]]
+    return load(part[".quant_map"], read)[code] * absmax[index // state["blocksize"]]
 
 
-def bitsandbytes_int8(module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array) -> Array:
+def bitsandbytes_int8(
+    module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array, read: Bytes = raw_bytes
+) -> Array:
     """The same for rows of int8 with their largest magnitudes."""
-    scale = load(tensors[f"{module}.SCB"])[rows] / np.float32(127)
-    return load(tensors[f"{module}.weight"])[rows].astype(np.float32) * scale[:, None]
+    scale = load(tensors[f"{module}.SCB"], read)[rows] / np.float32(127)
+    return load(tensors[f"{module}.weight"], read)[rows].astype(np.float32) * scale[:, None]
 
 
 def _fp8(octets: Array, scale: Array, rows: Array) -> Array:
