@@ -35,7 +35,7 @@ def plan_push(folder: Path, repository: str) -> PushPlan:
     if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"{repository!r} is no repository", hint="a repository is written owner/name")
     artifact = open_artifact(folder)
-    failed = [check for check in verify(folder).checks if not check.ok]
+    failed = [check for check in verify(folder, library=True).checks if not check.ok]
     if failed:
         raise ArtifactError(
             f"the artifact does not verify and is not uploaded: {failed[0].name}: {failed[0].detail}", where=str(folder)

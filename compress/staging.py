@@ -50,9 +50,9 @@ def _require_verified(artifact: Checkpoint, inputs: Inputs, events: Listener) ->
 
     events(Started("verify", 1, "artifact"))
     if all(stage.settings.gives == "quantized" for stage in inputs.recipe.stages):
-        report = verify(artifact.folder, source=inputs.original.folder, level="coverage")
+        report = verify(artifact.folder, source=inputs.original.folder, level="coverage", library=True)
     else:
-        report = verify(artifact.folder, level="integrity")
+        report = verify(artifact.folder, level="integrity", library=True)
     failed = [check for check in report.checks if not check.ok]
     if failed:
         raise ArtifactError(

@@ -45,6 +45,9 @@ def verify(
         Level | None,
         typer.Option("--level", help="How far to go. [default: as far as the folder allows]", show_default=False),
     ] = None,
+    library: Annotated[
+        bool, typer.Option("--library", help="Have the compressed-tensors library read layers, too; takes seconds.")
+    ] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -58,7 +61,7 @@ def verify(
     from compress.core.verify import verify as check
 
     output = speak(json=json, quiet=quiet, verbose=verbose)
-    report = check(folder, source=source, level=level.value if level else None)
+    report = check(folder, source=source, level=level.value if level else None, library=library)
     table = grid("", "check", "detail", figures=False)
     for found in report.checks:
         add_row(table, "ok" if found.ok else "!!", found.name, found.detail)

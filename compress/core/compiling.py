@@ -29,24 +29,45 @@ _OURS_ALONE = 0o700
 
 def load(folder: Path) -> ctypes.CDLL:
     """All C files of a folder as one library, from the cache or compiled now. EnvironmentRefused: what is missing."""
-    sources = sorted(folder.glob("*.c"))
+    compiler, openmp = _tools()
+    cache = _cache_folder()
+    kept = None if cache is None else cache / f"kernels-{digest(folder)}.so"
+    if kept is not None and kept.is_file():
+        return _opened(kept)
+    with tempfile.TemporaryDirectory(prefix="compress-", dir=cache) as work:
+        made = _compile(compiler, openmp, sorted(folder.glob("*.c")), Path(work, "kernels.so"))
+        if kept is not None and not kept.is_file():
+            with suppress(CompressError):  # another process was first, or the disk is full: what was made still loads
+                link_or_copy(made, kept)
+        return _opened(made)
+
+
+def digest(folder: Path) -> str:
+    """Of everything that a folder's library is made from. EnvironmentRefused: what is missing to make it."""
+    compiler, openmp = _tools()
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_TIMEOUT_S, check=False).stdout
+    parts = [version, _instructions(), platform.machine().encode(), str(openmp).encode(), repr(_FLAGS).encode()]
+    parts += [file.read_bytes() for suffix in ("h", "c") for file in sorted(folder.glob(f"*.{suffix}"))]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def _tools() -> tuple[str, Path]:
+    """The compiler and the OpenMP library."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise EnvironmentRefused("there is no C compiler")
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
     if not openmp:  # a second OpenMP runtime would fight torch's threads for the cores
         raise EnvironmentRefused("torch brings no GNU OpenMP library whose threads could be shared")
-    cache = _cache_folder()
-    digest = _digest(compiler, openmp[0], [*sorted(folder.glob("*.h")), *sources])
-    kept = None if cache is None else cache / f"kernels-{digest}.so"
-    if kept is not None and kept.is_file():
-        return _opened(kept)
-    with tempfile.TemporaryDirectory(prefix="compress-", dir=cache) as work:
-        made = _compile(compiler, openmp[0], sources, Path(work, "kernels.so"))
-        if kept is not None and not kept.is_file():
-            with suppress(CompressError):  # another process was first, or the disk is full: what was made still loads
-                link_or_copy(made, kept)
-        return _opened(made)
+    return compiler, openmp[0]
+
+
+def _instructions() -> bytes:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features"))).encode()
+    except (OSError, StopIteration):
+        return platform.processor().encode()
 
 
 def _opened(library: Path) -> ctypes.CDLL:
@@ -67,18 +88,6 @@ def _cache_folder() -> Path | None:
     except (CompressError, OSError, RuntimeError):  # RuntimeError: the user has no home
         return None
     return folder
-
-
-def _digest(compiler: str, openmp: Path, files: Sequence[Path]) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_TIMEOUT_S, check=False).stdout
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
-    parts = [version, cpu.encode(), platform.machine().encode(), str(openmp).encode(), repr(_FLAGS).encode()]
-    parts += [file.read_bytes() for file in files]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
 def _compile(compiler: str, openmp: Path, sources: Sequence[Path], library: Path) -> Path:

@@ -29,6 +29,7 @@ def fingerprint(
     """Fingerprint of a run, as plain data. Hashes the source's files (cached by the checkpoint)."""
     import torch
 
+    from compress.core import native
     from compress.core.walk import compute_dtype
 
     return {
@@ -42,6 +43,7 @@ def fingerprint(
         "versions": {"compress": compress.__version__, **{name: version(name) for name in _PACKAGES}},
         "machine": platform.machine(),
         "device": _device_name(device),
+        "kernels": native.identity() if device == "cpu" else "torch",
         "threads": torch.get_num_threads(),
         "micro_batch": micro_batch,
         "dtype": str(compute_dtype(checkpoint, dtype, device)).removeprefix("torch."),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from compress.core import native
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor, spread
 
@@ -69,7 +70,7 @@ def fit_grid(
     return Grid(scale, zero, scheme)
 
 
-_CACHED_WEIGHTS = 1 << 17  # rows are searched in pieces that stay in a core's cache
+_CACHED_WEIGHTS = 1 << 20  # rows are searched in pieces that stay in the cache
 
 
 def _fit(
@@ -113,6 +114,7 @@ class _Search:
     ) -> None:
         self.groups_OGS, self.low_OG, self.high_OG = groups_OGS, low_OG, high_OG
         self.scheme, self.scale_dtype, self.importance_GS = scheme, scale_dtype, importance_GS
+        self.native = groups_OGS.device.type == "cpu" and native.library() is not None
         self.error = torch.full_like(low_OG, torch.inf)
         self.shrink = torch.ones_like(low_OG)
         self.scale, self.zero = _span(low_OG, high_OG, 1.0, scheme, scale_dtype)
@@ -127,6 +129,9 @@ class _Search:
         self.zero = None if zero is None or self.zero is None else torch.where(better, zero, self.zero)
 
     def _rounding_error(self, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None) -> torch.Tensor:
+        if self.native:
+            levels = (self.scheme.lowest, self.scheme.highest)
+            return native.rounding_error(self.groups_OGS, scale_OG, zero_OG, self.importance_GS, levels)
         exact = self.groups_OGS * (1 / scale_OG)[..., None]
         if zero_OG is not None:
             exact += zero_OG[..., None]
@@ -141,7 +146,7 @@ def _grouped(weight_OK: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     rows, width = weight_OK.shape
     size = width if scheme.group_size == -1 else scheme.group_size
     missing = -width % size
-    padded = torch.nn.functional.pad(weight_OK, (0, missing)) if missing else weight_OK
+    padded = torch.nn.functional.pad(weight_OK, (0, missing)) if missing else weight_OK.contiguous()
     return padded.reshape(rows, -1, size)
 
 

@@ -97,7 +97,7 @@ class Pass(BaseModel, ABC):
     `takes` are the kinds of checkpoint it accepts, `gives` the kind it leaves (None: the kind it took).
     """
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", defer_build=True)
 
     kind: ClassVar[Literal["prune", "distill", "quantize", "kv_cache"]]
     takes: ClassVar[frozenset[WeightKind]]

@@ -27,9 +27,9 @@ _SPECIAL = "auto: what the tokenizer adds; true: also a start token where it add
 
 
 class Section(BaseModel):
-    """Strict, frozen, closed: a wrong type is an error and so is an unknown key."""
+    """Strict, frozen, closed: a wrong type is an error and so is an unknown key. Validators are built at first use."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", defer_build=True)
 
 
 class Calibration(Section):

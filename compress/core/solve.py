@@ -10,8 +10,11 @@ That is one Cholesky factorisation, in H's own memory; the textbook form takes t
 Shape suffixes: K input channels in sweep order (the last is taken first), R rows (output channels).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -66,14 +69,50 @@ def factorise(hessian_KK: torch.Tensor, *, damping: float = 0.01, activation_ord
     return None
 
 
-def sweep(
-    weight_RK: torch.Tensor, factor: Factor, choose: Callable[[int, torch.Tensor], torch.Tensor], block_size: int = 128
-) -> torch.Tensor:
+class Rounding(Protocol):
+    """How the columns of one block are rounded."""
+
+    def round_block(self, columns: Columns, error_BR: torch.Tensor, loss_R: torch.Tensor) -> None:
+        """Fill error_BR with the block's weights minus what they become, and add what that costs to loss_R."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """One block of columns in the midst of a sweep: B of them, taken from the last to the first.
+
+    channel_B: the input channel of each. target_BR: what each should have now that columns of later blocks erred.
+    feedback_BB[i, j]: what the error of column j > i adds to column i. cost_B: what a squared error costs.
+    """
+
+    channel_B: torch.Tensor
+    original_BR: torch.Tensor
+    target_BR: torch.Tensor
+    feedback_BB: torch.Tensor
+    cost_B: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ByColumn:
+    """Rounds one column after another with `choose(k, target_R)`, which gets the input channel k and the value that its
+    column should have, and returns what the column becomes."""
+
+    choose: Callable[[int, torch.Tensor], torch.Tensor]
+
+    def round_block(self, columns: Columns, error_BR: torch.Tensor, loss_R: torch.Tensor) -> None:
+        for i in range(len(error_BR) - 1, -1, -1):
+            target_R = torch.addmv(columns.target_BR[i], error_BR[i + 1 :].t(), columns.feedback_BB[i, i + 1 :])
+            chosen_R = self.choose(int(columns.channel_B[i]), target_R)
+            torch.sub(columns.original_BR[i], chosen_R, out=error_BR[i])
+            residual_R = target_R.sub_(chosen_R)
+            loss_R.addcmul_(residual_R, residual_R, value=float(columns.cost_B[i]))
+
+
+def sweep(weight_RK: torch.Tensor, factor: Factor, rounding: Rounding, block_size: int = 128) -> torch.Tensor:
     """Replace the columns of `weight_RK` one by one; returns the weighted squared error of every row, [R].
 
-    `choose(k, target_R)` gets the input channel k and the value that its column should have now that earlier columns
-    erred, and returns what the column becomes. `weight_RK` is overwritten with the result. Updates reach columns of
-    the same block at once and the others as one matrix product a block ("lazy").
+    `weight_RK` is overwritten with the result. An error reaches columns of the same block at once, in `rounding`, and
+    the others as one matrix product a block ("lazy").
     """
     width = weight_RK.shape[1]
     original_KR = weight_RK.t()[factor.order_K].contiguous()
@@ -84,14 +123,14 @@ def sweep(
         target_BR = original_KR[start:end]
         if end < width:
             target_BR = torch.addmm(target_BR, factor.feedback_KK[end:, start:end].t(), error_KR[end:])
-        inside_BB = factor.feedback_KK[start:end, start:end].t().contiguous()
-        for i in range(end - start - 1, -1, -1):
-            k = start + i
-            target_R = torch.addmv(target_BR[i], error_KR[k + 1 : end].t(), inside_BB[i, i + 1 :])
-            chosen_R = choose(int(factor.order_K[k]), target_R)
-            torch.sub(original_KR[k], chosen_R, out=error_KR[k])
-            residual_R = target_R.sub_(chosen_R)
-            loss_R.addcmul_(residual_R, residual_R, value=float(factor.diagonal_K[k]) ** 2)
+        columns = Columns(
+            channel_B=factor.order_K[start:end],
+            original_BR=original_KR[start:end],
+            target_BR=target_BR,
+            feedback_BB=factor.feedback_KK[start:end, start:end].t().contiguous(),
+            cost_B=factor.diagonal_K[start:end].square(),
+        )
+        rounding.round_block(columns, error_KR[start:end], loss_R)
     weight_RK.t()[factor.order_K] = original_KR.sub_(error_KR)
     return loss_R
 

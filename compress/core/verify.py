@@ -1,7 +1,7 @@
 """verify: is this folder a whole, sound model, is it what its source became, and did the runtime agree?
 
 integrity   any folder, other tools' too: names, manifest hashes, headers, index, shapes, quantized layers, finite
-            values, an independent second decoder, and the format's own library where it is installed
+            values, an independent second decoder, and on demand the format's own library
 coverage    also every source tensor quantized, kept or dropped with a reason; needs a manifest or the source
 parity      also the record that the runtime agreed with the reference
 
@@ -39,10 +39,12 @@ def verify(
     *,
     source: str | Path | None = None,
     level: Level | None = None,
+    library: bool = False,
     threads: int | None = None,
 ) -> VerifyReport:
     """Check a model folder. `level` defaults to coverage where a manifest or `source` is there, else integrity.
-    `source` is a folder, or `demo`.
+    `source` is a folder, or `demo`. `library` has the format's own library read some layers, too: a run and an upload
+    ask for it; importing the library takes far longer than all else.
 
     Raises UsageError for a folder that does not exist or an unknown level, nothing else.
     """
@@ -56,7 +58,8 @@ def verify(
     if level is not None and level not in LEVELS:
         raise UsageError(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
     has_reference = source is not None or (path / MANIFEST_NAME).exists()
-    run = _Run(path, level or ("coverage" if has_reference else "integrity"), threads or min(4, os.cpu_count() or 1))
+    depth: Level = level or ("coverage" if has_reference else "integrity")
+    run = _Run(path, depth, library, threads or min(4, os.cpu_count() or 1))
     run.integrity()
     if run.report.level != "integrity":
         run.coverage(None if source is None else Path(source))
@@ -68,9 +71,10 @@ def verify(
 class _Run:
     """One verification: what was read so far, and the report. A check that needs what failed before is left out."""
 
-    def __init__(self, folder: Path, level: Level, threads: int) -> None:
+    def __init__(self, folder: Path, level: Level, library: bool, threads: int) -> None:
         self.report = VerifyReport(folder, level)
         self.contents = folders.Contents(folder)
+        self.asks_library = library
         self.threads = threads
         self.reader: Reader | None = None
         self.schemes: dict[str, Scheme] = {}
@@ -201,6 +205,9 @@ class _Run:
             return
         if library_version() is None:
             self.report.notices.append("compressed-tensors is not installed: not read by the format's own library")
+            return
+        if not self.asks_library:
+            self.report.notices.append("library: not asked; --library has compressed-tensors read four layers, too")
             return
         self.check("library", lambda: check_library(reader, self.schemes, self.contents.tensors))
 

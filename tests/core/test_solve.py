@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.core.errors import InputError
-from compress.core.solve import Factor, factorise, sweep
+from compress.core.solve import ByColumn, Factor, factorise, sweep
 
 
 def problem(width: int = 192, rows: int = 24, tokens: int = 600, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,6 +20,9 @@ def damped(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
 
 def round_to_quarters(k: int, target: torch.Tensor) -> torch.Tensor:
     return (target * 4).round() / 4
+
+
+QUARTERS = ByColumn(round_to_quarters)
 
 
 def textbook_gptq(weight: torch.Tensor, hessian: torch.Tensor, order: list[int]) -> torch.Tensor:
@@ -46,7 +49,7 @@ def test_equals_textbook_gptq(block_size: int, activation_order: bool) -> None:
     factor = factorise(hessian.clone(), activation_order=activation_order)
     assert factor is not None and factor.retries == 0
     solved = weight.clone()
-    sweep(solved, factor, round_to_quarters, block_size)
+    sweep(solved, factor, QUARTERS, block_size)
     # a target half-way between two points may fall either way in another precision, and moves what follows
     assert (solved == expected).float().mean() > 0.98
 
@@ -67,7 +70,7 @@ def test_reported_loss_is_the_weighted_error() -> None:
     factor = factorise(hessian.clone())
     assert factor is not None
     solved = weight.clone()
-    loss = sweep(solved, factor, round_to_quarters)
+    loss = sweep(solved, factor, QUARTERS)
     error = weight - solved
     torch.testing.assert_close(loss, ((error @ damped(hessian)) * error).sum(1), rtol=1e-3, atol=1e-4)
 
@@ -77,7 +80,7 @@ def test_beats_rounding_to_nearest() -> None:
     factor = factorise(hessian.clone())
     assert factor is not None
     solved = weight.clone()
-    sweep(solved, factor, round_to_quarters)
+    sweep(solved, factor, QUARTERS)
 
     def loss(other: torch.Tensor) -> float:
         return float((((weight - other) @ hessian) * (weight - other)).sum())
@@ -90,8 +93,8 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     factor = factorise(hessian.clone())
     assert factor is not None
     whole, part = weight.clone(), weight[16:32].clone()
-    sweep(whole, factor, round_to_quarters)
-    sweep(part, factor, round_to_quarters)
+    sweep(whole, factor, QUARTERS)
+    sweep(part, factor, QUARTERS)
     assert (whole[16:32] == part).float().mean() > 0.98
 
 
@@ -132,7 +135,7 @@ def test_silent_channels_are_rounded_to_nearest_and_disturb_nobody() -> None:
     factor = factorise(hessian.clone())
     assert factor is not None
     solved = weight.clone()
-    sweep(solved, factor, round_to_quarters)
+    sweep(solved, factor, QUARTERS)
     assert torch.equal(solved[:, 10], round_to_quarters(10, weight[:, 10]))
     assert bool(solved.isfinite().all())
 

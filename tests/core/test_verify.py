@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +66,23 @@ def failed(report: VerifyReport) -> dict[str, str]:
 def test_a_sound_artifact_passes_all_checks(tmp_path: Path, scheme: Scheme, dtype: torch.dtype) -> None:
     folder = write_quantized(tmp_path / "artifact", scheme, dtype=dtype, shards=True, tied=True)
     write_manifest(folder)
-    report = verify(folder.path, source=write_source(tmp_path / "source", folder), level="coverage")
+    report = verify(folder.path, source=write_source(tmp_path / "source", folder), level="coverage", library=True)
     names = [check.name for check in report.checks]
     wanted = ["names", "manifest", "config", "headers", "index", "quantization", "layers", "shapes", "contents"]
     assert names[: len(wanted)] == wanted
     assert failed(report).keys() <= {"lineage"}  # this source has no recorded hashes
     assert "library" in names
     assert report.bytes > 0
+
+
+def test_the_library_is_imported_only_when_asked(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path, Scheme(4, 32))
+    script = (
+        "import sys; from compress.core.verify import verify; report = verify(sys.argv[1]); "
+        "print(report.ok, 'compressed_tensors' in sys.modules, 'transformers' in sys.modules, report.notices[-1])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder.path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("True False False library: not asked; --library has compressed-tensors read")
 
 
 def with_lineage(folder: QuantizedFolder, source: Path) -> None:

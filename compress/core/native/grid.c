@@ -1,0 +1,25 @@
+/* The squared rounding error of every group of weights on a given grid, weighted by the importance of its channels. */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+void rounding_error(const float *weight, const float *importance, const float *scale, const float *zero, float *error,
+                    int64_t rows, int64_t groups, int64_t size, float lowest, float highest, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t group = 0; group < groups; group++) {
+            const int64_t at = row * groups + group;
+            const float *from = weight + at * size, *weights = importance ? importance + group * size : NULL;
+            const float inverse = 1 / scale[at], shift = zero ? zero[at] : 0;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t k = 0; k < size; k++) {
+                const float exact = from[k] * inverse + shift;
+                float rounded = rintf(exact);
+                rounded = rounded < lowest ? lowest : rounded > highest ? highest : rounded;
+                const float residual = rounded - exact;
+                sum += weights ? residual * residual * weights[k] : residual * residual;
+            }
+            error[at] = sum * scale[at] * scale[at];
+        }
+}
