@@ -42,7 +42,7 @@ SHAPES = {
 }
 
 
-def config(shape: Shape) -> dict[str, object]:
+def config(shape: Shape, context_tokens: int) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -54,7 +54,7 @@ def config(shape: Shape) -> dict[str, object]:
         "hidden_size": shape.hidden,
         "initializer_range": 0.02,
         "intermediate_size": shape.ffn,
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": context_tokens,
         "mlp_bias": False,
         "model_type": "llama",
         "num_attention_heads": shape.heads,
@@ -125,7 +125,7 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def make_model(shape: Shape, folder: Path, seed: int) -> int:
+def make_model(shape: Shape, folder: Path, seed: int, context_tokens: int = 2048) -> int:
     """Write the folder and return the number of parameters."""
     from safetensors.torch import save_file
 
@@ -141,7 +141,7 @@ def make_model(shape: Shape, folder: Path, seed: int) -> int:
     if len(plan) > 1:
         index_file = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(config(shape), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config(shape, context_tokens), indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 256, "eos_token_id": 257}) + "\n")
     write_tokenizer(folder)
     return total_bytes // 2

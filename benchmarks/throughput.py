@@ -1,232 +1,184 @@
-"""The runtime against transformers on one machine: throughput of many requests, one stream, original against W4.
+"""The runtime against transformers and llama.cpp on one machine: many requests, one stream, original against W4.
 
-    python benchmarks/throughput.py --work DIR [--shapes 135m 0.5b] [--runs 3] [--out FILE]
+    benchmarks/peers.sh PEERS llamacpp
+    python benchmarks/throughput.py --work DIR --peers PEERS [--shapes demo 135m 0.5b] [--runs 3] [--out FILE]
 
-Random-weight models of the given shapes and the bundled demo model; greedy, end tokens ignored. Every figure is of a
-process of its own that loads, warms up with a few tokens and then measures itself; contestants take turns, medians.
+Random-weight models of the given shapes and the bundled demo model; greedy, end tokens ignored. A contestant is a
+process that loads, warms up, and does its workloads in turn; contestants take turns; medians over the runs.
 
-many      64 requests, prompts of 16 to 128 tokens, outputs drawn from an exponential distribution (mean 48, at most
-          192): generated tokens a second. transformers pads 16 at a time and goes on until the longest is done.
+many      64 requests at once, prompts of 8 to 48 tokens, outputs of exponential length (mean 24): generated tokens a
+          second. transformers pads 16 at a time; it, and its continuous batching, stop when --box seconds are over.
 stream    one request, 32 tokens of prompt and 64 of output: generated tokens a second after the first.
-decode-N  N requests in step, 16 tokens of prompt and 48 of output: generated tokens a second.
-prefill   one prompt of 512 tokens: prompt tokens a second.
+decode-N  N requests in step, 16 tokens of prompt and 32 of output: generated tokens a second, prompts included.
+prefill   one prompt of 256 tokens: prompt tokens a second.
+
+transformers in bfloat16 reads prompts at an eighth of its fp32 speed on a CPU without bf16 instructions: it takes part
+in `stream`, and in the first run's `many` on the smaller shapes. One that fails is in the JSON with its reason.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
 import tools
 from make_models import SHAPES, make_model
 
-CONTESTANTS = ("ours/original", "ours/w4", "transformers/float32", "transformers/bfloat16", "transformers/continuous")
-WORKLOADS = ("many", "stream", "decode-1", "decode-8", "decode-16", "prefill")
-SKIPPED = {  # too slow to be a rival at anything but what the targets name
-    ("transformers/continuous", workload) for workload in WORKLOADS if workload != "many"
+HERE = Path(__file__).resolve().parent
+OURS = ("many", "stream", "decode-1", "decode-8", "decode-16", "prefill")
+CONTESTANTS = {
+    "ours/original": OURS,
+    "ours/w4": OURS,
+    "transformers/float32": ("many", "stream", "prefill"),
+    "transformers/bfloat16": ("stream",),
+    "transformers/continuous": ("many",),
+    "llamacpp/q4_0": ("stream", "prefill"),
 }
+FIRST_RUN_ONLY = {("transformers/bfloat16", "demo"): ("many",), ("transformers/bfloat16", "135m"): ("many",)}
+RECIPE = "model: {model}\nstages: [{{quantize: {{method: rtn, group_size: 64}}}}]\n"
+
+Line = dict[str, object]
 
 
-def requests_of(workload: str, vocabulary: int) -> list[tuple[list[int], int]]:
-    """(prompt, tokens to generate) of each request; the same for everyone."""
-    import numpy as np
-
-    draw = np.random.default_rng(0)
-
-    def prompt(length: int) -> list[int]:
-        return draw.integers(3, vocabulary, length).tolist()
-
-    if workload == "many":
-        wanted = np.clip(draw.exponential(48, 64).round(), 1, 192).astype(int)
-        return [(prompt(int(draw.integers(16, 129))), int(tokens)) for tokens in wanted]
-    if workload == "stream":
-        return [(prompt(32), 64)]
-    if workload == "prefill":
-        return [(prompt(512), 1)]
-    return [(prompt(16), 48) for _ in range(int(workload.removeprefix("decode-")))]
-
-
-def run_ours(model: str, workload: str) -> dict[str, float]:
-    from runtime.llm import LLM
-    from runtime.params import SamplingParams
-
-    llm = LLM(model, max_sequences=64, max_length=512)
-    asked = requests_of(workload, llm.config.vocab)
-    llm.generate([[5, 6, 7]] * min(16, len(asked)), max_tokens=4, ignore_eos=True)
-    if workload != "many":  # the same shapes once, so that nothing is set up inside the measurement
-        llm.generate([asked[0][0][::-1]], max_tokens=2, ignore_eos=True)
-    params = [SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True) for _, tokens in asked]
-    first, started = 0.0, time.perf_counter()
-    names = [llm.add(prompt, each) for (prompt, _), each in zip(asked, params, strict=True)]
-    left = set(names)
-    while left:
-        for update in llm.step():
-            first = first or time.perf_counter() - started
-            if update.finish_reason:
-                left.discard(update.request)
-    return figures(workload, asked, first, time.perf_counter() - started)
-
-
-def run_transformers(model: str, workload: str, variant: str) -> dict[str, float]:
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-    asked = requests_of(workload, loaded.config.vocab_size)
-    if variant == "continuous":
-        return run_continuous(loaded, workload, asked)
-
-    def generate(batch: list[tuple[list[int], int]]) -> None:
-        width, most = max(len(prompt) for prompt, _ in batch), max(tokens for _, tokens in batch)
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in batch])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in batch])
-        settings = GenerationConfig(max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=0)
-        loaded.generation_config.eos_token_id = None
-        loaded.generate(ids, attention_mask=mask, generation_config=settings)
-
-    with torch.inference_mode():
-        generate([(asked[0][0][:8], 2)])
-        started = time.perf_counter()
-        if workload == "stream":
-            generate([(asked[0][0], 1)])
-        first = time.perf_counter() - started
-        started = time.perf_counter()
-        for at in range(0, len(asked), 16):
-            generate(asked[at : at + 16])
-    return figures(workload, asked, first, time.perf_counter() - started)
-
-
-def run_continuous(loaded: object, workload: str, asked: list[tuple[list[int], int]]) -> dict[str, float]:
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
-    loaded.set_attn_implementation("paged|sdpa")
-    sizes = ContinuousBatchingConfig(num_blocks=256, max_batch_tokens=512)
-    seconds = 0.0
-    for tokens in sorted({tokens for _, tokens in asked}):  # it takes one length a call
-        settings = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        prompts = [prompt for prompt, wanted in asked if wanted == tokens]
-        started = time.perf_counter()
-        loaded.generate_batch(inputs=prompts, generation_config=settings, continuous_batching_config=sizes)
-        seconds += time.perf_counter() - started
-    return figures(workload, asked, 0.0, seconds)
-
-
-def figures(workload: str, asked: list[tuple[list[int], int]], first: float, seconds: float) -> dict[str, float]:
-    generated, read = sum(tokens for _, tokens in asked), sum(len(prompt) for prompt, _ in asked)
-    if workload == "prefill":
-        return {"tokens_per_second": read / seconds, "seconds": seconds}
-    if workload == "stream":
-        return {"tokens_per_second": (generated - 1) / (seconds - first), "seconds": seconds}
-    return {"tokens_per_second": generated / seconds, "seconds": seconds}
-
-
-def worker(model: str, contestant: str, workload: str) -> None:
-    tool, variant = contestant.split("/")
-    found = run_ours(model, workload) if tool == "ours" else run_transformers(model, workload, variant)
-    print(json.dumps(found))
-
-
-def prepare(shape: str, work: Path) -> dict[str, Path]:
-    """The original and its W4 artifact (GPTQ's codes are no faster than rounded ones: rounded to nearest)."""
-    original, artifact = work / shape, work / f"{shape}-w4"
+def prepare(shape: str, work: Path, peers: tools.Peers | None) -> dict[str, Path]:
+    """The original, its W4 artifact (GPTQ's codes are no faster than rounded ones), and a GGUF of the original."""
+    original, artifact, gguf = work / shape, work / f"{shape}-w4", work / f"{shape}-q4_0.gguf"
     if shape == "demo":
         original = tools.REPOSITORY / "compress" / "demo" / "model"
     elif not (original / "tokenizer_config.json").exists():
         make_model(SHAPES[shape], original, seed=0)
     if not (artifact / "compress.json").exists():
         recipe = work / f"{shape}.yaml"
-        recipe.write_text(
-            f"model: {json.dumps(str(original))}\nstages: [{{quantize: {{method: rtn, group_size: 64}}}}]\n"
-        )
-        command = [
-            sys.executable,
-            "-m",
-            "compress",
-            "run",
-            "-r",
-            str(recipe),
-            "-o",
-            str(artifact),
-            "--quiet",
-            "--fresh",
-        ]
+        recipe.write_text(RECIPE.format(model=json.dumps(str(original))))
         shutil.rmtree(artifact, ignore_errors=True)
-        subprocess.run(command, check=True)
-    return {"original": original, "w4": artifact}
+        asked = ["--recipe", str(recipe), "--output", str(artifact), "--quiet", "--fresh"]
+        subprocess.run([sys.executable, "-m", "compress", "run", *asked], check=True, stdout=subprocess.DEVNULL)
+    if peers and not gguf.exists():
+        partial = gguf.with_suffix(".partial")
+        maker = [str(peers.python("llamacpp")), str(HERE / "make_gguf.py"), str(original), str(partial)]
+        subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
+        partial.rename(gguf)
+    return {"original": original, "w4": artifact, "q4_0": gguf}
 
 
-def summarize(runs: list[dict[str, object]]) -> dict[str, dict[str, dict[str, float]]]:
+def command_of(contestant: str, models: dict[str, Path], peers: tools.Peers | None) -> list[str]:
+    tool, variant = contestant.split("/")
+    python = peers.python("llamacpp") if tool == "llamacpp" and peers else sys.executable
+    model = models.get(variant, models["original"])
+    return [str(python), str(HERE / "contestants.py"), str(model), contestant]
+
+
+def run_once(command: list[str], workloads: tuple[str, ...], box_s: float, threads: int) -> list[Line]:
+    """A line for each workload; one with `failed` for why there are no more."""
+    load = os.getloadavg()[0]
+    done = subprocess.run(
+        [*command, *workloads, "--box", str(box_s), "--threads", str(threads)],
+        env=tools.quiet_environment(threads) | {"PYTHONPATH": str(tools.REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        lines.append({"workload": workloads[len(lines) % len(workloads)], "failed": said[-1]})
+    return [line | {"load_before": load} for line in lines]
+
+
+def workloads_of(contestant: str, shape: str, run: int) -> tuple[str, ...]:
+    extra = FIRST_RUN_ONLY.get((contestant, shape), ()) if run == 0 else ()
+    return CONTESTANTS[contestant] + extra
+
+
+def summarize(runs: list[Line]) -> dict[str, dict[str, dict[str, float]]]:
     """Median tokens a second by shape, workload and contestant."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for run in runs:
-        line = found.setdefault(run["shape"], {}).setdefault(run["workload"], {})
-        line.setdefault(run["contestant"], []).append(run["tokens_per_second"])
+        if "failed" not in run:
+            line = found.setdefault(run["shape"], {}).setdefault(run["workload"], {})
+            line.setdefault(run["contestant"], []).append(run["tokens_per_second"])
     return {
         shape: {work: {who: median(each) for who, each in line.items()} for work, line in lines.items()}
         for shape, lines in found.items()
     }
 
 
+def ratios(summary: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """What was promised: batched throughput 3 x padded `generate` and 1.5 x continuous batching, W4 streams 2 x bf16
+    and as fast as llama.cpp, W4 no slower than the original when it decodes."""
+    asked = {
+        "many: ours / padded": ("many", "ours/original", "transformers/float32"),
+        "many: ours / padded bfloat16": ("many", "ours/original", "transformers/bfloat16"),
+        "many: ours / continuous": ("many", "ours/original", "transformers/continuous"),
+        "many: w4 / original": ("many", "ours/w4", "ours/original"),
+        "stream: w4 / transformers bfloat16": ("stream", "ours/w4", "transformers/bfloat16"),
+        "stream: w4 / transformers float32": ("stream", "ours/w4", "transformers/float32"),
+        "stream: w4 / llama.cpp q4_0": ("stream", "ours/w4", "llamacpp/q4_0"),
+        **{f"{work}: w4 / original": (work, "ours/w4", "ours/original") for work in OURS[1:]},
+    }
+    return {
+        shape: {
+            name: lines[work][one] / lines[work][other]
+            for name, (work, one, other) in asked.items()
+            if lines.get(work, {}).keys() >= {one, other}
+        }
+        for shape, lines in summary.items()
+    }
+
+
 def render(results: dict[str, object]) -> str:
     lines = []
     for shape, workloads in results["summary"].items():
-        lines += [f"{shape}, tokens a second:", "", f"| | {' | '.join(CONTESTANTS)} |", "|---" * 6 + "|"]
+        lines += [f"{shape}, tokens a second:", "", f"| | {' | '.join(CONTESTANTS)} |"]
+        lines.append("|---" * (len(CONTESTANTS) + 1) + "|")
         for workload, line in workloads.items():
             cells = [f"{line[who]:.1f}" if who in line else "" for who in CONTESTANTS]
             lines.append(f"| {workload} | {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", *(f"{name}: {ratio:.2f}" for name, ratio in results["ratios"][shape].items()), ""]
+    lines += [f"failed: {one['contestant']} on {one['shape']}: {one['failed']}" for one in results["failures"]]
     return "\n".join(lines).strip()
+
+
+def results_of(runs: list[Line], threads: int) -> dict[str, object]:
+    summary = summarize(runs)
+    return {
+        "environment": tools.describe_machine() | {"threads": threads},
+        "protocol": " ".join(__doc__.split("\n\n", 2)[2].split()),
+        "summary": summary,
+        "ratios": ratios(summary),
+        "failures": [run for run in runs if "failed" in run],
+        "runs": runs,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="for models and artifacts, kept for the next time")
+    parser.add_argument("--peers", type=Path, help="the folder of peers.sh; without it llama.cpp takes no part")
     parser.add_argument("--shapes", nargs="+", default=["demo", "135m", "0.5b"])
     parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
-    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--box", type=float, default=15.0, help="seconds after which slow contestants stop")
     parser.add_argument("--out", type=Path, default=tools.HERE / "results" / "throughput.json")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.worker:
-        worker(*asked.worker)
-        return
+    peers = tools.Peers(asked.peers) if asked.peers else None
+    contestants = [one for one in asked.contestants if peers or not one.startswith("llamacpp")]
     asked.work.mkdir(parents=True, exist_ok=True)
-    runs: list[dict[str, object]] = []
+    models = {shape: prepare(shape, asked.work.resolve(), peers) for shape in asked.shapes}
+    runs: list[Line] = []
     for shape in asked.shapes:
-        models = prepare(shape, asked.work.resolve())
-        for workload in asked.workloads:
-            for number in range(asked.runs):
-                for contestant in asked.contestants:
-                    if (contestant, workload) in SKIPPED:
-                        continue
-                    model = models["w4" if contestant == "ours/w4" else "original"]
-                    command = [sys.executable, __file__, "--worker", str(model), contestant, workload]
-                    done = subprocess.run(
-                        command, env=tools.quiet_environment(asked.threads), capture_output=True, text=True, check=False
-                    )
-                    if done.returncode:
-                        raise SystemExit(
-                            f"throughput: {contestant}, {workload} on {shape} failed:\n{done.stderr[-2000:]}"
-                        )
-                    found = json.loads(done.stdout.strip().splitlines()[-1])
-                    runs.append(
-                        {"shape": shape, "workload": workload, "contestant": contestant, "run": number, **found}
-                    )
+        for number in range(asked.runs):
+            for contestant in contestants:
+                command = command_of(contestant, models[shape], peers)
+                for line in run_once(command, workloads_of(contestant, shape, number), asked.box, asked.threads):
+                    runs.append({"shape": shape, "contestant": contestant, "run": number, **line})
                     print(json.dumps(runs[-1]), flush=True)
-                    results = {
-                        "environment": tools.describe_machine() | {"threads": asked.threads},
-                        "protocol": " ".join(__doc__.split("\n\n", 2)[2].split()),
-                        "summary": summarize(runs),
-                        "runs": runs,
-                    }
-                    asked.out.write_text(json.dumps(results, indent=2) + "\n")
+            asked.out.write_text(json.dumps(results_of(runs, asked.threads), indent=2) + "\n")
     print(render(json.loads(asked.out.read_text())))
 
 
