@@ -151,6 +151,18 @@ class BlockPool:
 
     # Pages
 
+    def ready(self, sequences: Iterable[Sequence]) -> set[int]:
+        """Ids of those that can write one more slot as they are, and still can after others have reserved theirs: its
+        page is there, nobody else's, and not known. For all at once, because 256 of them ask in every step."""
+        page_tokens, references, known = self._page_tokens, self._references, self._known
+        found = set()
+        for sequence in sequences:
+            table = sequence.table[0]
+            index = sequence.kv_len[0] // page_tokens
+            if index < len(table) and references[page := table[index]] == 1 and page not in known:
+                found.add(sequence.id)
+        return found
+
     def reserve(self, sequence: Sequence, slots: int) -> tuple[tuple[int, int], ...] | None:
         """Make the table cover `slots` slots, all from `kv_len` on writable.
 

@@ -228,7 +228,8 @@ class Engine:
         forks = [(*self._siblings.pop(id), rest) for id, (_, *rest) in choices.items() if rest]
         ended = {id: choice.reason for id, (choice, *_) in choices.items() if choice.reason}
         tokens = {id: choice.token for id, (choice, *_) in choices.items() if choice.token is not None}
-        output = StepOutput(tokens, ended | dict.fromkeys(broken, "error"))
+        siblings = {id: sum(choice.token is not None for choice in rest) for id, (_, *rest) in choices.items() if rest}
+        output = StepOutput(tokens, ended | dict.fromkeys(broken, "error"), siblings)
         for sequence in self.scheduler.postprocess(step, output):
             self._leave(sequence.id, sequence.finish_reason or "length")
         for parent, samples, rest in forks:

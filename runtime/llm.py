@@ -28,6 +28,7 @@ from runtime.params import SamplingParams, SamplingSettings
 from runtime.runner import Runner
 from runtime.sample import Update
 from runtime.scheduler import QueueFull, SchedulerSettings
+from runtime.settings import require_whole
 from runtime.trace import Recorder
 
 __all__ = ["LLM", "Completion", "Prompt", "SchedulerKeywords"]
@@ -80,6 +81,12 @@ class LLM:
         **scheduler: Unpack[SchedulerKeywords],
     ) -> None:
         settings = _scheduler_settings(scheduler)
+        require_whole("block_size", block_size, least=1)
+        if seed is not None:
+            require_whole("seed", seed, least=0)
+        _require_places(path=path, record=record)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise UsageError(f"dtype is one of torch's, such as torch.float32, not {dtype!r}")
         folder = Path(path)
         device = _device(device)
         model = load(folder, numerics=numerics, device=device, dtype=dtype)
@@ -241,8 +248,16 @@ class LLM:
             self._kept = [update for update in self._kept if update.request not in drafts]
 
 
+def _require_places(**places: object) -> None:
+    for name, place in places.items():
+        if place is not None and not isinstance(place, str | Path):
+            raise UsageError(f"{name} is a path, not {place!r}")
+
+
 def _device(name: str) -> str:
     """The device to run on. UsageError for one that does not exist, EnvironmentRefused for one that is not here."""
+    if not isinstance(name, str):
+        raise UsageError(f"device is a text such as cpu or cuda, not {name!r}")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -287,9 +302,12 @@ def _scheduler_settings(keywords: SchedulerKeywords) -> SchedulerSettings:
 
 
 def _longest(asked: int | None, possible: int) -> int:
-    if asked is not None and not 1 <= asked <= possible:
+    if asked is None:
+        return possible
+    require_whole("max_length", asked, least=1)
+    if asked > possible:
         raise UsageError(f"max_length must be from 1 to {possible}, the model's own limit, not {asked}")
-    return possible if asked is None else asked
+    return asked
 
 
 def _bytes(name: str, size: int | str | None) -> int | None:

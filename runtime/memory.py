@@ -70,11 +70,19 @@ def allocate(
     if kv_bytes is None:
         pages = min(pages, settings.max_sequences * -(-max_length // block_size))
     if pages < 1:
+        least = page.bytes * (1 + is_gpu)
+        if kv_bytes is not None:
+            all_pages = settings.max_sequences * -(-max_length // block_size) + is_gpu
+            hint = f"kv_bytes must be at least {least:,}; more than {all_pages * page.bytes:,} is never used"
+        else:
+            hint = (
+                f"weights take {weights:,} bytes, a step's activations up to {activations:,}, less with a smaller "
+                f"token_budget: in all at least {weights + activations + least:,}"
+            )
         raise ResourceError(
             f"{source} leaves {max(budget, 0):,} bytes for keys and values; a page of {block_size} tokens takes "
             f"{page.bytes:,}",
-            hint=f"weights take {weights:,} bytes, a step's activations up to {activations:,}, less with a smaller "
-            f"token_budget: in all at least {weights + activations + page.bytes * (1 + is_gpu):,}",
+            hint=hint,
         )
     cache = KVCache(model.config, pages + is_gpu, block_size, model.dtype, model.device)
     pool = BlockPool(pages, page, prefix_cache=settings.prefix_cache)

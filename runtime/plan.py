@@ -29,8 +29,10 @@ class Plan:
         end = start + tokens
         pages = -(-(kv_len + tokens) // self._page_tokens)
         covering = table if len(table) == pages else table[:pages]
-        samples = end == len(sequence.tokens) and sequence.max_tokens > 0
-        self.rows.append(Row(sequence.id, start, tuple(sequence.tokens[start:end]), kv_len, covering, samples))
+        known = sequence.tokens
+        samples = end == len(known) and sequence.max_tokens > 0
+        chunk = (known[start],) if tokens == 1 else tuple(known[start:end])
+        self.rows.append(Row(sequence.id, start, chunk, kv_len, covering, samples))
         self.left -= tokens
         if tokens > 1:
             self._has_prefill = True

@@ -165,6 +165,13 @@ def place(line: list[Sequence], sequence: Sequence, key: Callable[[Sequence], Ke
 
 def check_weights(weights: Mapping[str, float]) -> None:
     """UsageError unless every tenant's weight is a positive number."""
+    if not isinstance(weights, Mapping):
+        raise UsageError(f"tenant_weights are a mapping from tenants to numbers, not {weights!r}")
     for tenant, weight in weights.items():
-        if not 0 < weight < float("inf"):
-            raise UsageError(f"tenant {tenant!r} needs a weight above 0, not {weight}", where="tenant_weights")
+        if not is_number(weight) or not 0 < weight < float("inf"):
+            raise UsageError(f"tenant {tenant!r} needs a weight above 0, not {weight!r}", where="tenant_weights")
+
+
+def is_number(value: object) -> bool:
+    """Whether it can be counted with: true and false cannot."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -151,24 +151,27 @@ class Scheduler:
         self._in_flight = None
         finished = []
         generated: dict[str, int] = {}
-        for row in step.rows:
-            sequence = self._sequences.get(row.sequence)
+        known, tokens, ends = self._sequences, output.tokens, output.finished
+        for id, _, computed, _, _, samples in step.rows:
+            sequence = known.get(id)
             if sequence is None:
                 continue
-            sequence.computed += len(row.tokens)
-            sequence.kv_len[0] += len(row.tokens)
+            sequence.computed += len(computed)
+            sequence.kv_len[0] += len(computed)
             is_computed = sequence.computed == len(sequence.tokens)
-            if row.samples and row.sequence in output.tokens:
-                sequence.tokens.append(output.tokens[row.sequence])
+            if samples and id in tokens:
+                sequence.tokens.append(tokens[id])
                 generated[sequence.tenant] = generated.get(sequence.tenant, 0) + 1
-            reason = output.finished.get(row.sequence)
-            if reason is None and is_computed and sequence.remaining <= 0:
+            reason = ends.get(id)
+            if reason is None and is_computed and len(sequence.tokens) >= sequence.longest:
                 reason = "length"
+            if id in output.siblings:
+                self._charge_siblings(sequence, output.siblings[id])
             if reason is not None:
                 self._finish(sequence, reason)
                 finished.append(sequence)
-        for tenant, tokens in generated.items():
-            self.policy.charge(tenant, self.meter.serve(tenant, generated=tokens))
+        for tenant, amount in generated.items():
+            self.policy.charge(tenant, self.meter.serve(tenant, generated=amount))
         if self.recorder:
             self.recorder.processed(output)
         return finished
@@ -207,8 +210,13 @@ class Scheduler:
         prefills: list[Sequence] = []
         for sequence in self.running:
             (decodes if len(sequence.tokens) - sequence.computed == 1 else prefills).append(sequence)
+        ready = self.pool.ready(decodes)
         for sequence in decodes:
-            if sequence.status == "running":  # not preempted by one before it
+            if sequence.status != "running":  # preempted by one before it
+                continue
+            if sequence.id in ready:
+                self._plan_row(plan, sequence, 1)
+            else:
                 self._decode(plan, sequence)
         for sequence in prefills:
             if sequence.status == "running" and (tokens := plan.chunk(sequence.pending)):
@@ -235,7 +243,9 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         """Let sequences in as long as the next one finds tokens and pages: nobody overtakes the policy's first."""
-        growth = sum(map(self._growth, self.running)) if len(self.policy) else 0
+        if not len(self.policy) or len(self.running) >= self._most_running:
+            return
+        growth = sum(map(self._growth, self.running))
         while plan.left > 0 and len(self.running) < self._most_running:
             sequence = self.policy.next()
             if sequence is None:
@@ -303,9 +313,14 @@ class Scheduler:
         self.meter.start(sequence.tenant, sequence.remaining, prompt=prompt)
         self.policy.charge(sequence.tenant, self.meter.serve(sequence.tenant, prompt=prompt))
 
+    def _charge_siblings(self, sequence: Sequence, tokens: int) -> None:
+        """First tokens of samples that share this prompt: paid for whether they go on, wait, or have ended already."""
+        self.meter.start(sequence.tenant, tokens, admitted=False)
+        self.policy.charge(sequence.tenant, self.meter.serve(sequence.tenant, generated=tokens))
+
     def _require_tokens(self, step: Step, output: StepOutput) -> None:
         """A row that samples must have got a token or an end; checked before anything is changed."""
-        for row in step.rows:
-            id = row.sequence
-            if row.samples and id not in output.tokens and id not in output.finished and id in self._sequences:
+        tokens = output.tokens
+        for id, _, _, _, _, samples in step.rows:
+            if samples and id not in tokens and id not in output.finished and id in self._sequences:
                 raise RuntimeError(f"step {step.index} samples for sequence {id}, but its output has no token for it")

@@ -40,6 +40,7 @@ class Sequence:
     kv_len: list[int] = field(init=False)
     preemptions: int = field(init=False, default=0)
 
+    longest: int = field(init=False)  # tokens that it may have in the end
     # Written by the scheduler and the pool alone.
     order: int = field(init=False, default=-1)  # of arrival, without ties
     charged: bool = field(init=False, default=False)  # the tenant has paid for the prompt
@@ -51,6 +52,7 @@ class Sequence:
         self.tokens = list(self.prompt)
         self.table = [()]
         self.kv_len = [0]
+        self.longest = len(self.prompt) + self.max_tokens
         self.keys = []
 
     @property
@@ -61,7 +63,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated."""
-        return len(self.prompt) + self.max_tokens - len(self.tokens)
+        return self.longest - len(self.tokens)
 
     @property
     def pending(self) -> int:

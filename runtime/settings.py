@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from compress.core.errors import UsageError
-from runtime.policies import POLICIES, check_weights
+from runtime.policies import POLICIES, check_weights, is_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,21 @@ class SchedulerSettings:
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "max_sequences", "max_queue"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("headroom_tokens", "input_weight", "output_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
+            require_whole(name, getattr(self, name), least=1)
+        require_whole("headroom_tokens", self.headroom_tokens, least=0)
+        for name in ("input_weight", "output_weight"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value < float("inf"):
+                raise UsageError(f"{name} must be a number of 0 or more, not {value!r}")
+        for name in ("chunked_prefill", "prefix_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.policy not in POLICIES:
             raise UsageError(f"there is no policy {self.policy!r}", hint=f"choose one of {', '.join(POLICIES)}")
         check_weights(self.tenant_weights)
+
+
+def require_whole(name: str, value: object, *, least: int) -> None:
+    """UsageError unless the value is a whole number of at least so much."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")

@@ -40,8 +40,10 @@ class Step:
 class StepOutput:
     """What came of a step: the sampled token of each row with `samples`, and who is done (stop, error) by id.
 
-    A row that ends in an error needs no token. Lengths are the scheduler's matter.
+    A row that ends in an error needs no token. Lengths are the scheduler's matter. `siblings`: by id, how many further
+    samples of its request got their first token from its row; the tenant pays for those tokens too.
     """
 
     tokens: Mapping[int, int] = field(default_factory=dict)
     finished: Mapping[int, str] = field(default_factory=dict)
+    siblings: Mapping[int, int] = field(default_factory=dict)

@@ -84,7 +84,12 @@ class Recorder:
 
     def processed(self, output: StepOutput) -> None:
         """The model's answer to the last step was taken in."""
-        self._write("output", tokens=list(output.tokens.items()), finished=list(output.finished.items()))
+        self._write(
+            "output",
+            tokens=list(output.tokens.items()),
+            finished=list(output.finished.items()),
+            siblings=list(output.siblings.items()),
+        )
 
     def abandoned(self) -> None:
         """The last step was given up."""
@@ -135,7 +140,8 @@ def _tell(
     elif kind == "abort":
         scheduler.abort(event["id"])
     elif kind == "output" and step is not None:
-        scheduler.postprocess(step, StepOutput(dict(event["tokens"]), dict(event["finished"])))
+        output = StepOutput(dict(event["tokens"]), dict(event["finished"]), dict(event["siblings"]))
+        scheduler.postprocess(step, output)
     elif kind == "abandon":
         scheduler.abandon()
     else:

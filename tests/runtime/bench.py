@@ -15,6 +15,16 @@ from runtime.sequence import Sequence
 Slot = tuple[str, int, int]  # tenant, position, token
 
 
+def settings(**given) -> SchedulerSettings:
+    """Settings without headroom, so that pages run out when a test says so."""
+    return SchedulerSettings(**{"headroom_tokens": 0} | given)
+
+
+def shape(step) -> list[tuple[int, int, bool]]:
+    """(sequence, tokens, samples) of each row."""
+    return [(row.sequence, len(row.tokens), row.samples) for row in step.rows]
+
+
 class Bench:
     """Pool, scheduler, memory, and every sequence that ever came."""
 
@@ -53,17 +63,9 @@ class Bench:
         self.sequences[id] = sequence
         return sequence
 
-    def add(
-        self,
-        prompt: list[int] | int,
-        max_tokens: int = 4,
-        *,
-        tenant: str = "",
-        priority: int = 0,
-        no_lookup: bool = False,
-    ) -> Sequence:
-        """A new sequence in line."""
-        sequence = self.sequence(prompt, max_tokens, tenant=tenant, priority=priority, no_lookup=no_lookup)
+    def add(self, prompt: list[int] | int, max_tokens: int = 4, **settings) -> Sequence:
+        """A new sequence in line; settings are those of `sequence`."""
+        sequence = self.sequence(prompt, max_tokens, **settings)
         self.scheduler.add(sequence)
         return sequence
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -243,8 +244,11 @@ def test_memory_is_kept_to(tiny_model: TinyModel) -> None:
     assert default.ledger.kv_pool_bytes == 3 * 7 * page
     assert isinstance(default.ledger, Ledger)
     assert default.ledger.total_bytes == sum(getattr(default.ledger, field.name) for field in fields(Ledger))
-    with pytest.raises(ResourceError, match="kv_bytes"):
-        LLM(folder, kv_bytes=page - 1)
+    with pytest.raises(ResourceError, match="kv_bytes") as refused:
+        LLM(folder, kv_bytes=page - 1, block_size=16)
+    [least] = re.findall(r"at least ([\d,]+)", refused.value.hint or "")
+    assert int(least.replace(",", "")) <= page  # in the dtype of fast numerics
+    assert LLM(folder, kv_bytes=int(least.replace(",", ""))).engine.scheduler.pool.pages == 1
     with pytest.raises(ResourceError, match="memory"):
         LLM(folder, memory="10kB")
 
@@ -266,6 +270,23 @@ def test_weights_are_counted_once(tiny_model: TinyModel) -> None:
         ({"max_seqs": 3}, "max_seqs"),
         ({"max_sequences": 0}, "max_sequences"),
         ({"policy": "lifo"}, "lifo"),
+        ({"policy": ["fcfs"]}, "fcfs"),
+        ({"max_length": "long"}, "max_length must be a whole number"),
+        ({"max_length": 12.0}, "max_length must be a whole number"),
+        ({"block_size": "16"}, "block_size must be a whole number"),
+        ({"max_sequences": "4"}, "max_sequences must be a whole number"),
+        ({"token_budget": True}, "token_budget must be a whole number"),
+        ({"headroom_tokens": None}, "headroom_tokens must be a whole number"),
+        ({"chunked_prefill": 1}, "chunked_prefill must be true or false"),
+        ({"input_weight": "1"}, "input_weight must be a number"),
+        ({"tenant_weights": ["a"]}, "tenant_weights"),
+        ({"tenant_weights": {"a": "1"}}, "tenant 'a'"),
+        ({"seed": "x"}, "seed must be a whole number"),
+        ({"device": 0}, "device"),
+        ({"dtype": "float32"}, "dtype"),
+        ({"numerics": "rough"}, "rough"),
+        ({"record": 3}, "record"),
+        ({"memory": 1.5}, "memory"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(tiny_model: TinyModel, options: dict[str, Any], message: str) -> None:

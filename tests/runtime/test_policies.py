@@ -10,7 +10,7 @@ import pytest
 from compress.core.errors import UsageError
 from runtime.blocks import BlockPool, PageType
 from runtime.policies import POLICIES, make_policy
-from runtime.scheduler import SchedulerSettings
+from runtime.scheduler import SchedulerSettings, StepOutput
 from runtime.sequence import Sequence
 from runtime.simulator import Arrival, Simulator, StepTime
 from tests.runtime.bench import Bench
@@ -119,6 +119,16 @@ def test_samples_of_one_request_pay_for_one_prompt() -> None:
     bench.fork(parent)
     bench.run()
     assert bench.scheduler.meter.service["a"] == 7 + 2 * (3 + 2)  # the first token was sampled once
+
+
+@pytest.mark.parametrize("siblings", [0, 3])
+def test_first_tokens_of_siblings_are_paid_for(siblings: int) -> None:
+    """Whether they are forked, wait, or have ended with that token."""
+    bench = Bench(settings=SchedulerSettings(policy="vtc"))
+    bench.add(7, 1, tenant="a")
+    bench.scheduler.postprocess(bench.scheduler.schedule(), StepOutput({0: 1}, siblings={0: siblings}))
+    assert bench.scheduler.meter.service["a"] == bench.scheduler.policy.counters["a"] == 7 + 2 * (1 + siblings)
+    assert bench.scheduler.meter.bound >= 2 * (7 + 2 * (1 + siblings))
 
 
 # The bound
