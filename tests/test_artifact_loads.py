@@ -29,7 +29,7 @@ def test_transformers_computes_what_we_compute(tmp_path: Path, tiny_model, famil
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=source))
     artifact = run(load_recipe(recipe), RunOptions(output=tmp_path / "artifact")).artifact
-    report = verify(artifact, source=source)
+    report = verify(artifact, source=source, library=True)
     assert report.ok, [check.detail for check in report.checks if not check.ok]
     assert {"coverage", "lineage", "kept", "closeness"} <= {check.name for check in report.checks}
 

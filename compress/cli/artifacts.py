@@ -26,13 +26,21 @@ Source = Annotated[
 ]
 
 
-def inspect(folder: opt.ArtifactFolder, json: opt.Json = False, verbose: opt.Verbose = False) -> None:
+def inspect(
+    folder: opt.ArtifactFolder, json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.Verbose = False
+) -> None:
     """Show what a model folder holds."""
     from compress.core.inspect import inspect as look
+    from compress.core.quantities import format_bytes
 
-    output = speak(json=json, verbose=verbose)
+    output = speak(json=json, quiet=quiet, verbose=verbose)
     found = look(folder)
     _show(found, output)
+    if quiet:
+        stored = found.method or "not quantized"
+        output.answer(
+            f"{folder}: {found.family}, {found.parameters:,} parameters, {format_bytes(found.bytes)}, {stored}"
+        )
     for notice in found.notices:
         output.tell(notice, style="yellow")
     output.finish("inspect", **found.as_dict())
