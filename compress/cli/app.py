@@ -7,15 +7,31 @@ from collections.abc import Sequence
 
 import typer
 
-from compress.cli import artifacts, bench, doctor, evaluation, generate, recipes, run, tokens
+from compress.cli import artifacts, bench, doctor, evaluation, export, generate, recipes, run, tokens
 from compress.cli import options as opt
 from compress.cli.console import last_output, speak
 from compress.core.errors import CompressError, UsageError
 
 PURPOSE = "Compress Hugging Face causal language models: one recipe, one verified artifact."
 
+INTERRUPTED = 130
+
+
+class _Commands(typer.core.TyperGroup):
+    """The sub-commands. Ctrl-C in any of them is one line and exit code 130; typer would end without a word."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            last_output().tell("interrupted", style="yellow")
+            last_output().finish(ctx.invoked_subcommand or "compress", INTERRUPTED)
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
     name="compress",
+    cls=_Commands,
     help=PURPOSE,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -27,12 +43,11 @@ run.register(app)
 recipes.register(app)
 tokens.register(app)
 artifacts.register(app)
+export.register(app)
 evaluation.register(app)
 generate.register(app)
 bench.register(app)
 doctor.register(app)
-
-INTERRUPTED = 130
 
 
 def _version(asked: bool) -> None:
@@ -77,7 +92,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _usage(error: typer.exceptions.TyperException) -> int:
-    message = error.format_message()
+    message = error.format_message().replace("Value error, ", "")  # of the library that reads the options
     context = getattr(error, "ctx", None)
     hint = f"{context.command_path} --help" if context else "compress --help"
     last_output().fail(UsageError(message.rstrip("."), hint=hint))

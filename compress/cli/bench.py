@@ -46,7 +46,6 @@ def bench(
     Throughput, time to the first token, time per token, gaps between tokens, and bytes by what they are for.
     Prompts are random token ids. With --against, two models take turns on the same requests.
     """
-    from compress.cli.interrupted import ends_when_interrupted
     from compress.cli.progress import LiveProgress
 
     output = speak(json=json, quiet=quiet)
@@ -54,7 +53,7 @@ def bench(
     from compress.benchmark import Asked, benchmark
 
     asked = Asked(requests, prompt_tokens, output_tokens, trace, rate, seed)
-    with ends_when_interrupted(output, "bench"), LiveProgress(output) as listener:
+    with LiveProgress(output) as listener:
         result = benchmark(
             artifact, asked, against=against, numerics=numerics, device=opt.choose_device(device), rounds=rounds,
             events=listener,

@@ -48,8 +48,6 @@ def generate(
 
     The answer alone goes to standard output. A final newline of a prompt from a file or standard input is left out.
     """
-    from compress.cli.interrupted import ends_when_interrupted
-
     output = speak(json=json, quiet=quiet)
     opt.check_numerics(numerics)
     from runtime.params import SamplingParams
@@ -61,14 +59,13 @@ def generate(
     )  # fmt: skip
     if params.greedy and (n > 1 or (top_k, top_p, min_p, seed) != (0, 1.0, 0.0, None)):
         output.tell("temperature 0 always takes the likeliest token: give --temperature to sample", style="yellow")
-    with ends_when_interrupted(output, "generate"):
-        if chat:
-            text = _chat_prompt(artifact, text)
-        llm = _load(output, artifact, numerics, opt.choose_device(device))
-        ids = llm.encode(text, special_tokens=not chat)
-        if max_tokens is None:
-            params = _fitting(params, llm.max_length - len(ids))
-        _answer(output, llm, ids, params)
+    if chat:
+        text = _chat_prompt(artifact, text)
+    llm = _load(output, artifact, numerics, opt.choose_device(device))
+    ids = llm.encode(text, special_tokens=not chat)
+    if max_tokens is None:
+        params = _fitting(params, llm.max_length - len(ids))
+    _answer(output, llm, ids, params)
 
 
 def _load(output: Output, artifact: Path, numerics: str, device: str) -> "LLM":

@@ -148,7 +148,10 @@ def make_folder(path: Path) -> Path:
     with io_errors("make the folder", path):
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
+            try:
+                folder.mkdir(exist_ok=True)
+            except FileNotFoundError as error:  # the parent is there, but takes no folders: /proc, for one
+                raise PermissionError(errno.EPERM, "nothing can be made here", str(folder)) from error
             sync_folder(folder.parent)
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))

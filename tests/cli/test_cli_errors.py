@@ -60,8 +60,30 @@ def test_a_bug_is_called_a_bug_and_shows_its_traceback_only_if_asked(failing, ca
 
 
 def test_an_interruption_is_130(failing, call) -> None:
+    """One line for people, one object with --json; typer alone would end without a word."""
     failing(KeyboardInterrupt())
-    assert call("doctor").code == 130
+    called = call("doctor")
+    assert (called.code, called.out, called.err) == (130, "", "interrupted\n")
+    called = call("doctor", "--json")
+    assert (called.code, called.err) == (130, "")
+    assert called.objects == [{"event": "summary", "schema_version": 1, "command": "doctor", "exit_code": 130}]
+
+
+def test_eval_can_be_interrupted(monkeypatch: pytest.MonkeyPatch, call) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress.evaluate.evaluate_folder", interrupted)
+    called = call("eval", "demo", "--text", "demo")
+    assert (called.code, called.out, called.err) == (130, "", "interrupted\n")
+
+
+def test_a_place_that_takes_no_folders_is_an_output_to_change_not_to_resume(tiny_model, call) -> None:
+    called = call("run", "--recipe", "rtn-w8a16", "--model", tiny_model("llama"), "--output", "/proc/x")
+    assert called.code == 2, called.err
+    assert "/proc/x.partial: cannot make the folder" in called.err
+    assert "choose an output that you may write to" in called.err
+    assert "again" not in called.err
 
 
 @pytest.mark.parametrize(
@@ -70,7 +92,7 @@ def test_an_interruption_is_130(failing, call) -> None:
         (["rnu"], "Did you mean 'run'"),
         (["run"], "Missing option '--recipe'"),
         (["run", "--recip", "x"], "No such option: --recip"),
-        (["verify", "x", "--level", "all"], "'all' is not one of"),
+        (["verify", "x", "--level", "all"], "error: Invalid value for '--level': 'all' is not one of"),
         (["run", "--recipe", "demo-w5"], "did you mean demo-w4?"),
         (["run", "--recipe", "no/such.yaml"], "cannot read the recipe: No such file or directory"),
         (["run", "--recipe", "demo-w4", "--dtype", "flaot32"], "did you mean float32?"),

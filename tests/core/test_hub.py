@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from compress.core.checkpoint import Checkpoint, Source
 from compress.core.errors import InputError
 from compress.core.hub import snapshot
+from compress.core.places import locate
 from tests.conftest import TinyModel
 
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -198,3 +199,11 @@ def test_a_download_that_breaks_off_leaves_nothing_that_opens(hub: Hub) -> None:
         Checkpoint.open("someone/tiny")
     with pytest.raises(InputError):
         Checkpoint.open("someone/tiny", offline=True)
+
+
+def test_a_folder_is_recorded_by_its_name_and_the_bundled_model_as_demo(tiny_model, monkeypatch) -> None:
+    folder = tiny_model("llama")
+    assert Checkpoint.open(folder).source == Source(folder.name)
+    monkeypatch.chdir(folder)
+    assert Checkpoint.open(".").source == Source(folder.name)
+    assert Checkpoint.open(locate("demo", "model", folder)).source == Source("demo")
