@@ -54,6 +54,7 @@ def read_inputs(recipe: Recipe, options: RunOptions) -> Inputs:
     from compress.core.checkpoint import Checkpoint
     from compress.core.walk import default_micro_batch
     from compress.evaluate.task_files import require_tasks
+    from compress.evaluate.windows import require_window
 
     located = recipe.located()
     if located.evaluate is not None and options.evaluate:
@@ -61,14 +62,25 @@ def read_inputs(recipe: Recipe, options: RunOptions) -> Inputs:
     original = Checkpoint.open(located.model, revision=recipe.revision, offline=options.offline)
     require_composition(recipe, original)
     require_shapes(original)
+    if located.evaluate is not None and located.evaluate.perplexity is not None and options.evaluate:
+        require_window(located.evaluate.perplexity.window, original)
     with ThreadPoolExecutor(1) as beside:
-        hashes = beside.submit(original.sha256)  # kept by the checkpoint, for the fingerprint
+        hashes = beside.submit(_read_through, original)
         tokens = None
         if located.calibration is not None:
             tokens = load_tokens(located.calibration, original, recipe.base_folder, offline=options.offline)
-        hashes.result()
+        hashes.result()  # raises what was found
     micro_batch = options.micro_batch or (default_micro_batch(tokens.ids.shape[1]) if tokens else 1)
     return Inputs(recipe, located, original, tokens, micro_batch, make_plan(recipe, original, tokens))
+
+
+def _read_through(original: Checkpoint) -> None:
+    """Hash the source (kept by the checkpoint, for the fingerprint), then refuse a weight that is no finite number:
+    a run of hours must not end at one. Looking costs a fraction of hashing."""
+    from compress.core._verify_weights import require_finite
+
+    original.sha256()
+    require_finite(original)
 
 
 def fingerprint_of(inputs: Inputs, options: RunOptions) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.core.checkpoint import Checkpoint
-from compress.core.errors import InputError, RecipeError
+from compress.core.errors import InputError, RecipeError, UsageError
 from compress.core.recipe import Recipe, parse_recipe
 from compress.core.walk import compute_dtype
 from compress.pipeline import RunOptions, plan, run
@@ -51,6 +51,25 @@ def test_a_source_that_lacks_a_weight_is_refused_by_plan_and_run(place: Path, na
     for act in (plan, run):
         with pytest.raises(InputError, match=f"{place / 'model'}: {name}: {words}"):
             act(rtn(place), RunOptions(place / "out"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_source_with_a_weight_that_is_no_number_is_refused_before_work(place: Path, value: float) -> None:
+    name = "model.layers.2.mlp.down_proj.weight"
+    edit_tensors(place, lambda tensors: tensors[name][3].fill_(value))
+    for act in (plan, run):
+        with pytest.raises(InputError, match=f"{place / 'model'}: {name}: holds NaN or infinite values"):
+            act(rtn(place), RunOptions(place / "out"))
+    assert {path.name for path in place.iterdir()} == {"model", "text.txt"}
+
+
+def test_a_window_longer_than_the_model_is_refused_before_work(place: Path) -> None:
+    recipe = rtn(place, evaluate={"perplexity": {"dataset": "text.txt", "window": 100_000}})
+    for act in (plan, run):
+        with pytest.raises(UsageError, match=r"window 100000 is more than the model's \d+ positions"):
+            act(recipe, RunOptions(place / "out"))
+    assert not (place / "out.partial").exists()
+    plan(recipe, RunOptions(place / "out", evaluate=False))
 
 
 def test_a_source_with_a_weight_of_another_shape_is_refused_by_plan_and_run(place: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from compress.core.formats import NotKept, Reader, _reference
 from compress.core.safetensors_io import MappedFiles, TensorInfo, load_tensor
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor, words_in
+
+if TYPE_CHECKING:
+    from compress.core.checkpoint import Checkpoint
 
 _ROWS = 32  # output channels compared per large layer
 _WHOLE = 1 << 18  # layers of at most this many weights are compared whole
@@ -64,23 +68,39 @@ def _check_dense(contents: Contents, reader: Reader, schemes: Mapping[str, Schem
 
 def check_values(name: str, info: TensorInfo, files: MappedFiles) -> None:
     """Floats are finite; scales are not zero as well (a symmetric grid may be mirrored by a negative scale)."""
+    low, high = check_finite(name, info, files)
+    if name.endswith(_SCALES) and low <= 0 <= high and bool((files.tensor(info) == 0).any()):
+        raise ArtifactError("holds a scale that is zero", where=name)
+
+
+def check_finite(name: str, info: TensorInfo, files: MappedFiles) -> tuple[float, float]:
+    """Least and largest value of a float tensor, all of it finite; (inf, -inf) where there is nothing to compare."""
+    low, high = float("inf"), float("-inf")
     if info.dtype == "F8_E4M3" and info.bytes:
         patterns = files.tensor(info).view(torch.uint8).reshape(-1)
         for start in range(0, patterns.numel(), _CHUNK):
             if bool(((patterns[start : start + _CHUNK] & _FP8_NAN) == _FP8_NAN).any()):
                 raise ArtifactError("holds NaN", where=name)
     if info.dtype not in FLOATS or info.bytes == 0:
-        return
+        return low, high
     flat = files.tensor(info).reshape(-1)
-    low, high = float("inf"), float("-inf")
     for start in range(0, flat.numel(), _CHUNK):
         least, most = torch.aminmax(flat[start : start + _CHUNK])  # NaN wins in both
         low, high = min(low, float(least)), max(high, float(most))
         if not (math.isfinite(least) and math.isfinite(most)):
             raise ArtifactError("holds NaN or infinite values", where=name)
-    is_scale = name.endswith(_SCALES)
-    if is_scale and low <= 0 <= high and bool((flat == 0).any()):
-        raise ArtifactError("holds a scale that is zero", where=name)
+    return low, high
+
+
+def require_finite(checkpoint: Checkpoint) -> None:
+    """InputError that names folder and tensor if a weight is NaN or infinite. Reads every byte, several GB a second."""
+    files = MappedFiles()
+    for name, info in checkpoint.tensors.items():
+        try:
+            check_finite(name, info, files)
+        except ArtifactError as error:
+            hint = "the source is broken: download it again, or convert it anew"
+            raise InputError(error.message, where=f"{checkpoint.folder}: {name}", hint=hint) from None
 
 
 def check_module(

@@ -59,7 +59,7 @@ def read_windows(
     stride = settings.stride or settings.window
     if stride > settings.window:
         raise UsageError(f"evaluate.perplexity.stride {stride} skips text: it is larger than window {settings.window}")
-    _check_window(settings.window, checkpoint)
+    require_window(settings.window, checkpoint)
     texts = _read_texts(settings, base_folder, offline)
     encode = Encoder(load_tokenizer(checkpoint.folder), settings.special_tokens, settings.prefix)
     encoded = _encode(texts, encode, settings)
@@ -81,7 +81,8 @@ def read_windows(
     return windows
 
 
-def _check_window(window: int, checkpoint: Checkpoint) -> None:
+def require_window(window: int, checkpoint: Checkpoint) -> None:
+    """UsageError for a window that is longer than what the model was made for."""
     config = checkpoint.config.get("text_config") or checkpoint.config
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int) and window > limit:
