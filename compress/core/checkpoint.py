@@ -15,6 +15,7 @@ from compress.core._model_folder import aux_files, load_tokenizer, read_config, 
 from compress.core.architectures import Architecture, lookup
 from compress.core.errors import InputError
 from compress.core.lazy import lazy_module
+from compress.core.places import recorded_name
 from compress.core.safetensors_io import TensorInfo, load_tensor, torch_dtype
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Checkpoint:
         A model that brings its own model class is refused: code from a model folder never runs.
         """
         folder = Path(model)
-        source = Source(folder.name)
+        source = Source(recorded_name(folder))
         if not folder.is_dir():
             from compress.core.hub import snapshot
 

@@ -18,6 +18,14 @@ def locate(text: str, place: str, base_folder: Path) -> str:
     return str(path.absolute()) if path.exists() else text
 
 
+def recorded_name(folder: Path) -> str:
+    """What a model folder is called in records: `demo` for the bundled model, else its own name. Never its path, so
+    that an artifact is the same wherever the model lay."""
+    from compress import demo
+
+    return DEMO if folder.absolute() == demo.MODEL_DIR else folder.absolute().name
+
+
 def _bundled(text: str, place: str) -> Path:
     from compress import demo
 
