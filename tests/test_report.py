@@ -73,7 +73,7 @@ def test_the_page_shows_figures_plots_recipe_fallbacks_plan_environment_and_line
     structure = Structure(page)
     for shown in (
         "HuggingFaceTB/SmolLM2-135M", "269 MB", "118 MB", "7.03", "15.62", "15.95", "+2.10 %", "+1.80 % … +2.40 %",
-        "0.0291", "8.43 %", "hellaswag: acc (n = 1,000)", "0.4312 ± 0.016", "7 min 24 s", "861 MB",
+        "0.0291", "8.43 %", "hellaswag: acc (n = 1,000)", "0.4312 ± 0.031", "7 min 24 s", "861 MB",
         "quality gate passed",
         "saw 12 tokens of 576 needed: rounded to nearest", "damping was raised", "group_size: 64", "stride 1,024",
         "apache-2.0", "93efa2f097d58c2a74874c7e644dbc9b0cee75a2", "2.13.0", "the head is kept",

@@ -10,6 +10,7 @@ from compress.core.quantities import format_bytes
 from compress.evaluate.gate import accuracy
 from compress.report import words
 
+_TO_95_PERCENT = 1.96  # standard errors, as many as make the level of the intervals of changes
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score")
 
 
@@ -83,8 +84,9 @@ def _task_rows(run: Mapping[str, Any]) -> list[Row]:
 
 
 def _with_error(value: float | None, error: float | None) -> str:
+    """A figure and the half width of its own 95 % interval; `error` is its standard error."""
     text = words.number(value)
-    return text if value is None or error is None else f"{text} ± {words.number(error, 2)}"
+    return text if value is None or error is None else f"{text} ± {words.number(_TO_95_PERCENT * error, 2)}"
 
 
 def _tone(interval: Any, *, lower_is_better: bool) -> str:
