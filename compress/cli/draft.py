@@ -27,6 +27,16 @@ _NOTES = {
 }
 
 
+_MOST_INCREASE = {8: "1%", 6: "2%", 5: "3%", 4: "8%", 3: "30%", 2: "100%"}
+_GATE = """
+# A result that misses a bound is written, but ends with exit code 5. The scheme was chosen for the size, so it is the
+# quality that may be missed: more than this is unusual at {bits} bits and asks for a larger budget.
+gate:
+  max_size: {budget}  # bytes of all files: the budget
+  max_perplexity_increase: {increase}
+"""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Elements of the linear layers in the blocks (by input width), bytes of all else, parameters in all."""
@@ -104,7 +114,7 @@ def choose(sizes: Sizes, budget_bytes: int | None) -> Scheme:
 def _text(model: str, scheme: Scheme, size: str, length: int, budget_bytes: int | None) -> str:
     gate = ""
     if budget_bytes is not None:
-        gate = f"\ngate: {{max_size: {budget_bytes}}}  # bytes; a larger result ends with exit code 5\n"
+        gate = _GATE.format(budget=budget_bytes, increase=_MOST_INCREASE[scheme.bits], bits=scheme.bits)
     return f"""\
 # {scheme.name} in groups of {scheme.group_size} for {_plain(model)}. Written by `compress recipes init`.
 # Predicted size of the weights: {size}.

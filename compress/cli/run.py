@@ -54,16 +54,18 @@ def quantize(
     set_: opt.Set = None,
     dry_run: DryRun = False,
     fresh: Fresh = False,
+    keep_stages: KeepStages = False,
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     offline: opt.Offline = False,
+    allow_code: opt.AllowCode = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Run only the quantize stages of a recipe."""
-    execute("quantize", recipe, model, output, set_ or [], dry_run, fresh, False, device, dtype, offline,
-            (), speak(json=json, quiet=quiet, verbose=verbose))  # fmt: skip
+    execute("quantize", recipe, model, output, set_ or [], dry_run, fresh, keep_stages, device, dtype, offline,
+            tuple(allow_code or ()), speak(json=json, quiet=quiet, verbose=verbose))  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:

@@ -166,6 +166,7 @@ def test_init_chooses_bits_for_the_budget(call, tmp_path: Path, tiny_model) -> N
     largest = load_recipe(tmp_path / "100MB.yaml")
     assert largest.stages[0].settings.scheme == "w8a16"
     assert largest.gate.max_size == 100_000_000
+    assert largest.gate.max_perplexity_increase == 0.01  # the size was chosen to fit: quality is what can be missed
     assert load_recipe(tmp_path / "None.yaml").stages[0].settings.scheme == "w4a16"
     assert largest.calibration.length <= 2048
     again = call("recipes", "init", "--model", model, "--output", tmp_path / "None.yaml")

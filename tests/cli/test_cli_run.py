@@ -183,6 +183,8 @@ def test_inspect_names_scheme_and_source(call, finished: Path) -> None:
     assert "w4a16" in called.out
     assert max(map(len, called.out.splitlines())) <= 80
     assert call("inspect", finished, "--json").objects[-1]["event"] == "summary"
+    [line] = call("inspect", finished, "--quiet").out.splitlines()
+    assert line.startswith(f"{finished}: llama, ") and line.endswith(", compressed-tensors")
 
 
 def test_eval_of_an_artifact_needs_no_options(call, finished: Path, recipe: Path, tiny_model) -> None:
