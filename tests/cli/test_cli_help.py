@@ -11,10 +11,10 @@ from compress.cli.app import app
 
 OPTIONS = {
     "run": "recipe model output set dry-run fresh keep-stages device dtype offline allow-code json quiet verbose",
-    "quantize": "recipe model output set dry-run fresh device dtype offline json quiet verbose",
+    "quantize": "recipe model output set dry-run fresh keep-stages device dtype offline allow-code json quiet verbose",
     "calibrate": "recipe output model set offline json quiet",
-    "inspect": "json verbose",
-    "verify": "source level json quiet verbose",
+    "inspect": "json quiet verbose",
+    "verify": "source level library json quiet verbose",
     "push": "public dry-run message json quiet verbose",
     "eval": (
         "against recipe text window tasks task-folder limit through numerics device dtype offline json quiet verbose"
