@@ -26,7 +26,7 @@ from compress.core._activations import Activations, default_micro_batch
 from compress.core._block import Block, BlockRecord, Group, Site, SiteRecord
 from compress.core._forward import advance, embed, layer_arguments, logits
 from compress.core._gather import Gathering, Order
-from compress.core._trim import trim_memory
+from compress.core._trim import reuse_freed_memory, trim_memory
 from compress.core.cpu import fast_on_cpu
 from compress.core.errors import UsageError
 from compress.core.events import Finished, Listener, Metric, Progress, Started, silent
@@ -87,6 +87,7 @@ def walk(
     first read, after earlier groups were replaced (true sequential). `keep` names what a block offers as streams:
     "inputs", "targets". `micro_batch` samples go through a block at once (None: about 1024 tokens).
     """
+    reuse_freed_memory()
     compute = compute_dtype(checkpoint, dtype, device)
     done = sink.finished() if sink is not None else 0
     if done == checkpoint.num_blocks:
