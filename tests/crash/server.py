@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from compress.core import stage_writer
+from compress.core import native, stage_writer
 from compress.core.errors import CompressError
 from compress.core.recipe import Calibration, Evaluation, Perplexity, Recipe, Stage
 from compress.pipeline import RunOptions, run
@@ -25,6 +25,8 @@ from tests.fake_passes import Shrink
 
 CALLS = "openat,open,creat,write,pwrite64,ftruncate,rename,renameat,renameat2,fsync,fdatasync,unlink,unlinkat,rmdir,mkdir,mkdirat,link,linkat"  # noqa: E501
 _ATTACH_SECONDS = 20
+
+native.identity()  # kernels are compiled, or taken from the cache, before the first fork
 
 
 def recipe_of(folder: str) -> Recipe:

@@ -49,7 +49,12 @@ def library() -> ctypes.CDLL | None:
 
 def identity() -> str:
     """A digest of sources, compiler and instruction set; "torch" where there are no kernels."""
-    return "torch" if library() is None else digest(Path(__file__).parent)
+    return "torch" if library() is None else _digest()
+
+
+@cache
+def _digest() -> str:
+    return digest(Path(__file__).parent)
 
 
 def sweep_block(
