@@ -151,16 +151,17 @@ class BlockPool:
 
     # Pages
 
-    def ready(self, sequences: Iterable[Sequence]) -> set[int]:
-        """Ids of those that can write one more slot as they are, and still can after others have reserved theirs: its
-        page is there, nobody else's, and not known. For all at once, because 256 of them ask in every step."""
+    def crowded(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Those that need `reserve` before they can write one more slot; the others do not, whatever is reserved for
+        these: their page is there, nobody else's, and not known. For all at once, since 256 of them ask in each step.
+        """
         page_tokens, references, known = self._page_tokens, self._references, self._known
-        found = set()
+        found = []
         for sequence in sequences:
             table = sequence.table[0]
             index = sequence.kv_len[0] // page_tokens
-            if index < len(table) and references[page := table[index]] == 1 and page not in known:
-                found.add(sequence.id)
+            if index >= len(table) or references[page := table[index]] > 1 or page in known:
+                found.append(sequence)
         return found
 
     def reserve(self, sequence: Sequence, slots: int) -> tuple[tuple[int, int], ...] | None:

@@ -29,10 +29,27 @@ class Plan:
         end = start + tokens
         pages = -(-(kv_len + tokens) // self._page_tokens)
         covering = table if len(table) == pages else table[:pages]
-        known = sequence.tokens
-        samples = end == len(known) and sequence.max_tokens > 0
-        chunk = (known[start],) if tokens == 1 else tuple(known[start:end])
-        self.rows.append(Row(sequence.id, start, chunk, kv_len, covering, samples))
+        samples = end == len(sequence.tokens) and sequence.max_tokens > 0
+        self.rows.append(Row(sequence.id, start, tuple(sequence.tokens[start:end]), kv_len, covering, samples))
         self.left -= tokens
         if tokens > 1:
             self._has_prefill = True
+
+    def add_decodes(self, sequences: list[Sequence]) -> list[Sequence]:
+        """A row for the one token that each still has to compute; those that fill a page with it.
+
+        What `add` does, in one loop: 256 of them are made in each step.
+        """
+        page_tokens, rows, row_of = self._page_tokens, self.rows, Row._make
+        filling = []
+        for sequence in sequences:
+            start, kv_len, table = sequence.computed, sequence.kv_len[0], sequence.table[0]
+            pages = kv_len // page_tokens + 1
+            covering = table if len(table) == pages else table[:pages]
+            rows.append(
+                row_of((sequence.id, start, (sequence.tokens[start],), kv_len, covering, sequence.max_tokens > 0))
+            )
+            if not (kv_len + 1) % page_tokens:
+                filling.append(sequence)
+        self.left -= len(sequences)
+        return filling

@@ -206,33 +206,31 @@ class Scheduler:
     # How a step is made
 
     def _continue_running(self, plan: Plan) -> None:
-        decodes: list[Sequence] = []
-        prefills: list[Sequence] = []
-        for sequence in self.running:
-            (decodes if len(sequence.tokens) - sequence.computed == 1 else prefills).append(sequence)
-        ready = self.pool.ready(decodes)
-        for sequence in decodes:
-            if sequence.status != "running":  # preempted by one before it
-                continue
-            if sequence.id in ready:
-                self._plan_row(plan, sequence, 1)
-            else:
-                self._decode(plan, sequence)
+        decodes = [sequence for sequence in self.running if len(sequence.tokens) - sequence.computed == 1]
+        prefills = []
+        if len(decodes) < len(self.running):
+            prefills = [sequence for sequence in self.running if len(sequence.tokens) - sequence.computed != 1]
+        preemptions = self.preemptions
+        for sequence in self.pool.crowded(decodes):
+            if sequence.status == "running":  # not preempted by one before it
+                self._make_room(plan, sequence)
+        if self.preemptions > preemptions:
+            decodes = [sequence for sequence in decodes if sequence.status == "running"]
+        for sequence in plan.add_decodes(decodes):
+            self._offer(sequence, sequence.kv_len[0] + 1)
         for sequence in prefills:
             if sequence.status == "running" and (tokens := plan.chunk(sequence.pending)):
                 self._plan_row(plan, sequence, tokens)
 
-    def _decode(self, plan: Plan, sequence: Sequence) -> None:
-        """One token of the sequence, for whose page others behind it may have to give way, or it itself."""
+    def _make_room(self, plan: Plan, sequence: Sequence) -> None:
+        """For one token of the sequence, for whose page others behind it may have to give way, or it itself."""
         while (copies := self.pool.reserve(sequence, sequence.kv_len[0] + 1)) is None:
-            # Only decodes can run short, and they come in order of precedence: the last one has no row yet.
+            # Only decodes can run short, and they come in order of precedence: the last one was given nothing yet.
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return
-        if copies:
-            plan.copies.extend(copies)
-        self._plan_row(plan, sequence, 1)
+        plan.copies.extend(copies)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
@@ -271,7 +269,9 @@ class Scheduler:
 
     def _plan_row(self, plan: Plan, sequence: Sequence, tokens: int) -> None:
         plan.add(sequence, tokens)
-        slots = sequence.kv_len[0] + tokens
+        self._offer(sequence, sequence.kv_len[0] + tokens)
+
+    def _offer(self, sequence: Sequence, slots: int) -> None:
         if slots // self._page_tokens > sequence.registered:
             # Now, not after the step: its other rows may share what this one fills.
             self.pool.register(sequence, slots)

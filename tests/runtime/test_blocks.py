@@ -133,6 +133,24 @@ def test_a_page_in_the_cache_is_copied_before_it_is_written() -> None:
     pool.check_integrity([child])
 
 
+def test_crowded_are_those_that_reserve_would_do_something_for() -> None:
+    pool = BlockPool(16, PAGE)
+    roomy, full = stored(pool, list(range(6))), stored(pool, list(range(100, 108)), 1)
+    parent, child = stored(pool, list(range(200, 206)), 2), sequence(list(range(200, 206)), 3)
+    pool.fork(parent, child, 6)
+    known, gone = sequence(list(range(300, 308)), 4), stored(pool, list(range(300, 308)), 5)
+    pool.fork(gone, known, 7)
+    pool.release(gone)
+    everybody = [roomy, full, parent, child, known]
+    assert pool.crowded(everybody) == [full, parent, child, known]
+    for one in (full, parent, known):
+        before = one.table[0]
+        assert pool.reserve(one, one.kv_len[0] + 1) is not None
+        assert one.table[0] != before
+    assert pool.crowded(everybody) == []  # the child is alone on its page now
+    pool.check_integrity(everybody)
+
+
 def test_a_copy_that_finds_no_page_changes_nothing() -> None:
     pool = BlockPool(2, PAGE)
     parent, child = stored(pool, list(range(6))), sequence(list(range(6)), 1)
