@@ -100,6 +100,28 @@ def test_a_comparison_is_laid_out_and_hostile_names_run_nothing(chromium, tmp_pa
     assert said["page"]["width"] <= said["page"]["window"]
 
 
+@pytest.mark.parametrize("tasks", [0, 1, 4])
+@pytest.mark.parametrize("width", [1400, 1100, 800])
+def test_no_column_of_a_comparison_is_cut_off(chromium, tmp_path, width, tasks):
+    """Few columns grow narrow, many become cards."""
+    paths = []
+    for bits in (3, 4):
+        folder = tmp_path / f"SmolLM2-135M-gptq-w{bits}a16-g64"
+        folder.mkdir()
+        run = sample_run(bits=bits)
+        measured, asked = run["evaluation"]["tasks"], run["evaluation"]["protocol"]["tasks"]["tasks"]
+        for task in range(tasks):
+            measured[f"task_{task}"], asked[f"task_{task}"] = measured["hellaswag"], asked["hellaswag"]
+        (folder / "compress.json").write_text(json.dumps({"recipe": run["recipe"], "lineage": run["lineage"]}))
+        (folder / "evaluation.json").write_text(json.dumps(run["evaluation"]))
+        save_file({"weights": torch.zeros(1000 * bits, dtype=torch.uint8)}, folder / "model.safetensors")
+        paths.append(folder)
+    said = look(chromium, compare(paths, tmp_path / "out")[0], tmp_path / "profile", width)
+    [table] = [item for item in said["seen"] if item["tag"] == "table"]
+    card_and_page_edges = 40
+    assert 0 < table["width"] <= width - card_and_page_edges
+
+
 @pytest.mark.parametrize("width", [1200, 500])
 def test_a_benchmark_s_page_is_laid_out_at_desktop_and_phone_width(chromium, tmp_path, width):
     page, _, _ = write_speed_report(sample_benchmark(), tmp_path / "report")
