@@ -358,6 +358,23 @@ def test_what_there_is_nothing_of_has_no_plot() -> None:
     assert [plot.key for plot in speed_report(result).small_plots] == ["first_token"]
 
 
+def test_the_names_of_curves_lie_on_no_curve() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from compress.report.plots import new_figure
+    from compress.report.speed_plots import _name
+
+    figure, axes = new_figure(width=3.7, height=2.7)
+    for role in ("artifact", "original"):
+        axes.plot([0, 1], [0, 1], label=role)
+    _name(axes, [{}, {}])
+    FigureCanvasAgg(figure).draw()
+    box = axes.get_legend().get_window_extent()
+    assert box.y0 >= axes.get_window_extent().y1 - 1
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width + 1
+    assert box.y1 <= figure.bbox.height + 1
+
+
 def test_figures_have_three_digits() -> None:
     assert [three_digits(value) for value in (None, 0, 2.9, 0.2, 143.4, 12_345, 999.7)] == [
         "–", "0", "2.90", "0.200", "143", "12,345", "1,000"

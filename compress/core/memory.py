@@ -6,6 +6,7 @@ counting operations and from a probe of a fraction of a second that measures thi
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ GRID_CANDIDATES = 24  # spans that fit_grid tries
 GRID_PASSES = 7  # passes over the weights for each of them
 FORWARD_EFFICIENCY = 0.65  # of the probed product, with attention, norms and narrow layers in it
 START_SECONDS = 1.5  # tokenizer, skeleton, first touch of everything
+IMPORT_SECONDS = 2.5  # transformers; where there are tokens, their tokenizer brought it before the clock started
 BLOCK_SECONDS = 0.25  # an empty block, its shard, fsync, the journal
 COLUMN_SECONDS = 60e-6  # what one column of a sweep costs beside its arithmetic
+ROUNDING_BYTES = 17  # of each weight while one layer is rounded to nearest: search, quotients, codes, their values
 SOLVER_BYTES = 3 * (64 << 20)  # weights, errors and codes of one chunk of rows
 
 
@@ -65,7 +68,9 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
     count = 0 if tokens is None else tokens.ids.numel()
     stream_bytes = count * checkpoint.config["hidden_size"] * checkpoint.dtype.itemsize
     spilled = stream_bytes > SPILL_ABOVE_BYTES
-    if tokens is not None:
+    if tokens is None:
+        held += ROUNDING_BYTES * _largest_site(checkpoint)
+    else:
         squares = [4 * group.width**2 for group in largest]
         widest = max(largest, key=lambda group: group.width)
         at_once = [g for g in largest if g.share < 1 and g.width == widest.width] if true_sequential else largest
@@ -77,7 +82,8 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
     held += sum(size for size in played if size <= PLAYED_IN_MEMORY_BYTES)
     spill_bytes = 2 * stream_bytes * spilled + sum(size for size in played if size > PLAYED_IN_MEMORY_BYTES)
     speed = _probe()
-    seconds = START_SECONDS + sum(_seconds(groups, count, speed, true_sequential) for groups in blocks)
+    start = START_SECONDS + (IMPORT_SECONDS if tokens is None else 0)
+    seconds = start + sum(_seconds(groups, count, speed, true_sequential) for groups in blocks)
     return Cost(held, spill_bytes, seconds / 60)
 
 
@@ -85,6 +91,12 @@ def _played_widths(checkpoint: Checkpoint) -> list[int]:
     """Widths of what group order keeps of a forward: attention's inner and outer output, the feed-forward's input."""
     widths = {name: checkpoint.info(f"{sites[0]}.weight").shape for name, sites in checkpoint.groups(0)}
     return [*widths["o"][::-1], *([widths["down"][1]] if "down" in widths else [])]
+
+
+def _largest_site(checkpoint: Checkpoint) -> int:
+    """Weights of the largest linear layer of the blocks."""
+    sites = [site for index in range(checkpoint.num_blocks) for site in checkpoint.sites(index)]
+    return max(math.prod(checkpoint.info(f"{site}.weight").shape) for site in sites)
 
 
 def _groups(checkpoint: Checkpoint, index: int) -> list[_Group]:

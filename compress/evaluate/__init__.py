@@ -91,7 +91,10 @@ def evaluate_folder(
     offline: bool = False,
     events: Listener = silent,
 ) -> dict[str, Any]:
-    """`evaluate` for any model folder or hub id; without `base` only the folder's own figures are measured."""
+    """`evaluate` for any model folder or hub id; without `base` only the folder's own figures are measured.
+
+    With it comes fast_to_exact: what the runtime's `fast` numerics add, where they were measured.
+    """
     from compress.core.checkpoint import Checkpoint
     from compress.core.places import locate
     from compress.evaluate.task_files import require_tasks
@@ -99,9 +102,10 @@ def evaluate_folder(
     require_tasks(evaluation, base_folder)
     artifact, original_place = (place and locate(str(place), "model", Path.cwd()) for place in (artifact, base))
     original = None if original_place is None else Checkpoint.open(original_place, offline=offline)
-    return evaluate(
+    model = Checkpoint.open(artifact, offline=offline)
+    result = evaluate(
         original,
-        Checkpoint.open(artifact, offline=offline),
+        model,
         evaluation,
         base_folder=base_folder,
         device=device,
@@ -110,6 +114,22 @@ def evaluate_folder(
         offline=offline,
         events=events,
     )
+    return result | {"fast_to_exact": _fast_to_exact(model, evaluation, device, dtype)}
+
+
+def _fast_to_exact(model: Checkpoint, evaluation: Evaluation, device: str, dtype: str) -> dict[str, Any] | None:
+    """What the numerics that were measured add to exact ones: as the artifact's parity record says, or measured."""
+    if evaluation.through != "runtime" or evaluation.numerics != "fast":
+        return None
+    from compress.core.artifact import open_artifact
+    from compress.core.manifest import MANIFEST_NAME
+    from compress.evaluate.parity import fast_to_exact
+
+    if dtype == "auto" and (model.folder / MANIFEST_NAME).is_file():
+        record = open_artifact(model.folder).manifest.parity
+        if record is not None:
+            return record["fast_to_exact"]
+    return rounded(fast_to_exact(model, device=device, dtype=dtype), [])
 
 
 def rounded(value: Any, notices: list[str], where: str = "") -> Any:

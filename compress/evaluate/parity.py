@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,7 @@ def measure_parity(
     sample = _sample(artifact, tokens)
     reference = TransformersScorer(artifact, device, "float32")
     exact, fast = (RuntimeScorer(artifact, device, numerics) for numerics in ("exact", "fast"))
-    to_reference = compare_logits(sample, reference.logits(sample), exact.logits(sample))
-    to_exact = compare_logits(sample, exact.logits(sample), fast.logits(sample))
+    to_reference, to_exact = compare_logits(sample, reference.logits(sample), exact.logits(sample), fast.logits(sample))
     tasks = {}
     if evaluation is not None and evaluation.tasks:
         tasks = _task_differences(reference, exact, evaluation, base_folder, offline)
@@ -68,24 +68,52 @@ def measure_parity(
     return rounded(record, [])
 
 
-def compare_logits(
-    tokens: Tokens, reference: Iterable[torch.Tensor], other: Iterable[torch.Tensor]
+def fast_to_exact(
+    artifact: Checkpoint, tokens: Tokens | None = None, *, device: str = "cpu", dtype: str = "auto"
 ) -> dict[str, float]:
-    """Largest difference of a token's log-probability, share of equal likeliest tokens, mean KL of `other` from
-    `reference`, over all positions that foretell a token."""
-    largest = kl = 0.0
-    agreed = count = 0
-    rows = zip(_rows(reference), _rows(other), tokens.ids, strict=True)
-    for number, (reference_TV, other_TV, ids_T) in enumerate(rows):
-        length = len(ids_T) if tokens.lengths is None else int(tokens.lengths[number])
-        before_PV, after_PV = (torch.log_softmax(t[: length - 1].float(), -1) for t in (reference_TV, other_TV))
-        targets_P1 = ids_T[1:length, None].to(before_PV.device)
+    """What `fast` numerics of the runtime add: a comparison with `exact` on some of `tokens` (None: drawn ones)."""
+    sample = _sample(artifact, tokens)
+    exact, fast = (RuntimeScorer(artifact, device, numerics, dtype) for numerics in ("exact", "fast"))
+    [found] = compare_logits(sample, exact.logits(sample), fast.logits(sample))
+    return found
+
+
+@dataclass
+class Differences:
+    """Sums over the positions of two models that foretell a token."""
+
+    largest: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+    count: int = 0
+
+    def add(self, before_PV: torch.Tensor, after_PV: torch.Tensor, targets_P: torch.Tensor) -> None:
+        """Log-probabilities of the reference and of the other at positions that foretell `targets_P`."""
+        targets_P1 = targets_P[:, None].to(before_PV.device)
         difference_P1 = (before_PV.gather(-1, targets_P1) - after_PV.gather(-1, targets_P1)).abs()
-        largest = max(largest, float(difference_P1.max()))
-        agreed += int((before_PV.argmax(-1) == after_PV.argmax(-1)).sum())
-        kl += float((before_PV.exp() * (before_PV - after_PV)).sum(-1).clamp_(min=0).double().sum())
-        count += length - 1
-    return {"largest_logprob_difference": largest, "greedy_agreement": agreed / count, "kl": kl / count}
+        self.largest = max(self.largest, float(difference_P1.max()))
+        self.agreed += int((before_PV.argmax(-1) == after_PV.argmax(-1)).sum())
+        self.kl += float((before_PV.exp() * (before_PV - after_PV)).sum(-1).clamp_(min=0).double().sum())
+        self.count += len(targets_P)
+
+    def figures(self) -> dict[str, float]:
+        """Largest difference of a token's log-probability, share of equal likeliest tokens, mean KL."""
+        return {
+            "largest_logprob_difference": self.largest,
+            "greedy_agreement": self.agreed / self.count,
+            "kl": self.kl / self.count,
+        }
+
+
+def compare_logits(tokens: Tokens, *streams: Iterable[torch.Tensor]) -> list[dict[str, float]]:
+    """Each stream of logits after the first against the one before it (see Differences), in one pass over all."""
+    found = [Differences() for _ in streams[1:]]
+    for number, (ids_T, *models) in enumerate(zip(tokens.ids, *map(_rows, streams), strict=True)):
+        length = len(ids_T) if tokens.lengths is None else int(tokens.lengths[number])
+        logs = [torch.log_softmax(logits_TV[: length - 1].float(), -1) for logits_TV in models]
+        for differences, before_PV, after_PV in zip(found, logs, logs[1:], strict=True):
+            differences.add(before_PV, after_PV, ids_T[1:length])
+    return [differences.figures() for differences in found]
 
 
 def _rows(stream: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.core.files import io_errors, make_folder
 from compress.core.quantities import format_bytes
 from compress.report import words
 from compress.report.figures import Row
@@ -75,6 +77,16 @@ def write_speed_report(result: Mapping[str, Any], folder: Path | str) -> tuple[P
     )
 
 
+def require_writable(folder: Path | str) -> None:
+    """Make the folder of a report now, and see that files can be written there: before an hour of measuring, not after.
+
+    Raises what the operating system says, as `write_speed_report` would.
+    """
+    folder = make_folder(Path(folder))
+    with io_errors("write the report", folder), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def speed_report(result: Mapping[str, Any]) -> SpeedReport:
     """What the report of a benchmark shows."""
     models = result["models"]
@@ -90,7 +102,7 @@ def speed_report(result: Mapping[str, Any]) -> SpeedReport:
         small_plots=latency_plots(models),
         plots=course_plots(models),
         workload=_workload(workload, settings, models[0]["computes_in"]),
-        environment=[(key, str(value)) for key, value in result["environment"].items() if value is not None],
+        environment=[(key, str(value)) for key, value in sorted(result["environment"].items()) if value is not None],
     )
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.report.plots import ACCENT, INK, SECOND, STYLE, Plot, inline_svg, matplotlib, new_figure, short_number
+from compress.report.plots import (
+    ACCENT,
+    INK,
+    SECOND,
+    STYLE,
+    Plot,
+    inline_svg,
+    legend,
+    matplotlib,
+    new_figure,
+    short_number,
+)
 
 _COLOURS = {"artifact": ACCENT, "original": SECOND}
 _SMALL = (
@@ -80,7 +91,7 @@ def _tokens(models: Sequence[Mapping[str, Any]]) -> Plot:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("seconds")
         axes.set_ylabel("tokens so far")
-        axes.legend(loc="best")
+        legend(axes)
         caption = "Computed counts every token that went through the model, of prompts too; steeper is faster."
         return Plot("tokens", "Tokens over time", caption, inline_svg(figure, "tokens", "tokens over time"))
 
@@ -99,11 +110,12 @@ def _requests(models: Sequence[Mapping[str, Any]]) -> Plot:
         axes.set_xlabel("seconds")
         axes.set_ylabel("requests")
         axes.yaxis.get_major_locator().set_params(integer=True)
-        axes.legend(loc="best")
+        legend(axes)
         caption = "Running requests get a token or a part of their prompt in every step; the others wait."
         return Plot("requests", "Requests over time", caption, inline_svg(figure, "requests", "requests over time"))
 
 
 def _name(axes, models: Sequence[Mapping[str, Any]]) -> None:
+    """Above the axes: a small plot has no room inside that no curve may need."""
     if len(models) > 1:
-        axes.legend(loc="lower right", labelcolor=INK)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.1, labelcolor=INK)

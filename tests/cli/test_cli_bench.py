@@ -54,3 +54,31 @@ def test_bad_input_is_one_sentence(call, tiny_model, arguments, code: int, says:
     assert called.code == code, called.err
     assert called.out == ""
     assert says in called.err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    call, tiny_model, tmp_path: Path, monkeypatch
+) -> None:
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("the benchmark has begun")
+
+    monkeypatch.setattr("compress.benchmark.benchmark", measured)
+    (tmp_path / "file").write_text("")
+    called = call("bench", tiny_model("llama"), *SMALL, "-o", tmp_path / "file" / "report")
+    assert called.code in (2, 3, 4), called.err
+    assert "file" in called.err
+    assert "Traceback" not in called.err
+
+
+@pytest.mark.parametrize("given", ["report", "report/benchmark.json"])
+def test_report_writes_a_benchmark_again(call, tiny_model, tmp_path: Path, given: str) -> None:
+    assert call("bench", tiny_model("llama"), *SMALL, "-q", "-o", tmp_path / "report").code == 0
+    called = call("report", tmp_path / given, "-o", tmp_path / "again", "--json")
+    assert called.code == 0, called.err
+    assert [Path(path).name for path in called.objects[-1]["files"]] == [
+        f"benchmark.{end}" for end in ("html", "md", "json")
+    ]
+    for end in ("html", "md", "json"):
+        assert (tmp_path / "again" / f"benchmark.{end}").read_bytes() == (
+            tmp_path / "report" / f"benchmark.{end}"
+        ).read_bytes()

@@ -138,6 +138,15 @@ def test_folders_and_files_that_are_none_are_refused(call, model: Path, tmp_path
     assert "is not UTF-8 text: byte 3 is 0xe9" in called.err
 
 
+def test_a_model_without_a_tokenizer_is_refused_with_what_to_do(call, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+    called = call("generate", folder, PROMPT)
+    assert called.code == 3
+    assert "has no tokenizer" in called.err
+    assert "copy tokenizer.json" in called.err
+
+
 def test_a_model_that_breaks_down_is_an_error(call, model: Path, monkeypatch) -> None:
     monkeypatch.setattr(LLM, "stream", lambda *_, **__: iter([Update("r", 0, "half", (1,), "error")]))
     called = call("generate", model, PROMPT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,8 +103,35 @@ def test_the_comparison_of_logits_leaves_padding_out() -> None:
     tokens = Tokens.of(torch.tensor([[1, 2, 3, 0]]), torch.tensor([3]))
     before, after = torch.zeros(1, 4, 5), torch.zeros(1, 4, 5)
     after[0, 2:] = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
-    assert compare_logits(tokens, [before], [after]) == {
-        "largest_logprob_difference": 0.0,
-        "greedy_agreement": 1.0,
-        "kl": 0.0,
-    }
+    same = {"largest_logprob_difference": 0.0, "greedy_agreement": 1.0, "kl": 0.0}
+    assert compare_logits(tokens, [before], [after]) == [same]
+
+
+def test_three_models_are_compared_in_turn_in_one_pass() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = Tokens.of(torch.tensor([[1, 2, 3, 0], [4, 0, 2, 2]]))
+    first, second, third = (torch.randn(2, 4, 5, generator=generator) for _ in range(3))
+    read = []
+
+    def once(logits: torch.Tensor) -> Iterator[torch.Tensor]:
+        read.append(logits)
+        yield from logits.split(1)
+
+    together = compare_logits(tokens, once(first), once(second), once(third))
+    assert len(read) == 3
+    assert together == [*compare_logits(tokens, [first], [second]), *compare_logits(tokens, [second], [third])]
+    log_p, log_q = (torch.log_softmax(logits[:, :-1].double(), -1) for logits in (first, second))
+    assert together[0]["kl"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-5)
+
+
+def test_parity_runs_each_model_once(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    logits = RuntimeScorer.logits
+
+    def counted(scorer: RuntimeScorer, tokens: Tokens) -> Iterator[torch.Tensor]:
+        runs.append(scorer.numerics)
+        return logits(scorer, tokens)
+
+    monkeypatch.setattr(RuntimeScorer, "logits", counted)
+    measure_parity(demo, None, None)
+    assert sorted(runs) == ["exact", "fast"]
