@@ -86,7 +86,10 @@ def require_window(window: int, checkpoint: Checkpoint) -> None:
     config = checkpoint.config.get("text_config") or checkpoint.config
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int) and window > limit:
-        raise UsageError(f"evaluate.perplexity.window {window} is more than the model's {limit} positions")
+        raise UsageError(
+            f"evaluate.perplexity.window {window} is more than the model's {limit} positions",
+            hint=f"at most {limit}, e.g. --set evaluate.perplexity.window={limit}",
+        )
 
 
 def _read_texts(settings: Perplexity, base_folder: Path | str | None, offline: bool) -> list[str]:
