@@ -1,0 +1,60 @@
+"""What the plan of uncalibrated rounding counts is what rounding takes."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.core.checkpoint import Checkpoint
+from compress.core.memory import IMPORT_SECONDS, ROUNDING_BYTES, estimate
+from compress.core.scheme import Scheme
+from quantize._rounding import round_site
+
+STATUS = Path("/proc/self/status")
+
+
+def held_bytes() -> int:
+    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("RssAnon:"))
+
+
+class Layer:
+    """As much of a site as rounding asks for."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.name = weight, "layer"
+
+    def replace(self, tensor: object) -> None:
+        self.tensor = tensor
+
+    def note(self, **_: object) -> None:
+        pass
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="needs /proc")
+@pytest.mark.parametrize("scheme", [Scheme(4, 64), Scheme(8, 128)], ids=["w4", "w8"])
+def test_rounding_one_layer_stays_within_the_plan(scheme: Scheme) -> None:
+    weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    done, seen = threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.is_set():
+            seen[0] = max(seen[0], held_bytes())
+            time.sleep(0.001)
+
+    round_site(Layer(weight[:64]), scheme, torch.bfloat16, "mse")  # what is loaded once
+    before = held_bytes()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    round_site(Layer(weight), scheme, torch.bfloat16, "mse")
+    done.set()
+    watcher.join()
+    taken = (seen[0] - before) / weight.numel()
+    assert 1 < taken < 1.3 * ROUNDING_BYTES
+
+
+def test_a_plan_without_tokens_counts_the_largest_layer_and_the_imports(tiny_model) -> None:
+    cost = estimate(Checkpoint.open(tiny_model("llama")), None)
+    assert cost.minutes * 60 > IMPORT_SECONDS
+    assert cost.spill_bytes == 0
