@@ -53,6 +53,10 @@ def bench(
     from compress.benchmark import Asked, benchmark
 
     asked = Asked(requests, prompt_tokens, output_tokens, trace, rate, seed)
+    if folder is not None:
+        from compress.report.speed import require_writable
+
+        require_writable(folder)
     with LiveProgress(output) as listener:
         result = benchmark(
             artifact, asked, against=against, numerics=numerics, device=opt.choose_device(device), rounds=rounds,

@@ -50,7 +50,7 @@ def evaluate(
     Perplexity, KL divergence, flips and lm-eval tasks. Without options: as the artifact's own recipe says.
     """
     from compress.cli.progress import LiveProgress
-    from compress.cli.tables import add_row, grid, quality_rows
+    from compress.cli.tables import add_row, figure, grid, quality_rows
 
     output = speak(json=json, quiet=quiet, verbose=verbose)
     asked, base_folder = _what_to_measure(artifact, recipe, text, window, tasks, task_folder, limit)
@@ -72,6 +72,8 @@ def evaluate(
             output.answer("\t".join(cell for cell in row if cell))
     for notice in result.get("notices") or ():
         output.tell(notice, style="yellow")
+    if result["fast_to_exact"]:
+        output.tell(f"measured in fast numerics; KL from exact ones: {figure(result['fast_to_exact']['kl'])} nats")
     if against is None:
         output.tell("give --against ORIGINAL to see what the compression costs")
     output.finish("eval", evaluation=result)
@@ -125,22 +127,26 @@ def _run_by(asked: Any, through: str | None, numerics: str | None) -> Any:
 
 def report(
     run: Annotated[
-        Path, typer.Argument(help="OUTPUT.report folder, its run.json, or the artifact.", show_default=False)
+        Path,
+        typer.Argument(
+            help="OUTPUT.report folder, its run.json, the artifact, or what bench wrote.", show_default=False
+        ),
     ],
     output: OutputFolder = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write the report of a run again.
+    """Write the report of a run, or of a benchmark, again.
 
-    One HTML file, Markdown and JSON, from OUTPUT.report/run.json.
+    One HTML file, Markdown and JSON, from OUTPUT.report/run.json or from bench's benchmark.json.
     """
     say = speak(json=json, quiet=quiet)
     data, folder = _read_run(run)
     from compress.report import write_report
+    from compress.report.speed import write_speed_report
 
-    paths = write_report(data, output or folder)
-    _say_paths(say, "report", paths)
+    write = write_speed_report if data.get("kind") == "benchmark" else write_report
+    _say_paths(say, "report", write(data, output or folder))
 
 
 def _read_run(path: Path) -> tuple[dict[str, Any], Path]:
@@ -148,16 +154,20 @@ def _read_run(path: Path) -> tuple[dict[str, Any], Path]:
     from compress.core.errors import InputError
 
     beside = path.with_name(f"{path.name}.report")
-    places = [path, path / "run.json", beside / "run.json"]
+    places = [path, path / "run.json", beside / "run.json", path / "benchmark.json"]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise InputError("there is no run.json here", where=str(path), hint="give the OUTPUT.report folder of a run")
+        raise InputError(
+            "there is no run.json or benchmark.json here",
+            where=str(path),
+            hint="give the OUTPUT.report folder of a run",
+        )
     try:
         data = json_module.loads(found.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise InputError(f"not readable as JSON: {error}", where=str(found)) from None
     if not isinstance(data, dict) or "schema_version" not in data:
-        raise InputError("this is no run.json of ours", where=str(found))
+        raise InputError("this is no run.json or benchmark.json of ours", where=str(found))
     return data, found.parent
 
 

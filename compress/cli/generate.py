@@ -59,6 +59,7 @@ def generate(
     )  # fmt: skip
     if params.greedy and (n > 1 or (top_k, top_p, min_p, seed) != (0, 1.0, 0.0, None)):
         output.tell("temperature 0 always takes the likeliest token: give --temperature to sample", style="yellow")
+    _require_tokenizer(artifact)
     if chat:
         text = _chat_prompt(artifact, text)
     llm = _load(output, artifact, numerics, opt.choose_device(device))
@@ -77,6 +78,19 @@ def _load(output: Output, artifact: Path, numerics: str, device: str) -> "LLM":
     for sentence in sentences(llm.engine.runner.model.slow_reasons):
         output.tell(sentence, style="yellow")
     return llm
+
+
+def _require_tokenizer(folder: Path) -> None:
+    """InputError for a model that no text can be given to, before it is loaded."""
+    from compress.core._model_folder import TOKENIZER_FILES
+    from compress.core.errors import InputError
+
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            "the folder has no tokenizer: a text cannot become tokens",
+            where=str(folder),
+            hint="copy tokenizer.json and tokenizer_config.json of the original into it",
+        )
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,7 @@ def compare_logits(tokens: Tokens, *streams: Iterable[torch.Tensor]) -> list[dic
     for number, (ids_T, *models) in enumerate(zip(tokens.ids, *map(_rows, streams), strict=True)):
         length = len(ids_T) if tokens.lengths is None else int(tokens.lengths[number])
         logs = [torch.log_softmax(logits_TV[: length - 1].float(), -1) for logits_TV in models]
-        for differences, before_PV, after_PV in zip(found, logs, logs[1:], strict=True):
+        for differences, (before_PV, after_PV) in zip(found, pairwise(logs), strict=True):
             differences.add(before_PV, after_PV, ids_T[1:length])
     return [differences.figures() for differences in found]
 
