@@ -81,7 +81,8 @@ def _loaders(facts: Mapping[str, Any]) -> list[str]:
                     parsed.bits, layer["group_size"], symmetric, activation_bits=parsed.activation_bits
                 )
                 shapes[layer["name"]] = tuple(layer["shape"])
-    return [_brief(verdict.sentence) for verdict in preflight(schemes, shapes)] if schemes else []
+    format = facts["artifact"].get("format") or "compressed-tensors"
+    return [_brief(verdict.sentence) for verdict in preflight(schemes, shapes, format)] if schemes else []
 
 
 def _brief(sentence: str) -> str:

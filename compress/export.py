@@ -1,22 +1,45 @@
-"""Export: the last stage's folder becomes the artifact's files."""
+"""Export: the last stage's folder becomes the artifact's files, in the format that is asked for.
+
+Stages keep quantized weights in compressed-tensors. `rewrite` puts codes and scales into another format, one block at a
+time; nothing is rounded, so that every weight means the same number to the bit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from compress.core.files import Written, link_or_copy, make_folder, remove_tree, write_entries
+from compress.core.compatibility import formats_for, refusals
+from compress.core.errors import ArtifactError, InputError
+from compress.core.files import (
+    Written,
+    atomic_write,
+    copy_file,
+    link_or_copy,
+    make_folder,
+    remove_tree,
+    sha256_file,
+    write_entries,
+)
+from compress.core.formats import method_of, reader_for, stored_modules, writer_for
+from compress.core.formats._checks import exact_as
 from compress.core.manifest import Coverage
 from compress.core.safetensors_io import load_tensor, raw_bytes, read_header, torch_dtype
-from compress.core.safetensors_layout import Entry, dtype_name, tensor_bytes
-from compress.core.stage_writer import SHARD_METADATA
+from compress.core.safetensors_layout import Entry, dtype_name, tensor_bytes, tensor_entry
+from compress.core.stage_writer import INDEX_NAME, SHARD_METADATA
 
 if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
+    from compress.core.compatibility import Shape
     from compress.core.safetensors_io import TensorInfo
+    from compress.core.scheme import Scheme
 
+STAGE_FORMAT = "compressed-tensors"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_SETTINGS_OF_OTHERS = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
 
 
 def export(
@@ -59,6 +82,125 @@ def _rounded(info: TensorInfo, original: Checkpoint) -> Entry:
         return Entry(info.name, info.dtype, info.shape, lambda: raw_bytes(info))
     # The cast happens when the tensor's turn comes, so that one tensor at a time is in memory.
     return Entry(info.name, dtype, info.shape, lambda: tensor_bytes(load_tensor(info).to(torch_dtype(dtype))))
+
+
+def rewrite(source: Checkpoint, staged: Path, format: str) -> dict[str, Written]:
+    """Fill the folder `staged` with the quantized model `source` in `format`, a shard per block and one for the rest.
+
+    InputError if `format` cannot hold it as it is. Every weight is read back and compared, so that ArtifactError says
+    of a fault of ours, too.
+    """
+    require_writable(source, format)
+    remove_tree(staged)
+    make_folder(staged)
+    files: dict[str, Written] = {}
+    blocks = [source.block_tensors(index) for index in range(source.num_blocks)]
+    for number, names in enumerate([*blocks, source.rest_tensors()], 1):
+        name = f"model-{number:05d}-of-{source.num_blocks + 1:05d}.safetensors"
+        files[name] = write_entries(staged / name, _encoded(source, names, format), SHARD_METADATA)
+    for relative in source.aux_files:
+        if relative.name not in _SETTINGS_OF_OTHERS:
+            make_folder((staged / relative).parent)
+            copy_file(source.folder / relative, staged / relative)
+            files[str(relative)] = _written(staged / relative)
+    schemes = source.schemes
+    config = writer_for(format).quantization_config(schemes, _unquantized(source, schemes))
+    files["config.json"] = _write_json(staged / "config.json", source.config | {"quantization_config": config})
+    files[INDEX_NAME] = _write_json(staged / INDEX_NAME, _index(staged, files))
+    _require_equal(source, staged)
+    return files
+
+
+def require_writable(source: Checkpoint, format: str) -> None:
+    """InputError, with the reason and what would work, unless `format` can hold the quantized model as it is."""
+    method = method_of(source.config)
+    if method is None:
+        raise InputError(
+            f"the weights are dense, and {format} would hold them quantized",
+            where=str(source.folder),
+            hint="quantize them by a recipe first; only --format gguf and bitsandbytes take dense weights",
+        )
+    schemes, shapes = source.schemes, shapes_of(source)
+    require_held(schemes, shapes, format, where=str(source.folder))
+
+
+def require_held(schemes: Mapping[str, Scheme], shapes: Mapping[str, Shape], format: str, where: str) -> None:
+    """InputError that names layer, reason and the formats that would do, unless `format` can hold these layers."""
+    found = refusals(schemes, shapes, format)
+    if not found:
+        return
+    module, reason = next(iter(found.items()))
+    more = f" (and {len(found) - 1} more layers)" if len(found) > 1 else ""
+    others = [name for name in formats_for(schemes, shapes) if name != format]
+    hint = f"as they are, these weights can be written as {', '.join(others)}" if others else None
+    raise InputError(f"{module} cannot be written as {format}: {reason}{more}", where=where, hint=hint)
+
+
+def shapes_of(source: Checkpoint) -> dict[str, Shape]:
+    """Shape [out, in] of every quantized module, from headers."""
+    reader = reader_for(source.config, source.source.id)
+    return {module: reader.shape_of(module, scheme, source.tensors) for module, scheme in source.schemes.items()}
+
+
+def _encoded(source: Checkpoint, names: Iterable[str], format: str) -> list[Entry]:
+    """Entries of one shard: quantized modules encoded anew, all else byte for byte, when its turn comes."""
+    writer, module_of = writer_for(format), stored_modules(source)
+    entries = []
+    for name in names:
+        if name not in module_of:
+            entries.append(_as_it_is(source.info(name)))
+    for module in dict.fromkeys(module_of[name] for name in names if name in module_of):
+        tensor = source.quant_tensor(module)
+        if tensor is None:
+            raise ArtifactError("is stored both quantized and dense", where=module)
+        # As a run would write it: scales in the model's dtype. Formats that want another one change it themselves.
+        tensor = replace(tensor, scale=exact_as(tensor.scale, source.dtype))
+        entries += [tensor_entry(name, part) for name, part in writer.encode(module, tensor).items()]
+    return entries
+
+
+def _as_it_is(info: TensorInfo) -> Entry:
+    return Entry(info.name, info.dtype, info.shape, lambda: raw_bytes(info))
+
+
+def _unquantized(source: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Linear modules that stay as they are: every matrix but the embedding, and the head even where it is tied."""
+    embedding = f"{source.architecture.embedding}.weight"
+    matrices = {
+        name.removesuffix(".weight")
+        for name, info in source.tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2 and name != embedding
+    }
+    return sorted({*matrices, source.architecture.head} - schemes.keys())
+
+
+def _index(staged: Path, files: Mapping[str, Written]) -> dict[str, Any]:
+    infos = [info for name in files if name.endswith(".safetensors") for info in read_header(staged / name).values()]
+    weight_map = {info.name: info.file.name for info in sorted(infos, key=lambda info: info.name)}
+    return {"metadata": {"total_size": sum(info.bytes for info in infos)}, "weight_map": weight_map}
+
+
+def _require_equal(source: Checkpoint, staged: Path) -> None:
+    """ArtifactError unless the written folder means the same weights, to the bit."""
+    import torch
+
+    from compress.core.checkpoint import Checkpoint
+
+    written = Checkpoint.open(staged)
+    if written.schemes.keys() != source.schemes.keys():
+        raise ArtifactError("other layers are quantized than in the source", where=str(staged))
+    for module in source.schemes:
+        if not torch.equal(written.weight(module, torch.float32), source.weight(module, torch.float32)):
+            raise ArtifactError("does not mean the same weights as the source", where=f"{staged}: {module}")
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> Written:
+    atomic_write(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    return _written(path)
+
+
+def _written(path: Path) -> Written:
+    return Written(path.stat().st_size, sha256_file(path))
 
 
 def coverage(original: Checkpoint, artifact: Checkpoint, quantized: Mapping[str, str]) -> tuple[Coverage, ...]:

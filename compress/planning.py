@@ -49,7 +49,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> 
     require_composition(recipe, checkpoint)
     stages = tuple(stage.settings.plan(checkpoint, tokens) for stage in recipe.stages)
     bytes_in = sum(info.bytes for info in checkpoint.tensors.values())
-    bytes_out = stages[-1].bytes_out
+    bytes_out = stages[-1].bytes_out + _rewritten(recipe, checkpoint, stages)
     extra_bytes = _files_beside_tensors(checkpoint, stages[-1])
     notices = [
         *_unknown(checkpoint),
@@ -65,6 +65,25 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> 
         disk_bytes=_disk_bytes(recipe, stages) + extra_bytes,
         minutes=sum(stage.minutes for stage in stages),
         notices=tuple(dict.fromkeys(notices)),
+    )
+
+
+def _rewritten(recipe: Recipe, checkpoint: Checkpoint, stages: tuple[Plan, ...]) -> int:
+    """Bytes by which the format asked for exceeds that of stages; InputError if it cannot hold a layer."""
+    from compress.core.formats import writer_for
+    from compress.export import STAGE_FORMAT, require_held
+
+    format = recipe.export.format
+    if format == STAGE_FORMAT:
+        return 0
+    layers = {layer.name: layer for stage in stages for layer in stage.layers if layer.scheme}
+    schemes = {name: layer.scheme for name, layer in layers.items() if layer.scheme}
+    require_held(schemes, {name: layer.shape for name, layer in layers.items()}, format, where="export.format")
+    held, asked = writer_for(STAGE_FORMAT), writer_for(format)
+    return sum(
+        asked.encoded_bytes(layers[name].shape, scheme, checkpoint.dtype)
+        - held.encoded_bytes(layers[name].shape, scheme, checkpoint.dtype)
+        for name, scheme in schemes.items()
     )
 
 
@@ -134,5 +153,5 @@ def _disk_bytes(recipe: Recipe, stages: tuple[Plan, ...]) -> int:
     """
     before = [0, *(stage.bytes_out for stage in stages[:-1])]
     most = max(left + stage.disk_bytes for left, stage in zip(before, stages, strict=True))
-    is_copied = recipe.stages[-1].settings.gives != "quantized"
+    is_copied = recipe.stages[-1].settings.gives != "quantized" or recipe.export.format != "compressed-tensors"
     return max(most, stages[-1].disk_bytes + stages[-1].bytes_out) if is_copied else most

@@ -93,13 +93,26 @@ class Engine(_Data):
         return f"{self.title} {self.version}".rstrip()
 
 
+class Written(_Data):
+    """What of a format this version writes, and why no more. Codes of `whole_words` fill 32-bit words both ways."""
+
+    when: When
+    because: str
+    whole_words: bool = False
+    whole_groups: bool = False
+    group_multiple: int = 1
+    one_group_size: bool = False
+    dense_head: bool = False
+
+
 class Format(_Data):
-    """What an on-disk format can hold."""
+    """What an on-disk format can hold, and what of it is written."""
 
     bits: list[int]
     dtypes: list[str] = ["int"]
     activation_bits: list[int]
     ragged_groups: bool
+    writes: Written
     notes: list[str] = []
 
 
@@ -135,6 +148,41 @@ def unwritable(scheme: Scheme, shape: Shape, format: str = "compressed-tensors")
     if not held.ragged_groups and scheme.group_size != -1 and width % scheme.group_size:
         return f"groups of {scheme.group_size} do not divide its {width} input channels, and no reader takes the rest"
     return None
+
+
+def refusals(schemes: Mapping[str, Scheme], shapes: Mapping[str, Shape], format: str) -> dict[str, str]:
+    """Module -> why it cannot be written in `format`; empty if the whole model can. From headers alone."""
+    writes = table().formats[format].writes
+    found = {}
+    for module, scheme in schemes.items():
+        reason = unwritable(scheme, shapes[module], format) or _unwritten(writes, module, scheme, shapes[module])
+        if reason is not None:
+            found[module] = reason
+    sizes = sorted({scheme.group_size for scheme in schemes.values()})
+    if writes.one_group_size and len(sizes) > 1 and not found:
+        found[next(iter(schemes))] = f"{format} has one group size for all layers, and these have {sizes}"
+    return found
+
+
+def _unwritten(writes: Written, module: str, scheme: Scheme, shape: Shape) -> str | None:
+    rows, width = shape
+    if not writes.when.fits(scheme):
+        return writes.because.format(bits=scheme.bits, scheme=scheme.name)
+    if writes.whole_words and (rows * scheme.bits % 32 or width * scheme.bits % 32):
+        return f"{scheme.bits}-bit codes of {rows} x {width} do not fill whole 32-bit words"
+    size = width if scheme.group_size == -1 else scheme.group_size
+    if writes.whole_groups and width % size:
+        return f"groups of {size} do not divide its {width} input channels"
+    if size % writes.group_multiple:
+        return f"groups of {size} are no multiple of its blocks of {writes.group_multiple}"
+    if writes.dense_head and module.rpartition(".")[2] == "lm_head":
+        return "its readers expect a head that is not quantized"
+    return None
+
+
+def formats_for(schemes: Mapping[str, Scheme], shapes: Mapping[str, Shape]) -> list[str]:
+    """The formats that can hold the whole model as it is."""
+    return [name for name in table().formats if not refusals(schemes, shapes, name)]
 
 
 def preflight(

@@ -136,4 +136,13 @@ def evaluation_problem(recipe: "Recipe") -> Problem | None:
     return None
 
 
-CHECKS = (composition_problem, evaluation_problem, gate_problem)
+def export_problem(recipe: "Recipe") -> Problem | None:
+    """A format for quantized weights, and no stage that quantizes."""
+    state = next((stage.settings.gives for stage in reversed(recipe.stages) if stage.settings.gives), "dense")
+    if recipe.export.format == "compressed-tensors" or state == "quantized":
+        return None
+    message = f"{recipe.export.format} holds quantized weights, but the stages leave them {state}"
+    return Problem(("export", "format"), message, "add a quantize stage")
+
+
+CHECKS = (composition_problem, export_problem, evaluation_problem, gate_problem)

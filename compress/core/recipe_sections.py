@@ -57,9 +57,11 @@ class Calibration(Section):
 
 
 class Export(Section):
-    """How the result is stored on disk."""
+    """How the result is stored on disk. GGUF is written by `compress export`, from the finished artifact."""
 
-    format: Literal["compressed-tensors"] = Field(default="compressed-tensors", description="format of the artifact")
+    format: Literal["compressed-tensors", "gptq", "awq"] = Field(
+        default="compressed-tensors", description="format of the artifact; all hold the same weights, to the bit"
+    )
 
 
 class Perplexity(Section):

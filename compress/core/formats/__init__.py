@@ -8,7 +8,11 @@ Each readable format has
   shape_of(module, scheme, tensors) -> (out, in)              from headers
   decode(module, read, scheme) -> QuantTensor                 codes and scales as stored, or NotKept
   dequantize(module, read, scheme, dtype) -> Tensor [out, in]
-and a Reader binds them to one model's config.
+and a Reader binds them to one model's config. A writable format has, too,
+  encode(module, QuantTensor) -> {disk name: Tensor}          the same dequantized weight, to the bit
+  quantization_config(schemes, unquantized) -> dict           of the whole model
+  encoded_bytes(shape, scheme, scale_dtype) -> int            of one module
+What of a format is written is in compatibility.yaml.
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from compress.core.errors import InputError
+from compress.core.errors import InputError, UsageError
 from compress.core.scheme import Scheme
 
 if TYPE_CHECKING:
     import torch
 
+    from compress.core.checkpoint import Checkpoint
     from compress.core.safetensors_io import TensorInfo
     from compress.core.tensors import QuantTensor
 
@@ -34,6 +39,7 @@ READABLE = {
     "compressed-tensors": "compressed_tensors",
     "gptq": "gptq",
 }
+WRITABLE = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
 KNOWN_METHODS = frozenset(
     {"aqlm", "auto-round", "bitnet", "eetq", "fbgemm_fp8", "fp8", "fp_quant", "higgs", "hqq"}
     | {"modelopt", "mxfp4", "quanto", "quark", "spqr", "torchao", "vptq"}
@@ -125,3 +131,18 @@ def reader_for(config: Mapping[str, Any], model: str = "the model") -> Reader:
     format = import_module(f"compress.core.formats.{READABLE[method]}")
     options = {"version": format.version_of(quantization)} if method == "gptq" else {}
     return Reader(method, quantization, format, options)
+
+
+def writer_for(format: str) -> ModuleType:
+    """The module that writes `format`, one of WRITABLE."""
+    if format not in WRITABLE:
+        raise UsageError(f"unknown format {format!r}", hint=f"these are written: {', '.join(WRITABLE)}")
+    return import_module(f"compress.core.formats.{READABLE[format]}")
+
+
+def stored_modules(source: Checkpoint) -> dict[str, str]:
+    """Disk name of every tensor that holds a quantized weight -> the module that it belongs to."""
+    if not source.schemes:
+        return {}
+    reader = reader_for(source.config, source.source.id)
+    return {name: module for module, scheme in source.schemes.items() for name in reader.stored_names(module, scheme)}

@@ -1,4 +1,4 @@
-"""AWQ on disk, version gemm: read only, so that models quantized by AutoAWQ can be sources and can be served.
+"""AWQ on disk, version gemm: read and written.
 
 Paper: Lin et al. 2023, https://arxiv.org/abs/2306.00978; layout of AutoAWQ. O output channels, K input channels, G
 groups, 4 bits:
@@ -12,24 +12,59 @@ weight[o, k] = (code - zero[k // group_size]) * scale[k // group_size]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from compress.core.errors import ArtifactError, InputError
 from compress.core.formats import NotRead, Read
-from compress.core.formats._checks import misfit, turned
+from compress.core.formats._checks import exact_in_half, misfit, turned, usual_scheme
 from compress.core.safetensors_io import TensorInfo
 from compress.core.scheme import Scheme
-from compress.core.tensors import QuantTensor, unpack_rows
+from compress.core.tensors import QuantTensor, pack_rows, unpack_rows
 
 OPTIONAL: tuple[str, ...] = ()
 _WHERE = "config.json: quantization_config"
 _BITS = 4
 _PER_WORD = 8
 _NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds each of 8 output channels
+_CHANNEL_OF = (0, 2, 4, 6, 1, 3, 5, 7)  # the output channel that each of 8 nibbles holds
 _KNOWN_VERSIONS = frozenset({"gemv", "gemv_fast", "llm-awq", "exllama", "ipex", "marlin"})
+
+
+def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
+    """Tensors of one module of 4 bits by disk name. A symmetric one gets zero points in the middle: 8.
+
+    Scales are fp16 where that is exact, else as they are.
+    """
+    scale_GO = turned(exact_in_half(tensor.scale))
+    zero_OG = torch.zeros(tensor.scale.shape, dtype=torch.int8) if tensor.zero is None else tensor.zero
+    unsigned_OG = (zero_OG.to(torch.int16) - tensor.scheme.lowest).to(torch.uint8)
+    parts = {"qweight": _out_of_order(tensor.stored().T), "qzeros": _out_of_order(unsigned_OG.T), "scales": scale_GO}
+    return {f"{module}.{suffix}": part for suffix, part in parts.items()}
+
+
+def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of version gemm; all modules share one group size. `unquantized` stay as they are."""
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": _BITS,
+        "group_size": usual_scheme(schemes).group_size,
+        "zero_point": True,
+        "modules_to_not_convert": sorted(unquantized),
+    }
+
+
+def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> int:
+    """Exact bytes of all tensors that `encode` gives for a weight [out, in] of `shape`, headers apart.
+
+    `scale_dtype` is that of the scales on disk.
+    """
+    rows, width = shape
+    groups = scheme.groups_in(width)
+    return (width + groups) * rows * _BITS // 8 + groups * rows * scale_dtype.itemsize
 
 
 def modules_of(names: Iterable[str]) -> list[str]:
@@ -100,3 +135,10 @@ def _in_order(words_RW: torch.Tensor) -> torch.Tensor:
     rows, words = words_RW.shape
     nibbles = unpack_rows(words_RW, _BITS, words * _PER_WORD).view(rows, words, _PER_WORD)
     return nibbles[:, :, _NIBBLE_OF].reshape(rows, words * _PER_WORD)
+
+
+def _out_of_order(codes_RO: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_in_order`."""
+    rows, columns = codes_RO.shape
+    octets = codes_RO.reshape(rows, columns // _PER_WORD, _PER_WORD)[:, :, _CHANNEL_OF]
+    return pack_rows(octets.reshape(rows, columns), _BITS)

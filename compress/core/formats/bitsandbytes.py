@@ -1,4 +1,5 @@
-"""bitsandbytes on disk, as transformers writes it: read only. NF4 and FP4 with plain or quantized statistics, and int8.
+"""bitsandbytes on disk, as transformers writes it. Read: NF4 and FP4 with plain or quantized statistics, and int8.
+Written: NF4 with plain statistics (a QuantTensor has its scales as numbers, not as codes of their own).
 
 Papers: QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314) and LLM.int8() (Dettmers et al. 2022,
 https://arxiv.org/abs/2208.07339). O output channels, K input channels, B blocks of 64 weights each along the rows:
@@ -20,7 +21,7 @@ they are, which is closer to the original model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
@@ -28,7 +29,7 @@ import torch
 
 from compress.core.errors import ArtifactError, InputError
 from compress.core.formats import NotKept, NotRead, Read
-from compress.core.formats._checks import misfit
+from compress.core.formats._checks import misfit, usual_scheme
 from compress.core.levels import table
 from compress.core.safetensors_io import TensorInfo, load_tensor
 from compress.core.scheme import Scheme
@@ -39,6 +40,7 @@ _WHERE = "config.json: quantization_config"
 _BLOCK = 64  # transformers leaves it at this; what the file says wins
 _NESTED_BLOCK = 256
 _CODES_PER_BYTE = 2
+_MAP_BYTES = 16 * 4
 _LARGEST_CODE = 127
 _STATE_LIMIT_BYTES = 1 << 16
 _LARGEST_SIDE = 1 << 40
@@ -53,6 +55,51 @@ class State:
     block: int
     nested_block: int
     offset: float | None
+
+
+def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
+    """Tensors of one nf4 module by disk name. The dtype that readers dequantize it to is that of its scales."""
+    scheme = tensor.scheme
+    low_first = tensor.packed.contiguous().view(torch.uint8).reshape(-1, 1)
+    state = bytearray(_described(tensor.shape, scheme, tensor.scale.dtype))
+    parts = {
+        "weight": (low_first << 4) | (low_first >> 4),
+        "weight.absmax": tensor.scale.float().reshape(-1),
+        "weight.quant_map": table(scheme.dtype).clone(),
+        _state_part(scheme): torch.frombuffer(state, dtype=torch.uint8),
+    }
+    return {f"{module}.{suffix}": part for suffix, part in parts.items()}
+
+
+def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of nf4 weights; `unquantized` stay as they are."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": usual_scheme(schemes).dtype,
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": sorted(unquantized),
+    }
+
+
+def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> int:
+    """Exact bytes of all tensors that `encode` gives for a weight [out, in] of `shape`, headers apart."""
+    rows, width = shape
+    statistics = rows * scheme.groups_in(width) * 4
+    return rows * width // _CODES_PER_BYTE + statistics + _MAP_BYTES + len(_described(shape, scheme, scale_dtype))
+
+
+def _described(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> bytes:
+    """The JSON beside a weight."""
+    state = {
+        "quant_type": scheme.dtype,
+        "blocksize": scheme.group_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
+    return json.dumps(state).encode()
 
 
 def modules_of(names: Iterable[str]) -> list[str]:

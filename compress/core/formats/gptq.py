@@ -1,4 +1,4 @@
-"""GPTQ on disk, versions 1 and 2: read only, so that models quantized by GPTQModel and AutoGPTQ can be sources.
+"""GPTQ on disk: versions 1 and 2 are read, version 1 is written (symmetric, groups in their order).
 
 Paper: Frantar et al. 2022, https://arxiv.org/abs/2210.17323; layout of AutoGPTQ. O output channels, K input channels,
 G groups, b bits:
@@ -14,23 +14,74 @@ weight[o, k] = (code - zero[g_idx[k]]) * scale[g_idx[k]]
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from compress.core.errors import ArtifactError, InputError
 from compress.core.formats import NotKept, NotRead, Read
-from compress.core.formats._checks import misfit, turned
+from compress.core.formats._checks import exact_in_half, misfit, turned, usual_scheme
 from compress.core.safetensors_io import TensorInfo
 from compress.core.scheme import Scheme
-from compress.core.tensors import QuantTensor, unpack_rows, words_in
+from compress.core.tensors import QuantTensor, pack_rows, unpack_rows, words_in
 
 OPTIONAL = (".g_idx",)
 _WHERE = "config.json: quantization_config"
 _BITS = (2, 3, 4, 8)
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 _KNOWN_VERSIONS = frozenset({"marlin", "bitblas", "gptq_p", "qqq", "gguf", "exl3", "fp8", "awq"})
+
+
+def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
+    """Tensors of one symmetric module by disk name, version 1.
+
+    Scales are fp16 where that is exact, else as they are.
+    """
+    scheme, (rows, width) = tensor.scheme, tensor.shape
+    scale_GO = turned(exact_in_half(tensor.scale))
+    zero_GO = torch.full((len(scale_GO), rows), -scheme.lowest - 1, dtype=torch.uint8)  # version 1: less one
+    parts = {
+        "qweight": turned(tensor.packed),
+        "qzeros": pack_rows(zero_GO, scheme.bits),
+        "scales": scale_GO,
+        "g_idx": _plain_groups(width, scheme),
+    }
+    return {f"{module}.{suffix}": part for suffix, part in parts.items()}
+
+
+def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of version 1: the most frequent scheme, and `dynamic` for modules that differ from it.
+
+    `unquantized` are the linear modules that stay as they are, which a reader would else expect to be quantized.
+    """
+    usual = usual_scheme(schemes)
+    dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(module)}$": {} for module in unquantized}
+    for module, scheme in schemes.items():
+        if scheme != usual:
+            dynamic[f"+:^{re.escape(module)}$"] = {"bits": scheme.bits, "group_size": scheme.group_size}
+    config = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": usual.bits,
+        "group_size": usual.group_size,
+        "sym": True,
+        "desc_act": False,
+        "pack_dtype": "int32",
+        "lm_head": any(module.rpartition(".")[2] == "lm_head" for module in schemes),
+    }
+    return config | ({"dynamic": dynamic} if dynamic else {})
+
+
+def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> int:
+    """Exact bytes of all tensors that `encode` gives for a weight [out, in] of `shape`, headers apart.
+
+    `scale_dtype` is that of the scales on disk.
+    """
+    rows, width = shape
+    groups = scheme.groups_in(width)
+    words = words_in(width, scheme.bits) * rows + words_in(rows, scheme.bits) * groups + width
+    return 4 * words + groups * rows * scale_dtype.itemsize
 
 
 def modules_of(names: Iterable[str]) -> list[str]:

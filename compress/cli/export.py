@@ -1,0 +1,60 @@
+"""The command `export`: an artifact in another format."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.cli import options as opt
+from compress.cli.console import speak
+
+FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gguf", "gptq")
+
+
+def export(
+    folder: opt.ArtifactFolder,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            help="awq, bitsandbytes, compressed-tensors, gguf or gptq.",
+            autocompletion=lambda: [*FORMATS],
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder that is made.", show_default=False)],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace an older artifact at --output.")] = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Write an artifact in another format, without calibrating again.
+
+    Weights keep their exact values; a format that cannot hold them is refused, with what would work.
+    """
+    from compress.cli.tables import SIGNS
+    from compress.core.compatibility import describe
+    from compress.core.quantities import format_bytes
+    from compress.export_artifact import export_artifact
+
+    speaker = speak(json=json, quiet=quiet, verbose=verbose)
+    done = export_artifact(folder, output, format, fresh=fresh)
+    for verdict in done.verdicts:
+        speaker.show(f"{SIGNS[verdict.ok]} {verdict.sentence}")
+    for notice in done.notices:
+        speaker.tell(notice, style="yellow")
+    speaker.answer(f"{done.folder}: {format}, {format_bytes(done.bytes)}")
+    speaker.finish(
+        "export",
+        path=str(done.folder),
+        format=format,
+        bytes=done.bytes,
+        preflight=describe(list(done.verdicts)),
+        notices=done.notices,
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this file."""
+    app.command()(export)

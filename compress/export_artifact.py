@@ -1,0 +1,186 @@
+"""`compress export`: a finished folder becomes another artifact, in another format, without calibrating again.
+
+Published verified or not at all, and by one rename, as every artifact. Codes and scales are carried over, so nothing
+is measured anew: the figures of the artifact it was written from hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import compress
+from compress.core.compatibility import Verdict, preflight
+from compress.core.errors import ArtifactError, InputError, UsageError
+from compress.core.events import Finished, Listener, Started, silent
+from compress.core.files import Written, atomic_write, copy_file, make_folder, publish_dir, remove_tree, sha256_file
+from compress.core.lock import FolderLock
+from compress.core.manifest import MANIFEST_NAME, Coverage, FileRecord, Manifest
+from compress.export import require_writable, rewrite, shapes_of
+from compress.facts import lineage
+from compress.own_folders import is_artifact, is_partial, is_there
+from compress.workspace import Workspace
+
+if TYPE_CHECKING:
+    from compress.core.checkpoint import Checkpoint
+
+FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gguf", "gptq")
+_CARRIED = ("recipe.yaml", "evaluation.json")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The new artifact, the bytes of its files, who will load it, and what is worth knowing."""
+
+    folder: Path
+    bytes: int
+    verdicts: tuple[Verdict, ...]
+    notices: tuple[str, ...] = ()
+
+
+def export_artifact(
+    folder: Path, output: Path, format: str, *, fresh: bool = False, events: Listener = silent
+) -> Exported:
+    """Write the model in `folder` to `output` in `format`. Raises CompressError before work for what cannot be held.
+
+    `fresh` may replace an older artifact of ours at `output`.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"unknown format {format!r}", where="--format", hint=f"choose one of {', '.join(FORMATS)}")
+    source, manifest = open_source(folder)
+    require_writable(source, format)
+    with staged_at(output, folder, fresh=fresh) as staged:
+        events(Started("export", source.num_blocks, "block"))
+        files = rewrite(source, staged, format)
+        verdicts = preflight(source.schemes, shapes_of(source), format)
+        files |= describe(source, manifest, staged, format, verdicts)
+        write_manifest(source, manifest, staged, files, format)
+        require_verified(staged)
+        size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
+    events(Finished("export", str(output)))
+    return Exported(output, size, tuple(verdicts))
+
+
+def open_source(folder: Path) -> tuple[Checkpoint, Manifest | None]:
+    """A model folder, ours or another tool's; ours only if it is sound."""
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.verify import verify
+
+    if not folder.is_dir():
+        raise UsageError("there is no such folder", where=str(folder))
+    source = Checkpoint.open(folder)
+    failed = [check for check in verify(folder, level="integrity").checks if not check.ok]
+    if failed:
+        raise InputError(f"is not sound: {failed[0].name}: {failed[0].detail}", where=str(folder))
+    path = folder / MANIFEST_NAME
+    return source, Manifest.parse(path.read_text(encoding="utf-8"), where=str(path)) if path.is_file() else None
+
+
+@contextmanager
+def staged_at(output: Path, source: Path, *, fresh: bool) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `output` when the block ends; after an error nothing is left."""
+    workspace = Workspace(output)
+    _refuse(workspace, source, fresh=fresh)
+    make_folder(workspace.partial)
+    with FolderLock(workspace.partial):
+        try:
+            remove_tree(workspace.staged)
+            yield make_folder(workspace.staged)
+            publish_dir(workspace.staged, workspace.output, replace=fresh)
+        finally:
+            remove_tree(workspace.partial)
+
+
+def _refuse(workspace: Workspace, source: Path, *, fresh: bool) -> None:
+    """UsageError if the export would write over what is not ours, or over what it reads."""
+    output, model = workspace.output.resolve(), source.resolve()
+    if model.is_relative_to(output) or output.is_relative_to(model):
+        raise UsageError("an output cannot be, hold or lie inside the source", where=str(workspace.output))
+    if is_there(workspace.output):
+        if not is_artifact(workspace.output):
+            hint = "choose another --output, or move this away"
+            raise UsageError("output exists and is no artifact of compress", where=str(workspace.output), hint=hint)
+        if not fresh:
+            hint = "choose another --output, or --fresh to replace it"
+            raise UsageError("output exists", where=str(workspace.output), hint=hint)
+    if is_there(workspace.partial) and (workspace.journal.exists() or not is_partial(workspace.partial)):
+        raise UsageError("holds unfinished work", where=str(workspace.partial), hint="choose another --output")
+
+
+def describe(
+    source: Checkpoint, manifest: Manifest | None, staged: Path, format: str, verdicts: list[Verdict]
+) -> dict[str, Written]:
+    """The files beside the weights: recipe and figures as the source has them, and a card of its own."""
+    files = {}
+    for name in _CARRIED if manifest is not None else ():
+        if (source.folder / name).is_file():
+            copy_file(source.folder / name, staged / name)
+            files[name] = _written(staged / name)
+    atomic_write(staged / "README.md", _card(source, format, verdicts, has_figures="evaluation.json" in files))
+    return files | {"README.md": _written(staged / "README.md")}
+
+
+def _card(source: Checkpoint, format: str, verdicts: list[Verdict], *, has_figures: bool) -> str:
+    card = source.folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = text.split("---\n", 2)[1] if text.startswith("---\n") and text.count("---\n") >= 2 else ""
+    front = front.replace("compressed-tensors", format)
+    figures = " `evaluation.json` holds the figures of that artifact." if has_figures else ""
+    lines = [
+        f"# {source.source.id}, as {format}",
+        "",
+        f"Written by compress {compress.__version__} from an artifact in another format, without calibrating again:",
+        f"every weight means the same number, to the bit.{figures}",
+        "",
+        "## Who loads it",
+        "",
+        *(f"- {verdict.sentence}" for verdict in verdicts),
+    ]
+    return (f"---\n{front}---\n\n" if front else "") + "\n".join(lines) + "\n"
+
+
+def write_manifest(
+    source: Checkpoint, manifest: Manifest | None, staged: Path, files: dict[str, Written], format: str
+) -> None:
+    """compress.json: lineage, recipe and coverage of the source, and from which files these were written."""
+    from_files = {"format": format, "sha256": source.sha256()}
+    origin: dict[str, Any] = lineage(source) if manifest is None else manifest.lineage
+    text = Manifest(
+        version=compress.__version__,
+        files=tuple(FileRecord(name, written.bytes, written.sha256) for name, written in files.items()),
+        recipe={} if manifest is None else manifest.recipe,
+        fingerprint={"export": from_files} | ({} if manifest is None else manifest.fingerprint),
+        lineage=origin | {"exported_from": from_files["sha256"]},
+        coverage=_coverage(source) if manifest is None else manifest.coverage,
+        stages=[] if manifest is None else manifest.stages,
+        kv_cache=None if manifest is None else manifest.kv_cache,
+    ).text()
+    atomic_write(staged / MANIFEST_NAME, text)
+
+
+def _coverage(source: Checkpoint) -> tuple[Coverage, ...]:
+    from compress.core.formats import stored_modules
+
+    stored = stored_modules(source)
+    quantized = [Coverage(f"{module}.weight", "quantized", scheme.name) for module, scheme in source.schemes.items()]
+    return (*quantized, *(Coverage(name, "kept") for name in source.tensors if name not in stored))
+
+
+def require_verified(staged: Path) -> None:
+    """ArtifactError unless the staged folder passes verification."""
+    from compress.core.verify import verify
+
+    report = verify(staged, library=True)
+    failed = [check for check in report.checks if not check.ok]
+    if failed:
+        raise ArtifactError(
+            f"the result does not pass verification and is not published: {failed[0].name}: {failed[0].detail}",
+            where=str(staged),
+        )
+
+
+def _written(path: Path) -> Written:
+    return Written(path.stat().st_size, sha256_file(path))
