@@ -21,7 +21,6 @@ from runtime.params import SamplingParams
 _UNIFORMS = 64  # random numbers drawn at a time
 _CANDIDATES = 256  # how many of the largest logits top-p looks at first …
 _MORE = 16  # … and by what factor more where those do not hold enough
-_BLOCKS_PER_CANDIDATE = 8  # into which the vocabulary is divided to find them
 _BLOCK = 256  # weights that are summed up before one of them is chosen
 
 
@@ -173,7 +172,7 @@ def _sorted_thresholds(scaled_RV: Tensor, settings: list[SamplingParams], candid
     vocabulary = scaled_RV.shape[1]
     tops = [min(params.top_k or vocabulary, vocabulary) for params in settings]
     width = min(vocabulary, max(candidates, *(params.top_k for params in settings)))
-    values_RK = _largest(scaled_RV, width)
+    values_RK = scaled_RV.topk(width, dim=-1).values
     running_RK = values_RK.exp().cumsum(-1, dtype=torch.float64)
     last_R1 = _column([min(top, width) - 1 for top in tops], scaled_RV, torch.int64)
     whole_R1 = scaled_RV.exp().sum(-1, keepdim=True, dtype=torch.float64)
@@ -189,22 +188,6 @@ def _sorted_thresholds(scaled_RV: Tensor, settings: list[SamplingParams], candid
         more_RV, their_settings = _rows(scaled_RV, short), [settings[row] for row in short]
         least_R1[short] = _sorted_thresholds(more_RV, their_settings, _MORE * candidates)
     return least_R1
-
-
-def _largest(values_RV: Tensor, count: int) -> Tensor:
-    """The `count` largest of each row in descending order, as topk finds them, without sorting what lies far below.
-
-    They all lie in the `count` blocks with the largest maxima: of each of those blocks at least one value is as large
-    as the least of those maxima, and no value of another block is larger than that.
-    """
-    vocabulary = values_RV.shape[1]
-    width = vocabulary // (_BLOCKS_PER_CANDIDATE * count)
-    if width < 2:
-        return values_RV.topk(count, dim=-1).values
-    blocks_RBW = functional.pad(values_RV, (0, -vocabulary % width), value=-torch.inf).unflatten(1, (-1, width))
-    chosen_RK = blocks_RBW.amax(-1).topk(count, dim=-1, sorted=False).indices
-    candidates_RKW = blocks_RBW.gather(1, chosen_RK[:, :, None].expand(-1, -1, width))
-    return candidates_RKW.flatten(1).topk(count, dim=-1).values
 
 
 def _column(values: list, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -205,17 +205,3 @@ def test_logprobs_are_the_models_own() -> None:
         assert found.rank == order.index(tokens[row]) + 1
         assert [token for token, _ in found.top] == order[:4]
         assert [value for _, value in found.top] == pytest.approx(expected_RV[row, order[:4]].tolist(), abs=1e-5)
-
-
-@pytest.mark.parametrize("vocabulary", [5, 300, 4096, 5003])
-@pytest.mark.parametrize("count", [1, 3, 250])
-@pytest.mark.parametrize("levels", [2, 40, 1 << 20])
-def test_the_largest_are_found_among_blocks_as_by_sorting(vocabulary: int, count: int, levels: int) -> None:
-    from runtime.sampler import _largest
-
-    count = min(count, vocabulary)
-    generator = torch.Generator().manual_seed(vocabulary + count + levels)
-    values = torch.randint(levels, (4, vocabulary), generator=generator).float()  # few levels: many ties
-    values[1] = values[1].sort().values  # all in one place
-    values[2, values[2] < levels // 2] = -torch.inf
-    assert torch.equal(_largest(values, count), values.sort(-1, descending=True).values[:, :count])
