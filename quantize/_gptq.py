@@ -5,18 +5,18 @@ from dataclasses import dataclass
 
 import torch
 
-from compress.core import native
 from compress.core.events import Notice
-from compress.core.grid import Grid, fit_grid
+from compress.core.grid import fit_grid
 from compress.core.passes import Job
 from compress.core.scheme import Scheme
-from compress.core.solve import ByColumn, Columns, Factor, factorise, sweep
+from compress.core.solve import Factor, factorise
 from compress.core.statistics import Hessian
 from compress.core.tensors import QuantTensor
 from compress.core.walk import Group, Site
+from quantize._refit import Solution, solve
 from quantize._rounding import CLIPS, round_site
 
-_CHUNK_BYTES = 64 << 20  # weights solved at once; the sweep holds two such buffers
+_CHUNK_BYTES = 64 << 20  # weights solved at once; a sweep holds three such buffers, with refits five of half
 _SAMPLED_ROWS = 64  # rows on which a layer's output power is measured
 
 
@@ -28,6 +28,7 @@ class Settings:
     activation_order: bool
     tokens_per_channel: float
     clip: str
+    refits: int = 0
 
 
 def solve_group(group: Group, sites: list[Site], scheme: Scheme, settings: Settings, job: Job) -> None:
@@ -71,66 +72,17 @@ def _solve_rows(
     importance_K = torch.empty_like(factor.diagonal_K)
     importance_K[factor.order_K] = factor.diagonal_K.square()  # what an error costs once later columns made up for it
     results = {site.name: _Result(site.shape, scheme, scale_dtype) for site in sites}
-    for pieces in _chunks(sites, max(1, _CHUNK_BYTES // (4 * width))):
+    for pieces in _chunks(sites, max(1, _CHUNK_BYTES // (8 if settings.refits else 4) // width)):
         weight_RK = torch.cat([site.rows(rows) for site, rows in pieces])
         clip = CLIPS[settings.clip]
         grid = fit_grid(weight_RK, scheme, scale_dtype=scale_dtype, clip=clip, importance_K=importance_K)
-        codes_RK, loss_R = quantize_rows(weight_RK, grid, factor)
+        solution = solve(weight_RK, grid, factor, settings.refits)
         start = 0
         for site, rows in pieces:
             end = start + rows.stop - rows.start
-            results[site.name].put(rows, codes_RK[start:end], grid, loss_R[start:end], slice(start, end))
+            results[site.name].put(rows, solution, slice(start, end))
             start = end
     return results
-
-
-def quantize_rows(weight_RK: torch.Tensor, grid: Grid, factor: Factor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 [R, K] of the sweep over `weight_RK` (overwritten), and each row's weighted squared error [R]."""
-    rounding = _Codes(weight_RK, grid)
-    loss_R = sweep(weight_RK, factor, rounding)
-    return rounding.codes_KR.t().contiguous(), loss_R
-
-
-class _Codes:
-    """Rounds to a grid, and keeps the codes: int8 [K, R]."""
-
-    def __init__(self, weight_RK: torch.Tensor, grid: Grid) -> None:
-        rows, width = weight_RK.shape
-        self.scale_GR = grid.scale.float().t().contiguous()
-        self.zero_GR = None if grid.zero is None else grid.zero.float().t().contiguous()
-        self.codes_KR = torch.empty((width, rows), dtype=torch.int8, device=weight_RK.device)
-        self._scheme = grid.scheme
-        self._size = width if grid.scheme.group_size == -1 else grid.scheme.group_size
-        self._inverse_GR = 1 / self.scale_GR
-        self._native = weight_RK.device.type == "cpu" and native.library() is not None
-
-    def round_block(self, columns: Columns, error_BR: torch.Tensor, loss_R: torch.Tensor) -> None:
-        if not self._native:
-            return ByColumn(self._choose).round_block(columns, error_BR, loss_R)
-        return native.sweep_block(
-            target_BR=columns.target_BR,
-            original_BR=columns.original_BR,
-            feedback_BB=columns.feedback_BB,
-            scale_GR=self.scale_GR,
-            zero_GR=self.zero_GR,
-            group_B=columns.channel_B // self._size,
-            channel_B=columns.channel_B,
-            cost_B=columns.cost_B,
-            levels=(self._scheme.lowest, self._scheme.highest),
-            error_BR=error_BR,
-            codes_KR=self.codes_KR,
-            loss_R=loss_R,
-        )
-
-    def _choose(self, k: int, target_R: torch.Tensor) -> torch.Tensor:
-        g = k // self._size
-        code_R = (target_R * self._inverse_GR[g]).round_()
-        if self.zero_GR is None:
-            self.codes_KR[k] = code_R.clamp_(self._scheme.lowest, self._scheme.highest)
-        else:
-            self.codes_KR[k] = code_R.add_(self.zero_GR[g]).clamp_(self._scheme.lowest, self._scheme.highest)
-            code_R.sub_(self.zero_GR[g])
-        return code_R.mul_(self.scale_GR[g])
 
 
 class _Result:
@@ -144,12 +96,14 @@ class _Result:
         self.zero_OG = None if scheme.symmetric else torch.empty(groups, dtype=torch.int8)
         self.loss = 0.0
 
-    def put(self, rows: slice, codes_RK: torch.Tensor, grid: Grid, loss_R: torch.Tensor, chunk: slice) -> None:
-        self.codes_OK[rows] = codes_RK
+    def put(self, rows: slice, solution: Solution, chunk: slice) -> None:
+        """Take `chunk` of a solution as the site's `rows`."""
+        grid = solution.grid
+        self.codes_OK[rows] = solution.codes_RK[chunk]
         self.scale_OG[rows] = grid.scale[chunk]
         if self.zero_OG is not None and grid.zero is not None:
             self.zero_OG[rows] = grid.zero[chunk]
-        self.loss += float(loss_R.sum())
+        self.loss += float(solution.loss_R[chunk].sum())
 
     def tensor(self) -> QuantTensor:
         return QuantTensor.from_codes(self.codes_OK, self.scale_OG, self.zero_OG, self.scheme)

@@ -7,6 +7,9 @@ from pydantic import Field
 from compress.core.passes import Job
 from quantize._settings import WeightQuantization
 
+_FEW_BITS = 3
+_REFITS_OF_FEW_BITS = 2
+
 
 class GPTQ(WeightQuantization):
     """GPTQ with static activation order, searched spans and one factorisation per common input."""
@@ -23,15 +26,25 @@ class GPTQ(WeightQuantization):
         2.0, ge=0, description="an expert that saw fewer tokens than this times its width is rounded to nearest"
     )
 
+    refit: int | None = Field(
+        None, ge=0, le=8, description="rounds of fitting scales to codes, then codes to scales. Default: 2 up to 3 bits"
+    )
+
     @property
     def sequential(self) -> bool:
         return self.order == "groups"
+
+    @property
+    def refits(self) -> int:
+        """Rounds of `refit`: where bits are few they are worth their time."""
+        few = self.wanted.bits <= _FEW_BITS
+        return (_REFITS_OF_FEW_BITS if few else 0) if self.refit is None else self.refit
 
     def run(self, job: Job) -> None:
         from compress.core.statistics import Hessian
         from quantize._gptq import Settings, solve_group
 
-        settings = Settings(self.damping, self.activation_order, self.tokens_per_channel, self.clip)
+        settings = Settings(self.damping, self.activation_order, self.tokens_per_channel, self.clip, self.refits)
         for block in job.walk(collect=frozenset({Hessian}), order=self.order):
             for group in block.groups:
                 schemes = {site.name: self.scheme_for(site.name, site.shape[1]) for site in group.sites}

@@ -9,7 +9,7 @@ from compress.core import native
 from compress.core.grid import Clip, Grid, fit_grid
 from compress.core.scheme import Scheme
 from compress.core.solve import factorise
-from quantize._gptq import quantize_rows
+from quantize._sweep import quantize_rows
 
 SCHEMES = [Scheme(4, 32), Scheme(3, 64, symmetric=False), Scheme(2, -1), Scheme(8, 16, symmetric=False), Scheme(8, 48)]
 

@@ -1,0 +1,56 @@
+"""The sweep of GPTQ on a grid: codes of whole rows. Shape suffixes: R rows, K input channels, G groups, B of a block."""
+
+import torch
+
+from compress.core import native
+from compress.core.grid import Grid
+from compress.core.solve import ByColumn, Columns, Factor, sweep
+
+
+def quantize_rows(weight_RK: torch.Tensor, grid: Grid, factor: Factor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [R, K] of the sweep over `weight_RK` (overwritten), and each row's weighted squared error [R]."""
+    rounding = _Codes(weight_RK, grid)
+    loss_R = sweep(weight_RK, factor, rounding)
+    return rounding.codes_KR.t().contiguous(), loss_R
+
+
+class _Codes:
+    """Rounds to a grid, and keeps the codes: int8 [K, R]."""
+
+    def __init__(self, weight_RK: torch.Tensor, grid: Grid) -> None:
+        rows, width = weight_RK.shape
+        self.scale_GR = grid.scale.float().t().contiguous()
+        self.zero_GR = None if grid.zero is None else grid.zero.float().t().contiguous()
+        self.codes_KR = torch.empty((width, rows), dtype=torch.int8, device=weight_RK.device)
+        self._scheme = grid.scheme
+        self._size = width if grid.scheme.group_size == -1 else grid.scheme.group_size
+        self._inverse_GR = 1 / self.scale_GR
+        self._native = weight_RK.device.type == "cpu" and native.library() is not None
+
+    def round_block(self, columns: Columns, error_BR: torch.Tensor, loss_R: torch.Tensor) -> None:
+        if not self._native:
+            return ByColumn(self._choose).round_block(columns, error_BR, loss_R)
+        return native.sweep_block(
+            target_BR=columns.target_BR,
+            original_BR=columns.original_BR,
+            feedback_BB=columns.feedback_BB,
+            scale_GR=self.scale_GR,
+            zero_GR=self.zero_GR,
+            group_B=columns.channel_B // self._size,
+            channel_B=columns.channel_B,
+            cost_B=columns.cost_B,
+            levels=(self._scheme.lowest, self._scheme.highest),
+            error_BR=error_BR,
+            codes_KR=self.codes_KR,
+            loss_R=loss_R,
+        )
+
+    def _choose(self, k: int, target_R: torch.Tensor) -> torch.Tensor:
+        g = k // self._size
+        code_R = (target_R * self._inverse_GR[g]).round_()
+        if self.zero_GR is None:
+            self.codes_KR[k] = code_R.clamp_(self._scheme.lowest, self._scheme.highest)
+        else:
+            self.codes_KR[k] = code_R.add_(self.zero_GR[g]).clamp_(self._scheme.lowest, self._scheme.highest)
+            code_R.sub_(self.zero_GR[g])
+        return code_R.mul_(self.scale_GR[g])
