@@ -1,4 +1,4 @@
-"""The sweep of GPTQ on a grid: codes of whole rows. Shape suffixes: R rows, K input channels, G groups, B of a block."""
+"""GPTQ's sweep on a grid: codes of whole rows. Shape suffixes: R rows, K input channels, G groups, B of a block."""
 
 import torch
 
