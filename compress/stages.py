@@ -49,6 +49,7 @@ def _run_stage(
     from compress.core.stage_writer import StageWriter
 
     stage = inputs.recipe.stages[number]
+    source = stage.settings.view(source)
     name = f"{stage.kind} {stage.method}"
     events(Started(name, 1, "stage"))
     with units_finish(events) as after_block, PeakMemory() as memory:
@@ -67,6 +68,7 @@ def _run_stage(
             checkpoint=source,
             calibration=inputs.tokens,
             sink=sink,
+            original=inputs.original,
             seed=inputs.recipe.calibration.seed if inputs.recipe.calibration else 0,
             device=options.device,
             dtype=options.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -9,12 +10,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from compress.core.errors import UsageError
-from compress.core.passes import LayerPlan, Pass, Plan
+from compress.core.passes import Job, LayerPlan, Pass, Plan
+from compress.core.quantities import format_bytes
 from compress.core.scheme import Scheme
+from quantize._prepare import Prepare, order_problem, preparation, scheme_problem
+from quantize.prepare._transform import Target, Transform
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
+    from compress.core.statistics import Statistic
+    from compress.core.walk import Block
 
 DEFAULT_GROUP_SIZE = 128
 
@@ -25,6 +33,8 @@ class WeightQuantization(Pass):
     kind: ClassVar = "quantize"
     takes: ClassVar = frozenset({"dense"})
     gives: ClassVar = "quantized"
+    prepares: ClassVar[bool] = False
+    """Whether the method takes its blocks from `blocks`, so that transforms of `prepare` reach it."""
 
     scheme: str = Field("w4a16", description="weight and activation bits: w2a16 … w8a16, w8a8")
     group_size: int | None = Field(
@@ -39,6 +49,9 @@ class WeightQuantization(Pass):
     )
     ignore: tuple[str, ...] = Field(
         (), description="layers left alone, by name pattern: '*.down_proj', 'model.layers.0.*'"
+    )
+    prepare: tuple[Prepare, ...] = Field(  # pyright: ignore[reportInvalidTypeForm]
+        (), description="what is done to the weights first: - rotate: {}, - smoothquant: {alpha: 0.5}, - awq_scale: {}"
     )
 
     @field_validator("scheme")
@@ -57,10 +70,26 @@ class WeightQuantization(Pass):
             raise ValueError("use -1 (per channel) or at least 8")
         return size
 
+    @field_validator("prepare")
+    @classmethod
+    def _ordered(cls, prepare: tuple[Prepare, ...]) -> tuple[Prepare, ...]:  # pyright: ignore[reportInvalidTypeForm]
+        problem = f"{cls.__name__} does not compose with transforms" if prepare and not cls.prepares else None
+        problem = problem or order_problem(prepare)
+        if problem:
+            raise ValueError(problem)
+        return prepare
+
     def model_post_init(self, context: object) -> None:
         wanted = self.wanted
         if wanted.activation_bits == 8 and (wanted.group_size != -1 or not wanted.symmetric or wanted.bits != 8):
             raise ValueError(f"{self.scheme} needs 8-bit symmetric weights with one scale per channel (group_size: -1)")
+        problem = scheme_problem(self.prepare, wanted) or self.own_problem()
+        if problem:
+            raise ValueError(problem)
+
+    def own_problem(self) -> str | None:
+        """What else is wrong with these settings, in a sentence."""
+        return None
 
     @cached_property
     def wanted(self) -> Scheme:
@@ -87,6 +116,8 @@ class WeightQuantization(Pass):
         from compress.core.formats.compressed_tensors import encoded_bytes
         from compress.core.memory import estimate
 
+        source_bytes = sum(info.bytes for info in checkpoint.tensors.values())
+        checkpoint = self.view(checkpoint)
         layers = []
         for name, shape in self._layers(checkpoint):
             info = checkpoint.info(f"{name}.weight")
@@ -97,17 +128,49 @@ class WeightQuantization(Pass):
         if not any(layer.scheme for layer in layers):
             raise UsageError("every layer is ignored: there is nothing to quantize", hint="shorten `ignore`")
         unused = [p for p in self.ignore if not any(fnmatchcase(layer.name, p) for layer in layers)]
-        source_bytes = sum(info.bytes for info in checkpoint.tensors.values())
-        bytes_out = source_bytes + sum(layer.bytes_out - layer.bytes_in for layer in layers)
-        cost = estimate(checkpoint, calibration if self.needs_calibration else None, true_sequential=self.sequential)
+        added_bytes = sum(info.bytes for info in checkpoint.tensors.values()) - source_bytes
+        bytes_out = source_bytes + added_bytes + sum(layer.bytes_out - layer.bytes_in for layer in layers)
+        cost = estimate(checkpoint, calibration if self.calibrated else None, true_sequential=self.sequential)
         return Plan(
             layers=tuple(layers),
             bytes_out=bytes_out,
             peak_memory_bytes=cost.memory_bytes,
             disk_bytes=bytes_out + cost.spill_bytes,
             minutes=cost.minutes,
-            notices=tuple(f"ignore pattern {pattern!r} matches no layer" for pattern in unused),
+            notices=(*(f"ignore pattern {pattern!r} matches no layer" for pattern in unused), *_untied(added_bytes)),
         )
+
+    @property
+    def first_steps(self) -> tuple[Transform, ...]:
+        """The transforms that come first, in order."""
+        return tuple(step.transform for step in self.prepare)
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        return tuple(step.name for step in self.prepare)
+
+    @property
+    def calibrated(self) -> bool:
+        return self.needs_calibration or any(not step.reads for step in self.first_steps)
+
+    def view(self, checkpoint: Checkpoint) -> Checkpoint:
+        for step in self.first_steps:
+            checkpoint = step.view(checkpoint)
+        return checkpoint
+
+    def blocks(
+        self,
+        job: Job,
+        collect: frozenset[type[Statistic]] = frozenset(),
+        order: Literal["block", "groups"] = "block",
+        keep: frozenset[str] = frozenset(),
+    ) -> Iterator[Block]:
+        """The blocks of a job, prepared: as `job.walk`, which gives them as the checkpoint has them."""
+        from quantize._rounding import CLIPS
+
+        job = replace(job, checkpoint=self.view(job.checkpoint))
+        target = Target(job.checkpoint, self.scheme_for, CLIPS[self.clip])
+        return job.walk(collect, order, keep, self.calibrated, preparation(self.first_steps, target))
 
     @property
     def sequential(self) -> bool:
@@ -133,3 +196,9 @@ class WeightQuantization(Pass):
             where="quantize.group_size",
             hint=f"sizes that work: {', '.join(map(str, [*working, -1]))}; or set uneven: channel or smaller",
         )
+
+
+def _untied(added_bytes: int) -> list[str]:
+    if not added_bytes:
+        return []
+    return [f"embedding and head are two tensors from here on, which adds {format_bytes(added_bytes)}"]

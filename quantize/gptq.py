@@ -16,6 +16,7 @@ class GPTQ(WeightQuantization):
 
     paper: ClassVar = "Frantar et al., 2022, arXiv:2210.17323"
     needs_calibration: ClassVar = True
+    prepares: ClassVar = True
 
     damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
     activation_order: bool = Field(True, description="round the channels with the largest inputs first (static groups)")
@@ -45,7 +46,7 @@ class GPTQ(WeightQuantization):
         from quantize._gptq import Settings, solve_group
 
         settings = Settings(self.damping, self.activation_order, self.tokens_per_channel, self.clip, self.refits)
-        for block in job.walk(collect=frozenset({Hessian}), order=self.order):
+        for block in self.blocks(job, frozenset({Hessian}), self.order):
             for group in block.groups:
                 schemes = {site.name: self.scheme_for(site.name, site.shape[1]) for site in group.sites}
                 sites = [site for site in group.sites if schemes[site.name] is not None]

@@ -11,11 +11,12 @@ class RTN(WeightQuantization):
 
     paper: ClassVar = "baseline; span search as in Nagel et al., 2021, arXiv:2106.08295, section 3.1"
     needs_calibration: ClassVar = False
+    prepares: ClassVar = True
 
     def run(self, job: Job) -> None:
         from quantize._rounding import round_site
 
-        for block in job.walk(calibrate=False):
+        for block in self.blocks(job):
             for group in block.groups:
                 for site in group.sites:
                     scheme = self.scheme_for(site.name, site.shape[1])

@@ -1,11 +1,11 @@
-"""What the walk yields: a Block with its Groups (one common input) of Sites (linear layers).
+"""What the walk yields: a Block with its Groups (one common input) of Sites (linear layers), and its other Parameters.
 
 Shapes: B samples, T positions, D hidden width; N tokens, K input channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ class Site:
         self.replacement: Tensor | QuantTensor | None = None
         self.module = module
         self.original = module.weight
+        self._dtype = module.weight.dtype
         self._checkpoint = checkpoint
 
     @property
@@ -71,7 +72,7 @@ class Site:
         """Some rows of the weight, fp32: a fresh copy of these alone where the weight is stored dense."""
         value = self.replacement
         if value is None and self.name not in self._checkpoint.schemes:
-            value = self._checkpoint.weight(self.name)
+            value = self.original
         if isinstance(value, Tensor):
             return value[rows].to(self.original.device, torch.float32, copy=True)
         if value is None:
@@ -80,9 +81,14 @@ class Site:
 
     def replace(self, value: Tensor | QuantTensor) -> None:
         """Install a new weight [out, in] and keep it for the sink. Later statistics and outputs see what is stored."""
-        weight = dense(value, self.original.dtype).to(self.original.device)
+        weight = dense(value, self._dtype).to(self.original.device)
         self.module.weight = nn.Parameter(weight, requires_grad=False)
         self.replacement = value
+
+    def prepare(self, weight: Tensor) -> None:
+        """Install a weight fp32 [out, in] for others to start from: it is rounded only if nobody quantizes it."""
+        self.module.weight = nn.Parameter(weight.to(self.original.device), requires_grad=False)
+        self.replacement = weight
 
     def close(self) -> None:
         """Let go of the weights; a caller's loop variable may still hold the site."""
@@ -106,6 +112,35 @@ class Site:
         self.record = SiteRecord(self.name, method, bits, group_size, error, damping, retries, fallback, tokens)
 
 
+class Parameter:
+    """A tensor of the block that is no site's weight: a norm, a bias, a router. What scales fold into."""
+
+    def __init__(self, name: str, owner: nn.Module, leaf: str, stored: torch.dtype) -> None:
+        self.name = name
+        self.replacement: Tensor | None = None
+        self._owner = owner
+        self._leaf = leaf
+        self._stored = stored
+
+    @property
+    def installed(self) -> Tensor:
+        """The tensor that the block computes with: another one after each replacement."""
+        return self._owner.get_parameter(self._leaf)
+
+    @property
+    def value(self) -> Tensor:
+        """As it now is, fp32: a fresh copy."""
+        value = self.installed if self.replacement is None else self.replacement
+        return value.detach().to(torch.float32, copy=True)
+
+    def replace(self, value: Tensor) -> None:
+        """Install a new value, rounded as it will be stored: `value` then gives what became of it."""
+        before = self.installed
+        self.replacement = value.to(before.device, self._stored)
+        after = self.replacement.to(before.dtype)
+        self._owner._parameters[self._leaf] = nn.Parameter(after, requires_grad=False)
+
+
 class Statistics(Mapping[type[Statistic], Tensor]):
     """Results by the class of the statistic. `del statistics[Hessian]` and `clear()` free their memory."""
 
@@ -126,6 +161,10 @@ class Statistics(Mapping[type[Statistic], Tensor]):
 
     def clear(self) -> None:
         self._running.clear()
+
+    def rescale(self, factor_K: Tensor) -> None:
+        for statistic in self._running.values():
+            statistic.rescale(factor_K)
 
 
 class Group:
@@ -178,6 +217,22 @@ class Group:
             self._gathered[0].clear()
             trim_memory()
 
+    def rescale(self, factor_K: Tensor) -> None:
+        """Let the statistics, if they are gathered, be those of inputs whose channels are multiplied by `factor_K`."""
+        if self._gathered is not None:
+            self._gathered[0].rescale(factor_K)
+
+    def forget(self) -> None:
+        """Free the statistics; they are gathered again when read."""
+        self.release()
+        self._gathered = None
+
+    def forget_all_but(self, kinds: Iterable[type[Statistic]]) -> None:
+        """Free statistics of other kinds."""
+        if self._gathered is not None:
+            for kind in set(self._gathered[0]) - set(kinds):
+                del self._gathered[0][kind]
+
 
 class Block:
     """One decoder layer, being worked on. `inputs` and `targets` are streams of micro-batches [B, T, D], if kept."""
@@ -189,6 +244,7 @@ class Block:
         self.name = name
         self.module = module
         self.groups: tuple[Group, ...] = ()
+        self.parameters: dict[str, Parameter] = {}
         self.inputs: list[Tensor] = []
         self.targets: list[Tensor] = []
         self._arguments = arguments
@@ -209,6 +265,9 @@ class Block:
             if site.replacement is not None:
                 name = f"{site.name}.weight" if isinstance(site.replacement, Tensor) else site.name
                 found[name] = site.replacement
+        for parameter in self.parameters.values():
+            if parameter.replacement is not None:
+                found[parameter.name] = parameter.replacement
         return found
 
     def install(self, stored: Mapping[str, Tensor | QuantTensor]) -> None:
@@ -217,6 +276,21 @@ class Block:
             value = stored.get(site.name, stored.get(f"{site.name}.weight"))
             if value is not None:
                 site.replace(value)
+        for parameter in self.parameters.values():
+            value = stored.get(parameter.name)
+            if isinstance(value, Tensor):
+                parameter.replace(value)
+
+    def settle(self) -> None:
+        """Let what was prepared be the block's original weights from here on."""
+        for site in self.sites:
+            site.original = site.module.weight
+
+    def round_prepared(self, stored: Callable[[str], torch.dtype]) -> None:
+        """Round what was prepared and then left alone as it will be stored: a replay computes with that, too."""
+        for site in self.sites:
+            if isinstance(site.replacement, Tensor):
+                site.replace(site.replacement.to(stored(f"{site.name}.weight")))
 
     def close(self) -> None:
         """Free weights and statistics: the caller's loop variable keeps the block while the walk goes on."""
@@ -224,6 +298,7 @@ class Block:
             group.release()
             for site in group.sites:
                 site.close()
+        self.parameters = {}
         self.inputs, self.targets = [], []
         self.module = nn.Module()
 

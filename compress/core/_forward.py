@@ -17,7 +17,6 @@ from compress.core._block import Block
 from compress.core._playback import Playback
 from compress.core._skeleton import fill
 from compress.core.errors import InputError
-from compress.core.safetensors_io import load_rows
 
 if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
@@ -37,7 +36,7 @@ def embed(checkpoint: Checkpoint, ids_NT: Tensor, stream: Activations, dtype: to
     for batch in stream.batches():
         ids_BT = ids_NT[batch]
         occurring, places = torch.unique(ids_BT, return_inverse=True)
-        fill(module, "weight", load_rows(info, occurring), dtype, "cpu")
+        fill(module, "weight", checkpoint.rows(info.name, occurring), dtype, "cpu")
         stream.inputs[batch] = module(places)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,15 @@ Order = Literal["block", "groups"]
 WAVE_BYTES = 512 << 20
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """Work on each block before anybody else sees it, which leaves the block's function as it is: `apply` gets the
+    block with `statistics` of the original weights."""
+
+    statistics: frozenset[type[Statistic]]
+    apply: Callable[[Block], None]
+
+
 class Gathering:
     """Decides which groups' statistics are gathered by which forward.
 
@@ -29,24 +39,56 @@ class Gathering:
     forwards that start where the last one stopped and stop at the group. Either way one forward holds at most
     WAVE_BYTES of statistics (and at least one group's): the experts of a large mixture are gathered in several waves,
     each in the state of the weights that the order asks for.
+
+    A preparation sees all groups' statistics of the original weights. In block order the method's are gathered by the
+    same forward and follow what is folded; in group order they are gathered from the prepared weights.
     """
 
     def __init__(
-        self, stream: Activations | None, collect: tuple[type[Statistic], ...], order: Order, device: str
+        self,
+        stream: Activations | None,
+        collect: tuple[type[Statistic], ...],
+        order: Order,
+        device: str,
+        preparation: Preparation | None = None,
     ) -> None:
         self._stream = stream
         self._collect = collect
         self._order: Order = order
         self._device = device
+        self._preparation = preparation
+        self._preparing = False
         self.playback = None if stream is None else Playback(stream)
 
     def before(self, block: Block, *, all_targets: bool) -> None:
         """What is due before the caller sees the block: its targets (all, or those of the judged micro-batches), and
         in block order its statistics."""
+        self._preparing = self._preparation is not None
         if self.playback is not None:
             self.playback.start(block)
-            wave = self._wave(block.groups) if self._order == "block" and self._collect else []
+            due = self._order == "block" or self._preparing
+            wave = self._wave(block.groups) if due and self._kinds else []
             self._forward(block, wave, targets="all" if all_targets else "judged")
+
+    def prepared(self, block: Block) -> None:
+        """What was prepared is what the method works on."""
+        self._preparing = False
+        block.settle()
+        for group in block.groups:
+            if self._order == "groups" or group.routed:
+                group.forget()
+            else:
+                group.forget_all_but(self._collect)
+        if self.playback is not None:
+            self.playback.start(block)
+
+    @property
+    def _kinds(self) -> tuple[type[Statistic], ...]:
+        """What is gathered now."""
+        if not self._preparing or self._preparation is None:
+            return self._collect
+        kept = self._collect if self._order == "block" else ()
+        return (*kept, *(kind for kind in self._preparation.statistics if kind not in kept))
 
     def read(self, block: Block, group: Group) -> None:
         """Gather `group`'s statistics now, with whatever else fits in the same forward."""
@@ -54,7 +96,9 @@ class Gathering:
             group.set_statistics({}, 0)
             return
         waiting = [other for other in block.groups[block.groups.index(group) :] if not other.gathered]
-        if self._order == "groups":
+        if self._preparing:  # folds so far left this group's inputs as they were
+            self._forward(block, self._wave(waiting), targets="none")
+        elif self._order == "groups":
             waiting = [other for other in waiting if other.depth == group.depth]
             self._forward(block, self._wave(waiting), targets="none")
         else:
@@ -65,7 +109,7 @@ class Gathering:
         wave: list[Group] = []
         room = WAVE_BYTES
         for group in groups:
-            room -= sum(kind.bytes_for(group.width) for kind in self._collect)
+            room -= sum(kind.bytes_for(group.width) for kind in self._kinds)
             if wave and room < 0:
                 break
             wave.append(group)
@@ -76,8 +120,8 @@ class Gathering:
         stream, playback = self._stream, self.playback
         if stream is None or playback is None:
             return
-        in_order = self._order == "groups"
-        taps = [_Tap(group, self._collect, self._device, playback if in_order else None) for group in wave]
+        in_order = self._order == "groups" and not self._preparing
+        taps = [_Tap(group, self._kinds, self._device, playback if in_order else None) for group in wave]
         experts = next((module for module in block.module.modules() if isinstance(module, UnfusedExperts)), None)
         deepest = [tap for tap in taps if tap.group.depth == max(group.depth for group in wave)]
         last = deepest[0] if len(deepest) == 1 else None  # behind it nothing is of interest, unless it is a target

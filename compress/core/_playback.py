@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from compress.core._activations import Activations
-from compress.core._block import Block, Site
+from compress.core._block import Block, Parameter, Site
 
 Part = Literal["attention input", "attention output", "feed-forward input"]
 
@@ -41,12 +41,14 @@ class Playback:
         self._kept: dict[Part, _Kept] = {}
         self._module = nn.Module()
         self._groups: dict[str, tuple[Site, ...]] = {}
+        self._others: list[Parameter] = []
 
     def start(self, block: Block) -> None:
         """Forget the block before."""
         self._kept.clear()
         self._module = block.module
         self._groups = {group.name: group.sites for group in block.groups}
+        self._others = list(block.parameters.values())
 
     def keep(self, group: str, batch: slice, x_BTK: Tensor) -> None:
         """Keep the input of a group for a micro-batch, if it is one that is played."""
@@ -95,7 +97,8 @@ class Playback:
         return all(batch.start in kept.starts for batch in self._stream.batches())
 
     def _made_with(self, part: Part) -> list[Tensor]:
-        return [site.module.weight for name in _MADE_WITH[part] for site in self._groups.get(name, ())]
+        weights = [site.module.weight for name in _MADE_WITH[part] for site in self._groups.get(name, ())]
+        return weights + [parameter.installed for parameter in self._others]
 
     @contextmanager
     def _replaced(self, group: str, play: Callable[[Site], Any]) -> Iterator[None]:

@@ -55,15 +55,23 @@ class Norm:
     feeds: tuple[str, ...]
 
 
+FEEDERS = (("qkv", "o"), ("gate_up", "down"))
+"""Groups whose last site (values, up) makes the input of another group, channel by channel: scales can move over."""
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One family. Paths are module names of the transformers model, `model_class` is its causal LM class."""
+    """One family. Paths are module names of the transformers model, `model_class` is its causal LM class.
+
+    `output_norms` are norms with weights on what a block adds to the residual stream: behind them it cannot be rotated.
+    """
 
     model_class: str
     groups: tuple[GroupSpec, ...]
     norms: tuple[Norm, ...]
     experts: Experts | None = None
     norm_plus_one: bool = False
+    output_norms: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     base: str = "model"
     blocks: str = "model.layers"
@@ -110,14 +118,19 @@ FUSED = (
 )
 PRE_NORMS = (Norm("input_layernorm", ("qkv",)), Norm("post_attention_layernorm", ("gate_up",)))
 GEMMA_NORMS = (Norm("input_layernorm", ("qkv",)), Norm("pre_feedforward_layernorm", ("gate_up",)))
+GEMMA_OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("LlamaForCausalLM", DENSE, PRE_NORMS),
     "mistral": Architecture("MistralForCausalLM", DENSE, PRE_NORMS),
     "qwen2": Architecture("Qwen2ForCausalLM", DENSE, PRE_NORMS),
     "qwen3": Architecture("Qwen3ForCausalLM", DENSE, PRE_NORMS),
-    "gemma2": Architecture("Gemma2ForCausalLM", DENSE, GEMMA_NORMS, norm_plus_one=True),
-    "gemma3_text": Architecture("Gemma3ForCausalLM", DENSE, GEMMA_NORMS, norm_plus_one=True),
+    "gemma2": Architecture(
+        "Gemma2ForCausalLM", DENSE, GEMMA_NORMS, norm_plus_one=True, output_norms=GEMMA_OUTPUT_NORMS
+    ),
+    "gemma3_text": Architecture(
+        "Gemma3ForCausalLM", DENSE, GEMMA_NORMS, norm_plus_one=True, output_norms=GEMMA_OUTPUT_NORMS
+    ),
     "phi3": Architecture("Phi3ForCausalLM", FUSED, PRE_NORMS),
     "mixtral": Architecture(
         "MixtralForCausalLM",

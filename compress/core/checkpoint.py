@@ -16,7 +16,7 @@ from compress.core.architectures import Architecture, lookup
 from compress.core.errors import InputError
 from compress.core.lazy import lazy_module
 from compress.core.places import recorded_name
-from compress.core.safetensors_io import TensorInfo, load_tensor, torch_dtype
+from compress.core.safetensors_io import TensorInfo, load_rows, load_tensor, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
@@ -187,6 +187,14 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """A tensor as stored, mapped from its file."""
         return load_tensor(self.info(name))
+
+    def rows(self, name: str, row_ids: Tensor) -> Tensor:
+        """Rows `row_ids` of a matrix; only these are read."""
+        return load_rows(self.info(name), row_ids)
+
+    def alters(self, name: str) -> bool:
+        """Whether `tensor` gives something else than lies in the file: so in a view that transforms what it reads."""
+        return False
 
     def weight(self, module: str, dtype: dtype | None = None) -> Tensor:
         """The weight of a module; dequantized if it is stored quantized."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compress.core.scheme import Scheme
     from compress.core.services import Latency, Sampler, TeacherWriter
     from compress.core.statistics import Statistic
-    from compress.core.walk import Block, BlockSink
+    from compress.core.walk import Block, BlockSink, Preparation
 
 WeightKind = Literal["dense", "masked", "quantized"]
 
@@ -48,11 +48,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """One stage's surroundings. Methods read from here and write through `walk`; they open no files themselves."""
+    """One stage's surroundings. `original` is what the run started from: what stays dense is stored in its dtypes.
+
+    Methods read from here and write through `walk`; they open no files themselves."""
 
     checkpoint: Checkpoint
     calibration: Tokens | None
     sink: BlockSink
+    original: Checkpoint | None = None
     seed: int = 0
     device: str = "cpu"
     dtype: str = "auto"
@@ -71,6 +74,7 @@ class Job:
         order: Literal["block", "groups"] = "block",
         keep: frozenset[str] = frozenset(),
         calibrate: bool = True,
+        preparation: Preparation | None = None,
     ) -> Iterator[Block]:
         """The calibration generator bound to this job; `calibrate=False` walks the weights without any forward."""
         from compress.core.walk import walk
@@ -81,7 +85,9 @@ class Job:
             collect=collect,
             order=order,
             keep=keep,
+            preparation=preparation,
             sink=self.sink,
+            stored_like=self.original,
             device=self.device,
             dtype=self.dtype,
             micro_batch=self.micro_batch,
@@ -104,6 +110,20 @@ class Pass(BaseModel, ABC):
     gives: ClassVar[WeightKind | None]
     paper: ClassVar[str]
     needs_calibration: ClassVar[bool]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether these settings need calibration data."""
+        return self.needs_calibration
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """What changes weights beside the method proper, by name: such weights do not resemble the source's."""
+        return ()
+
+    def view(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint as this pass reads it: itself, or a view that transforms tensors as they are read."""
+        return checkpoint
 
     @abstractmethod
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from compress.core.files import Written, atomic_write, copy_file, make_folder, s
 from compress.core.formats import compressed_tensors
 from compress.core.journal import Journal
 from compress.core.safetensors_io import load_tensor, raw_bytes, read_header, torch_dtype
-from compress.core.safetensors_layout import Entry, dtype_name, tensor_entry
+from compress.core.safetensors_layout import Entry, dtype_name, tensor_bytes, tensor_entry
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_METADATA = {"format": "pt"}
+ALTERED_AT_ONCE = 1 << 24
 
 
 class StageWriter:
@@ -142,10 +144,29 @@ class StageWriter:
     def _kept(self, names: list[str], replaced: Mapping[str, object]) -> list[Entry]:
         """Entries for the source's tensors of `names` that nobody replaced, byte for byte where the dtype stays."""
         return [
-            self._kept_entry(self._source.tensors[name])
+            self._altered_entry(name) if self._source.alters(name) else self._kept_entry(self._source.tensors[name])
             for name in names
             if name not in replaced and name.removesuffix(".weight") not in replaced
         ]
+
+    def _altered_entry(self, name: str) -> Entry:
+        """Entry for a tensor that the source transforms as it is read; it is made when its turn comes."""
+        wanted = self._wanted_dtype(name) or "F32"
+
+        shape = tuple(self._source.info(name).shape)
+        return Entry(name, wanted, shape, lambda: tensor_bytes(self._altered(name, shape, torch_dtype(wanted))))
+
+    def _altered(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A transformed tensor in `dtype`; rows of a large one by and by, since fp32 takes twice the room."""
+        import torch
+
+        if len(shape) != 2 or math.prod(shape) <= ALTERED_AT_ONCE:
+            return self._source.tensor(name).to(dtype)
+        found = torch.empty(shape, dtype=dtype)
+        step = max(1, ALTERED_AT_ONCE // shape[1])
+        for rows in torch.arange(shape[0]).split(step):
+            found[rows[0] : rows[-1] + 1] = self._source.rows(name, rows)
+        return found
 
     def _kept_entry(self, info: TensorInfo) -> Entry:
         wanted = self._wanted_dtype(info.name)

@@ -33,6 +33,10 @@ class Statistic(ABC):
     @abstractmethod
     def result(self) -> Tensor: ...
 
+    def rescale(self, factor_K: Tensor) -> None:
+        """Become the statistic of inputs whose channels are multiplied by `factor_K`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot follow inputs that are rescaled")
+
     @classmethod
     def bytes_for(cls, width: int) -> int:
         """Memory that it takes."""
@@ -71,6 +75,9 @@ class Hessian(Statistic):
                 tile.copy_(tile.tril() + tile.tril(-1).T)
         return self._sum_KK
 
+    def rescale(self, factor_K: Tensor) -> None:
+        self._sum_KK.mul_(factor_K[:, None]).mul_(factor_K)
+
 
 class AbsMax(Statistic):
     """Largest |x| per input channel, fp32 [K]."""
@@ -85,6 +92,9 @@ class AbsMax(Statistic):
     def result(self) -> Tensor:
         return self._max_K
 
+    def rescale(self, factor_K: Tensor) -> None:
+        self._max_K *= factor_K.abs()
+
 
 class SquaredMean(Statistic):
     """Mean of x² per input channel, fp32 [K]: the squared norms of Wanda (arXiv:2306.11695), divided by N."""
@@ -98,3 +108,40 @@ class SquaredMean(Statistic):
 
     def result(self) -> Tensor:
         return self._sum_K / max(self.tokens, 1)
+
+    def rescale(self, factor_K: Tensor) -> None:
+        self._sum_K *= factor_K.square()
+
+
+class Sample(Statistic):
+    """Some of the inputs themselves, fp32 [≤ ROWS, K]: of every update a few rows, evenly spaced, until there are ROWS.
+
+    For what no sum can tell, such as the rounding of activations per token.
+    """
+
+    ROWS = 512
+    ROWS_PER_UPDATE = 64
+
+    def __init__(self, width: int, device: str | torch.device = "cpu") -> None:
+        super().__init__(width, device)
+        self._rows: list[Tensor] = []
+        self._result_NK: Tensor | None = None
+
+    def _add(self, x_NK: Tensor) -> None:
+        room = min(self.ROWS - sum(len(rows) for rows in self._rows), self.ROWS_PER_UPDATE)
+        if room > 0:
+            step = -(-len(x_NK) // room)
+            self._rows.append(x_NK[::step].float().clone())
+
+    @classmethod
+    def bytes_for(cls, width: int) -> int:
+        return 4 * width * cls.ROWS
+
+    def result(self) -> Tensor:
+        if self._result_NK is None:
+            self._result_NK = torch.cat(self._rows) if self._rows else torch.zeros(0, self.width, device=self.device)
+            self._rows = []
+        return self._result_NK
+
+    def rescale(self, factor_K: Tensor) -> None:
+        self._result_NK = self.result() * factor_K

@@ -15,7 +15,7 @@ from the sink and makes one plain forward: the same products on the same shapes,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from compress.core._activations import Activations, default_micro_batch
-from compress.core._block import Block, BlockRecord, Group, Site, SiteRecord
+from compress.core._block import Block, BlockRecord, Group, Parameter, Site, SiteRecord
 from compress.core._forward import advance, embed, layer_arguments, logits
-from compress.core._gather import Gathering, Order
+from compress.core._gather import Gathering, Order, Preparation
 from compress.core._trim import reuse_freed_memory, trim_memory
 from compress.core.cpu import fast_on_cpu
 from compress.core.errors import UsageError
 from compress.core.events import Finished, Listener, Metric, Progress, Started, silent
+from compress.core.safetensors_io import torch_dtype
 from compress.core.statistics import Statistic
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = [
     "BlockRecord",
     "BlockSink",
     "Group",
+    "Preparation",
     "Site",
     "SiteRecord",
     "compute_dtype",
@@ -73,7 +75,9 @@ def walk(
     collect: Iterable[type[Statistic]] = (),
     order: Order = "block",
     keep: Iterable[str] = (),
+    preparation: Preparation | None = None,
     sink: BlockSink | None = None,
+    stored_like: Checkpoint | None = None,
     device: str = "cpu",
     dtype: str | torch.dtype = "auto",
     micro_batch: int | None = None,
@@ -85,7 +89,9 @@ def walk(
 
     `batches` None walks the weights without any forward. `order="groups"` gathers a group's statistics when they are
     first read, after earlier groups were replaced (true sequential). `keep` names what a block offers as streams:
-    "inputs", "targets". `micro_batch` samples go through a block at once (None: about 1024 tokens).
+    "inputs", "targets". `preparation` works on each block before it is yielded; what it leaves dense is rounded to the
+    dtypes of `stored_like` (None: the checkpoint itself). `micro_batch` samples go through a block at once (None:
+    about 1024 tokens).
     """
     reuse_freed_memory()
     compute = compute_dtype(checkpoint, dtype, device)
@@ -98,23 +104,29 @@ def walk(
         kept = stream_dtype(checkpoint, dtype, device)
         stream = _stream(checkpoint, batches, kept, micro_batch, spill_folder, spill_above_bytes)
         arguments = _start(checkpoint, batches, stream, compute, device)
-    gathering = Gathering(stream, tuple(collect), order, device)
+    gathering = Gathering(stream, tuple(collect), order, device, preparation)
+    stored = partial(_stored_dtype, stored_like or checkpoint)
     read_only = sink is None
     events(Started("walk", checkpoint.num_blocks))
     for index in range(checkpoint.num_blocks):
         if index < done and stream is None:
             continue
-        block = _build(checkpoint, index, compute, device, arguments[index], gathering)
+        block = _build(checkpoint, index, compute, device, arguments[index], gathering, stored)
         last = index == checkpoint.num_blocks - 1
         if sink is not None and index < done:
             block.install(sink.load(index))
             advance(block, stream, device, last=last)
         else:
             gathering.before(block, all_targets=read_only or "targets" in keep)
+            if preparation is not None:
+                preparation.apply(block)
+                gathering.prepared(block)
             _offer(block, stream, frozenset(keep))
             trim_memory()
             yield block
             trim_memory()
+            if preparation is not None:
+                block.round_prepared(stored)
             if read_only and stream is not None and not block.replacements():
                 stream.swap()  # the targets are the outputs
                 error = 0.0
@@ -176,7 +188,7 @@ def stream_logits(
     stream = _stream(checkpoint, tokens, kept, micro_batch, spill_folder, spill_above_bytes)
     arguments = _start(checkpoint, tokens, stream, compute, device)
     for index in range(checkpoint.num_blocks):
-        block = _build(checkpoint, index, compute, device, arguments[index], None)
+        block = _build(checkpoint, index, compute, device, arguments[index], None, partial(_stored_dtype, checkpoint))
         advance(block, stream, device)
         block.close()
         trim_memory()
@@ -233,6 +245,7 @@ def _build(
     device: str,
     arguments: Mapping[str, Any],
     gathering: Gathering | None,
+    stored: Callable[[str], torch.dtype],
 ) -> Block:
     module = checkpoint.build_block(index, compute, device)
     block = Block(index, checkpoint.block_name(index), module, arguments, compute)
@@ -241,7 +254,22 @@ def _build(
             Group(name, _sites(checkpoint, block, sites), depth, partial(gathering.read, block))
             for name, sites, depth in checkpoint.groups_by_depth(index)
         )
+        block.parameters = {found.name: found for found in _parameters(checkpoint, block, stored)}
     return block
+
+
+def _parameters(checkpoint: Checkpoint, block: Block, stored: Callable[[str], torch.dtype]) -> Iterator[Parameter]:
+    weights = {f"{site.name}.weight" for site in block.sites}
+    for path, _ in block.module.named_parameters():
+        name = f"{block.name}.{checkpoint.architecture.disk_name(path)}"
+        if name not in weights:
+            owner, _, leaf = path.rpartition(".")
+            yield Parameter(name, block.module.get_submodule(owner), leaf, stored(name))
+
+
+def _stored_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    info = checkpoint.tensors.get(name)
+    return checkpoint.dtype if info is None else torch_dtype(info.dtype)
 
 
 def _sites(checkpoint: Checkpoint, block: Block, names: list[str]) -> tuple[Site, ...]:
