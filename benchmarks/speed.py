@@ -126,8 +126,9 @@ def summarize(runs: list[dict[str, object]]) -> dict[str, object]:
 def render(results: dict[str, object]) -> str:
     lines = []
     for shape, summary in results["summary"].items():
-        count = len({run["run"] for run in results["runs"] if run["shape"] == shape})
-        lines += ["", f"### {shape}, W{BITS} g{GROUP_SIZE}, {SAMPLES} x {LENGTH} tokens, median of {count}", ""]
+        contestants = [run["contestant"] for run in results["runs"] if run["shape"] == shape]
+        count = " / ".join(str(contestants.count(name)) for name in summary["medians"])
+        lines += ["", f"### {shape}, W{BITS} g{GROUP_SIZE}, {SAMPLES} x {LENGTH} tokens, median of {count} runs", ""]
         lines += [
             "| tool / dtype | whole command s | after imports s | peak memory above bare imports MB |",
             "|---|---|---|---|",
@@ -147,7 +148,7 @@ def run(asked: argparse.Namespace) -> None:
     peers = tools.Peers(asked.peers.resolve())
     for tool in {name.split("/")[0] for name in asked.contestants} - {tools.OURS}:
         peers.python(tool)
-    runs: list[dict[str, object]] = []
+    runs: list[dict[str, object]] = json.loads(asked.out.read_text())["runs"] if asked.add else []
     for shape in asked.shapes:
         inputs = prepare(shape, work)
         for number in range(asked.runs):
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=tools.REPOSITORY / ".bench" / "speed")
     parser.add_argument("--out", type=Path, default=tools.HERE / "results" / "speed.json")
+    parser.add_argument("--add", action="store_true", help="to the runs that the results hold, on the same machine")
     parser.add_argument("--table", action="store_true", help="only print the table")
     asked = parser.parse_args()
     if not asked.table:
