@@ -47,7 +47,7 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class LayerGroup:
     """Layers of one input: `rows` output channels in all, `width` input channels, reached by `share` of the tokens."""
 
     rows: int
@@ -61,7 +61,7 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
     from compress.core._gather import WAVE_BYTES
     from compress.core.walk import SPILL_ABOVE_BYTES
 
-    blocks = [_groups(checkpoint, index) for index in range(checkpoint.num_blocks)]
+    blocks = [groups_of(checkpoint, index) for index in range(checkpoint.num_blocks)]
     largest = max(blocks, key=lambda groups: sum(group.rows * group.width for group in groups))
     weights = sum(group.rows * group.width for group in largest)
     held = IMPORTS_BYTES + weights * checkpoint.dtype.itemsize
@@ -81,7 +81,7 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
     played = [4 * count * width for width in _played_widths(checkpoint)] if true_sequential else []
     held += sum(size for size in played if size <= PLAYED_IN_MEMORY_BYTES)
     spill_bytes = 2 * stream_bytes * spilled + sum(size for size in played if size > PLAYED_IN_MEMORY_BYTES)
-    speed = _probe()
+    speed = machine_speed()
     start = START_SECONDS + (IMPORT_SECONDS if tokens is None else 0)
     seconds = start + sum(_seconds(groups, count, speed, true_sequential) for groups in blocks)
     return Cost(held, spill_bytes, seconds / 60)
@@ -99,18 +99,18 @@ def _largest_site(checkpoint: Checkpoint) -> int:
     return max(math.prod(checkpoint.info(f"{site}.weight").shape) for site in sites)
 
 
-def _groups(checkpoint: Checkpoint, index: int) -> list[_Group]:
+def groups_of(checkpoint: Checkpoint, index: int) -> list[LayerGroup]:
     experts = checkpoint.config.get("num_experts") or checkpoint.config.get("num_local_experts") or 1
     share = checkpoint.config.get("num_experts_per_tok", 1) / experts
     found = []
     for name, sites in checkpoint.groups(index):
         shapes = [checkpoint.tensors[f"{site}.weight"].shape for site in sites]
         routed = share if name.startswith("experts.") else 1.0
-        found.append(_Group(sum(shape[0] for shape in shapes), shapes[0][1], routed))
+        found.append(LayerGroup(sum(shape[0] for shape in shapes), shapes[0][1], routed))
     return found
 
 
-def _seconds(groups: list[_Group], tokens: int, speed: Speed, true_sequential: bool) -> float:
+def _seconds(groups: list[LayerGroup], tokens: int, speed: Speed, true_sequential: bool) -> float:
     """One block: forwards, Hessians, factorisations, sweeps, and the search for scales."""
     weights = sum(group.rows * group.width for group in groups)
     seconds = BLOCK_SECONDS + GRID_CANDIDATES * GRID_PASSES * weights / speed.elements
@@ -127,7 +127,7 @@ def _seconds(groups: list[_Group], tokens: int, speed: Speed, true_sequential: b
     return seconds + products / speed.matmul + columns * COLUMN_SECONDS
 
 
-def _passes(group: _Group, true_sequential: bool) -> float:
+def _passes(group: LayerGroup, true_sequential: bool) -> float:
     """How often a group's layers are computed, with the original's output on judged micro-batches."""
     from compress.core._activations import JUDGED_EVERY
 
@@ -137,7 +137,7 @@ def _passes(group: _Group, true_sequential: bool) -> float:
 
 
 @cache
-def _probe() -> Speed:
+def machine_speed() -> Speed:
     import torch
 
     a_MK, b_KN = torch.ones(512, 1024), torch.ones(1024, 1024)

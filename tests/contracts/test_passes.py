@@ -24,6 +24,12 @@ from tests.tiny import FAMILIES, LAYERS
 METHODS = [(kind, method) for kind, methods in available_kinds().items() for method in methods]
 QUANTIZERS = [method for kind, method in METHODS if kind == "quantize"]
 methods = pytest.mark.parametrize("method", QUANTIZERS)
+QUICK: dict[str, dict[str, object]] = {"autoround": {"steps": 3, "tokens_per_step": 96}}
+
+
+def settings_of(method: str, **asked: object) -> Pass:
+    """A quantizer's settings as asked, without the repetitions that only make it better."""
+    return find_pass("quantize", method)(**QUICK.get(method, {}), **asked)
 
 
 class Shelf:
@@ -97,7 +103,7 @@ def test_settings_need_no_torch() -> None:
 def test_every_family_is_quantized_as_planned(tiny_model: TinyModel, method: str, family: str, odd: bool) -> None:
     folder = tiny_model(family, odd)
     checkpoint = Checkpoint.open(folder)
-    settings = find_pass("quantize", method)(scheme="w4a16", group_size=8 if odd else 16)
+    settings = settings_of(method, scheme="w4a16", group_size=8 if odd else 16)
     plan = settings.plan(checkpoint, tokens_for(checkpoint))
     shelf = run(folder, settings, Shelf())
     done = quantized(shelf)
@@ -119,7 +125,7 @@ def test_every_family_is_quantized_as_planned(tiny_model: TinyModel, method: str
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_width_of_code(tiny_model: TinyModel, method: str, bits: int, symmetric: bool) -> None:
-    settings = find_pass("quantize", method)(scheme=f"w{bits}a16", group_size=-1, symmetric=symmetric)
+    settings = settings_of(method, scheme=f"w{bits}a16", group_size=-1, symmetric=symmetric)
     tensors = quantized(run(tiny_model("llama"), settings, Shelf()))
     assert all(tensor.scheme == settings.wanted for tensor in tensors.values())  # type: ignore[attr-defined]
     used = torch.cat([tensor.codes().flatten() for tensor in tensors.values()])
@@ -130,7 +136,7 @@ def test_every_width_of_code(tiny_model: TinyModel, method: str, bits: int, symm
 @methods
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_the_same_run_gives_the_same_bits(tiny_model: TinyModel, method: str, family: str) -> None:
-    settings = find_pass("quantize", method)(group_size=16)
+    settings = settings_of(method, group_size=16)
     folder = tiny_model(family)
     before = torch.random.get_rng_state()
     first, second = (run(folder, settings, Shelf()) for _ in range(2))
@@ -143,7 +149,7 @@ def test_the_same_run_gives_the_same_bits(tiny_model: TinyModel, method: str, fa
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
 @pytest.mark.parametrize("done", range(1, LAYERS))
 def test_a_resumed_run_gives_the_same_bits(tiny_model: TinyModel, method: str, family: str, done: int) -> None:
-    settings = find_pass("quantize", method)(group_size=16)
+    settings = settings_of(method, group_size=16)
     whole = run(tiny_model(family), settings, Shelf())
     resumed = run(tiny_model(family), settings, Shelf(whole, done))
     assert same(whole, resumed)
@@ -155,9 +161,9 @@ def test_a_group_that_does_not_divide_is_refused_or_handled(tiny_model: TinyMode
     folder = tiny_model("llama", odd=True)
     checkpoint = Checkpoint.open(folder)
     with pytest.raises(UsageError, match=r"group_size 64 does not divide .*sizes that work: 8, -1"):
-        find_pass("quantize", method)(group_size=64).plan(checkpoint, tokens_for(checkpoint))
+        settings_of(method, group_size=64).plan(checkpoint, tokens_for(checkpoint))
     for uneven, expected in (("channel", {-1}), ("smaller", {56, 40})):
-        settings = find_pass("quantize", method)(group_size=64, uneven=uneven)
+        settings = settings_of(method, group_size=64, uneven=uneven)
         plan = settings.plan(checkpoint, tokens_for(checkpoint))
         sizes = {layer.scheme.group_size for layer in plan.layers if layer.scheme}
         assert sizes == expected
@@ -174,7 +180,7 @@ def test_a_group_that_does_not_divide_is_refused_or_handled(tiny_model: TinyMode
 
 @methods
 def test_ignored_layers_are_left_alone(tiny_model: TinyModel, method: str) -> None:
-    settings = find_pass("quantize", method)(group_size=16, ignore=("*.down_proj", "model.layers.1.*", "*.nothing"))
+    settings = settings_of(method, group_size=16, ignore=("*.down_proj", "model.layers.1.*", "*.nothing"))
     checkpoint = Checkpoint.open(tiny_model("llama"))
     plan = settings.plan(checkpoint, tokens_for(checkpoint))
     assert any("*.nothing" in notice for notice in plan.notices)
@@ -190,7 +196,7 @@ def test_numerics_under_stress(tiny_model: TinyModel, tmp_path: Path, method: st
     tokens = tokens_for(checkpoint, 1, 1) if trouble == "one token" else tokens_for(checkpoint)
     if trouble == "constant input":
         tokens = Tokens(torch.zeros_like(tokens.ids), None, sha256="", source="constant")
-    shelf = run(folder, find_pass("quantize", method)(group_size=16), Shelf(), tokens)
+    shelf = run(folder, settings_of(method, group_size=16), Shelf(), tokens)
     for tensor in quantized(shelf).values():
         assert bool(tensor.dequantize().isfinite().all())
     assert all(record.output_error is None or record.output_error < 1 for record in shelf.records)
