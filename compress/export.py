@@ -7,7 +7,7 @@ time; nothing is rounded, so that every weight means the same number to the bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,15 +203,25 @@ def _written(path: Path) -> Written:
     return Written(path.stat().st_size, sha256_file(path))
 
 
-def coverage(original: Checkpoint, artifact: Checkpoint, quantized: Mapping[str, str]) -> tuple[Coverage, ...]:
-    """What became of every tensor of the source. `quantized` maps modules to what they are stored as, e.g. w4a16."""
-    return tuple(_fate(name, artifact, quantized) for name in original.tensors)
+def coverage(
+    original: Checkpoint, artifact: Checkpoint, quantized: Mapping[str, str], transforms: Sequence[str] = ()
+) -> tuple[Coverage, ...]:
+    """What became of every tensor of the source. `quantized` maps modules to what they are stored as, e.g. w4a16;
+    `transforms` are what changed the weights before."""
+    after = f" after {', '.join(transforms)}" if transforms else ""
+    fates = [_fate(name, original, artifact, quantized, after) for name in original.tensors]
+    head = f"{original.architecture.head}.weight"
+    if after and head in artifact.tensors and head not in original.tensors:
+        fates.append(Coverage(head, "added", f"no longer the embedding's{after}"))
+    return tuple(fates)
 
 
-def _fate(name: str, artifact: Checkpoint, quantized: Mapping[str, str]) -> Coverage:
+def _fate(name: str, original: Checkpoint, artifact: Checkpoint, quantized: Mapping[str, str], after: str) -> Coverage:
     module = name.removesuffix(".weight")
     if module != name and module in quantized:
-        return Coverage(name, "quantized", quantized[module])
+        return Coverage(name, "quantized", quantized[module] + after)
     if name in artifact.tensors:
+        if after and raw_bytes(original.tensors[name]) != raw_bytes(artifact.tensors[name]):
+            return Coverage(name, "changed", after.strip())
         return Coverage(name, "kept")
     return Coverage(name, "dropped", "removed by a stage of the recipe")

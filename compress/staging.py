@@ -53,7 +53,8 @@ def _require_verified(artifact: Checkpoint, inputs: Inputs, events: Listener) ->
     from compress.core.verify import verify
 
     events(Started("verify", 1, "artifact"))
-    if all(stage.settings.gives == "quantized" for stage in inputs.recipe.stages):
+    settings = [stage.settings for stage in inputs.recipe.stages]
+    if all(method.gives == "quantized" and not method.transforms for method in settings):
         report = verify(artifact.folder, source=inputs.original.folder, level="coverage", library=True)
     else:
         report = verify(artifact.folder, level="integrity", library=True)
@@ -146,13 +147,14 @@ def _manifest(
     quantized = {
         layer.name: layer.scheme.name for stage in inputs.plan.stages for layer in stage.layers if layer.scheme
     }
+    transforms = [name for stage in inputs.recipe.stages for name in stage.settings.transforms]
     return Manifest(
         version=compress.__version__,
         files=tuple(FileRecord(name, written.bytes, written.sha256) for name, written in files.items()),
         recipe=inputs.recipe.model_dump(mode="json"),
         fingerprint=journal.fingerprint,
         lineage=lineage(inputs.original),
-        coverage=coverage(inputs.original, artifact, quantized),
+        coverage=coverage(inputs.original, artifact, quantized, transforms),
         parity=parity,
         stages=[
             {

@@ -39,9 +39,9 @@ def check_coverage(
         module = tensor.removesuffix(".weight")
         if status == "quantized" and module not in schemes:
             raise ArtifactError("is said to be quantized, but is not", where=tensor)
-        if status == "kept":
+        if status in ("kept", "changed", "added"):
             if tensor not in contents.tensors:
-                raise ArtifactError("is said to be kept, but is missing", where=tensor)
+                raise ArtifactError(f"is said to be {status}, but is missing", where=tensor)
             expected.add(tensor)
         if status == "dropped" and not reason:
             raise ArtifactError("was dropped without a reason", where=tensor)
@@ -54,7 +54,19 @@ def check_coverage(
     if unsaid:
         raise ArtifactError("is quantized, but the source has no such weight", where=unsaid[0])
     counts = Counter(status for status, _ in fates.values())
-    return ", ".join(f"{counts[status]} {status}" for status in ("quantized", "kept", "dropped"))
+    always = ("quantized", "kept", "dropped")
+    told = [*always, *(status for status in ("changed", "added") if counts[status])]
+    return ", ".join(f"{counts[status]} {status}" for status in told)
+
+
+def transformed(manifest: Manifest | None) -> set[str]:
+    """Tensors that do not resemble the source's, since a transform came before, as the manifest says."""
+    entries = () if manifest is None else manifest.coverage
+    return {
+        entry.tensor
+        for entry in entries
+        if entry.status in ("changed", "added") or (entry.status == "quantized" and " after " in entry.reason)
+    }
 
 
 def _fates(
@@ -75,8 +87,9 @@ def _fates(
         if entry.tensor in fates:
             raise ArtifactError(f"coverage names {entry.tensor} twice", where=MANIFEST_NAME)
         fates[entry.tensor] = (entry.status, entry.reason)
-    if names is not None and names != fates.keys():
-        odd = sorted(names ^ fates.keys())[0]
+    told = {name for name, (status, _) in fates.items() if status != "added"}
+    if names is not None and names != told:
+        odd = sorted(names ^ told)[0]
         side = "coverage leaves out" if odd in names else "the source does not have"
         raise ArtifactError(f"{side} {odd}", where=MANIFEST_NAME)
     return fates
@@ -132,7 +145,7 @@ def check_closeness(contents: Contents, source: Contents, reader: Reader, scheme
             raise ArtifactError(f"is {error:.0%} away from the source: this is not its quantization", where=module)
         if error >= worst:
             worst, where = error, module
-    return f"largest relative error {worst:.1%} ({where})" if where else "nothing is quantized"
+    return f"largest relative error {worst:.1%} ({where})" if where else "no layer to compare"
 
 
 def check_lineage(manifest: Manifest, source: Contents) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from compress.core.errors import ArtifactError
 
 MANIFEST_NAME = "compress.json"
 SCHEMA_VERSION = 1
-Status = Literal["quantized", "kept", "dropped"]
+Status = Literal["quantized", "kept", "changed", "added", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,9 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What became of one tensor of the source."""
+    """What became of one tensor of the source; `added`: one that the source does not have.
+
+    A quantized tensor whose reason says "after …" was transformed first: it does not resemble the source's."""
 
     tensor: str
     status: Status
@@ -119,6 +121,6 @@ def _is_unsafe(path: str) -> bool:
 
 def _coverage(item: object, where: str) -> Coverage:
     match item:
-        case {"tensor": str(tensor), "status": "quantized" | "kept" | "dropped" as status, "reason": str(reason)}:
-            return Coverage(tensor, status, reason)
+        case {"tensor": str(tensor), "status": str(status), "reason": str(reason)} if status in get_args(Status):
+            return Coverage(tensor, status, reason)  # pyright: ignore[reportArgumentType]
     raise ArtifactError(f"an entry of coverage is not tensor, status and reason: {item!r:.80}", where=where)

@@ -25,4 +25,6 @@ class Rotate(Transform):
     def view(self, checkpoint: Checkpoint) -> Checkpoint:
         from quantize.prepare._rotate import RotatedCheckpoint
 
+        if isinstance(checkpoint, RotatedCheckpoint):
+            return checkpoint
         return RotatedCheckpoint(checkpoint, self.seed, heads=self.heads)
