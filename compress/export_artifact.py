@@ -1,7 +1,7 @@
 """`compress export`: a finished folder becomes another artifact, in another format, without calibrating again.
 
-Published verified or not at all, and by one rename, as every artifact. Codes and scales are carried over, so nothing
-is measured anew: the figures of the artifact it was written from hold.
+Published verified or not at all, and by one rename, as every artifact. Where codes and scales are carried over, the
+figures of the artifact that it was written from hold; where gguf rounds weights anew they do not, and stay behind.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from compress.core.files import Written, atomic_write, copy_file, make_folder, p
 from compress.core.lock import FolderLock
 from compress.core.manifest import MANIFEST_NAME, Coverage, FileRecord, Manifest
 from compress.export import require_writable, rewrite, shapes_of
+from compress.export_gguf import write_gguf
 from compress.facts import lineage
 from compress.own_folders import is_artifact, is_partial, is_there
 from compress.workspace import Workspace
@@ -42,26 +43,50 @@ class Exported:
 
 
 def export_artifact(
-    folder: Path, output: Path, format: str, *, fresh: bool = False, events: Listener = silent
+    folder: Path,
+    output: Path,
+    format: str,
+    *,
+    type: str | None = None,
+    requantize: bool = False,
+    fresh: bool = False,
+    events: Listener = silent,
 ) -> Exported:
     """Write the model in `folder` to `output` in `format`. Raises CompressError before work for what cannot be held.
 
-    `fresh` may replace an older artifact of ours at `output`.
+    Weights keep their values. Of gguf alone, dense matrices may be rounded to `type`, and `requantize` allows that for
+    quantized ones, too. `fresh` may replace an older artifact of ours at `output`.
     """
-    if format not in FORMATS:
-        raise UsageError(f"unknown format {format!r}", where="--format", hint=f"choose one of {', '.join(FORMATS)}")
+    _check(format, type, requantize)
     source, manifest = open_source(folder)
-    require_writable(source, format)
+    planned = None
+    if format == "gguf":
+        from compress.core.formats import gguf
+
+        if source.schemes and not requantize:
+            require_writable(source, format)
+        planned = gguf.layout(source, type, requantize=requantize)
+    else:
+        require_writable(source, format)
     with staged_at(output, folder, fresh=fresh) as staged:
         events(Started("export", source.num_blocks, "block"))
-        files = rewrite(source, staged, format)
-        verdicts = preflight(source.schemes, shapes_of(source), format)
-        files |= describe(source, manifest, staged, format, verdicts)
+        files = rewrite(source, staged, format) if planned is None else write_gguf(source, staged, planned)
+        verdicts = preflight(source.schemes, shapes_of(source) if source.schemes else {}, format)
+        rounded = planned is not None and len(planned.exact) < len(planned.origin)
+        files |= describe(source, manifest, staged, format, verdicts, rounded=rounded)
         write_manifest(source, manifest, staged, files, format)
         require_verified(staged)
         size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
     events(Finished("export", str(output)))
-    return Exported(output, size, tuple(verdicts))
+    return Exported(output, size, tuple(verdicts), planned.notices if planned else ())
+
+
+def _check(format: str, type: str | None, requantize: bool) -> None:
+    if format not in FORMATS:
+        raise UsageError(f"unknown format {format!r}", where="--format", hint=f"choose one of {', '.join(FORMATS)}")
+    if format != "gguf" and (type is not None or requantize):
+        option = "--type" if type is not None else "--requantize"
+        raise UsageError(f"is of gguf alone: {format} keeps every weight as it is", where=option)
 
 
 def open_source(folder: Path) -> tuple[Checkpoint, Manifest | None]:
@@ -111,29 +136,39 @@ def _refuse(workspace: Workspace, source: Path, *, fresh: bool) -> None:
 
 
 def describe(
-    source: Checkpoint, manifest: Manifest | None, staged: Path, format: str, verdicts: list[Verdict]
+    source: Checkpoint,
+    manifest: Manifest | None,
+    staged: Path,
+    format: str,
+    verdicts: list[Verdict],
+    *,
+    rounded: bool = False,
 ) -> dict[str, Written]:
     """The files beside the weights: recipe and figures as the source has them, and a card of its own."""
     files = {}
-    for name in _CARRIED if manifest is not None else ():
+    carried = _CARRIED if manifest is not None and not rounded else ()
+    for name in carried:
         if (source.folder / name).is_file():
             copy_file(source.folder / name, staged / name)
             files[name] = _written(staged / name)
-    atomic_write(staged / "README.md", _card(source, format, verdicts, has_figures="evaluation.json" in files))
+    weights = "matrices were rounded anew, so that the figures of the source do not hold"
+    if not rounded:
+        weights = "every weight means the same number, to the bit"
+    figures = " `evaluation.json` holds the figures of the source." if "evaluation.json" in files else ""
+    atomic_write(staged / "README.md", _card(source, format, verdicts, f"{weights}.{figures}"))
     return files | {"README.md": _written(staged / "README.md")}
 
 
-def _card(source: Checkpoint, format: str, verdicts: list[Verdict], *, has_figures: bool) -> str:
+def _card(source: Checkpoint, format: str, verdicts: list[Verdict], weights: str) -> str:
     card = source.folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = text.split("---\n", 2)[1] if text.startswith("---\n") and text.count("---\n") >= 2 else ""
     front = front.replace("compressed-tensors", format)
-    figures = " `evaluation.json` holds the figures of that artifact." if has_figures else ""
     lines = [
         f"# {source.source.id}, as {format}",
         "",
-        f"Written by compress {compress.__version__} from an artifact in another format, without calibrating again:",
-        f"every weight means the same number, to the bit.{figures}",
+        f"Written by compress {compress.__version__} from a model in another format, without calibrating again:",
+        weights,
         "",
         "## Who loads it",
         "",

@@ -24,6 +24,17 @@ def export(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder that is made.", show_default=False)],
+    type: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="Of gguf: f32, f16, bf16, q8_0, q4_0, q4_k or q6_k for matrices. [default: what they are]",
+            show_default=False,
+        ),
+    ] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Of gguf: round quantized weights anew where it lacks their values.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace an older artifact at --output.")] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -39,7 +50,7 @@ def export(
     from compress.export_artifact import export_artifact
 
     speaker = speak(json=json, quiet=quiet, verbose=verbose)
-    done = export_artifact(folder, output, format, fresh=fresh)
+    done = export_artifact(folder, output, format, type=type, requantize=requantize, fresh=fresh)
     for verdict in done.verdicts:
         speaker.show(f"{SIGNS[verdict.ok]} {verdict.sentence}")
     for notice in done.notices:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.core import _verify_folder as folders
+from compress.core._verify_gguf import gguf_file
 from compress.core._verify_report import LEVELS, Check, Level, VerifyReport
 from compress.core.errors import ArtifactError, CompressError, InputError, UsageError
 from compress.core.formats import NotRead, Reader, method_of, reader_for
@@ -74,6 +75,7 @@ class _Run:
     def __init__(self, folder: Path, level: Level, library: bool, threads: int) -> None:
         self.report = VerifyReport(folder, level)
         self.contents = folders.Contents(folder)
+        self.gguf = gguf_file(folder)
         self.asks_library = library
         self.threads = threads
         self.reader: Reader | None = None
@@ -99,6 +101,9 @@ class _Run:
         contents = self.contents
         self.check("names", lambda: folders.check_names(contents.folder))
         self.check("manifest", self._manifest)
+        if self.gguf is not None:
+            self._gguf(self.gguf)
+            return
         has_config = self.check("config", self._config)
         if not self.check("headers", lambda: folders.read_weights(contents)):
             return
@@ -113,6 +118,13 @@ class _Run:
         self.check("contents", lambda: self._shards(decode=fits))
         if fits and self.reader is not None and self.report.ok:
             self._library()
+
+    def _gguf(self, path: Path) -> None:
+        from compress.core._verify_gguf import check_gguf
+
+        self.report.bytes = path.stat().st_size
+        self.check("gguf", lambda: check_gguf(path))
+        self.check("contents", lambda: self._shards(decode=False))
 
     def _manifest(self) -> str:
         self.contents.manifest = folders.read_manifest(self.contents.folder)
@@ -217,6 +229,9 @@ class _Run:
         from compress.core._verify_weights import quantized_names
 
         contents, reader = self.contents, self.reader
+        if self.gguf is not None:
+            self.report.notices.append("coverage: not compared: a gguf file names tensors in its own way")
+            return
         if not contents.tensors or not self.report.ok:
             self.report.notices.append("coverage: not checked, since the folder itself is not sound")
             return
@@ -239,9 +254,11 @@ class _Run:
         origin = source
         if manifest is not None:
             self.check("lineage", lambda: covers.check_lineage(manifest, origin))
-        self.check("kept", lambda: covers.check_kept(contents, origin, stored))
+        self.check("kept", lambda: covers.check_kept(contents, origin, stored | covers.transformed(manifest)))
         if reader is not None:
-            self.check("closeness", lambda: covers.check_closeness(contents, origin, reader, self.schemes))
+            changed = covers.transformed(manifest)
+            schemes = {name: scheme for name, scheme in self.schemes.items() if f"{name}.weight" not in changed}
+            self.check("closeness", lambda: covers.check_closeness(contents, origin, reader, schemes))
 
     def parity(self) -> None:
         manifest = self.contents.manifest
