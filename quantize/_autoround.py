@@ -116,7 +116,7 @@ class _Samples:
         y_ND = y_BTD.detach()[counted].float()
         target_ND = self._stack(self._targets, samples)[counted].float()
         gradient_BTD = torch.zeros_like(y_BTD)
-        gradient_BTD[counted] = self._aim.gradient(y_ND, target_ND).mul_(y_ND.numel() ** -0.5).to(y_BTD.dtype)
+        gradient_BTD[counted] = self._aim.gradient(y_ND, target_ND).mul_(max(1, y_ND.numel()) ** -0.5).to(y_BTD.dtype)
         y_BTD.backward(gradient_BTD)
 
     @torch.no_grad()
@@ -183,11 +183,11 @@ class _Rounding:
         codes_OK = self._place_OGS.round_().view(self._start.shape).to("cpu", torch.int8)
         scale_OG = self._scale()[..., 0].to("cpu", self._start.scale.dtype)
         self._site.replace(QuantTensor.from_codes(codes_OK, scale_OG, zero, self._start.scheme))
-        self._site.record = replace(self._site.record, method="autoround")
+        self._site.record = replace(self._site.record, method="autoround", error=None)  # it was the start's
 
     def _places(self, weight_OK: Tensor) -> Tensor:
         codes_OGS = self._start.codes().to(weight_OK.device, torch.float32).unflatten(1, (self._scale_OG1.shape[1], -1))
-        exact_OGS = weight_OK.float().view(codes_OGS.shape) / self._scale_OG1
+        exact_OGS = weight_OK.float().reshape(codes_OGS.shape) / self._scale_OG1
         if self._zero_OG1 is not None:
             exact_OGS += self._zero_OG1
         return exact_OGS.sub_(codes_OGS).clamp_(-_INSIDE, _INSIDE).add_(codes_OGS)
