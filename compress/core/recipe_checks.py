@@ -93,7 +93,7 @@ def composition_problem(recipe: "Recipe") -> Problem | None:
         if state not in settings.takes:
             wanted = " or ".join(sorted(settings.takes))
             return Problem(path, f"{stage.method} takes {wanted} weights, but {left_by} are {state}", at_key=True)
-        if settings.needs_calibration and recipe.calibration is None:
+        if settings.calibrated and recipe.calibration is None:
             message = f"{stage.method} needs calibration data"
             return Problem(path, message, "add calibration: {dataset: …}", at_key=True)
         if settings.gives is not None:
