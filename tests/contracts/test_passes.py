@@ -111,6 +111,8 @@ def test_every_family_is_quantized_as_planned(tiny_model: TinyModel, method: str
     for layer in plan.layers:
         encoded = compressed_tensors.encode(layer.name, done[layer.name])
         assert sum(tensor.nbytes for tensor in encoded.values()) == layer.bytes_out
+        if settings.transforms:  # the weights were transformed first: tests/quantize/test_prepare.py looks at logits
+            continue
         weight = checkpoint.weight(layer.name).float()
         error = (done[layer.name].dequantize() - weight).square().mean() / weight.square().mean()
         assert error < 0.05, layer.name
