@@ -69,7 +69,7 @@ def is_asymmetric(facts: Mapping[str, Any]) -> bool:
 
 def _loaders(facts: Mapping[str, Any]) -> list[str]:
     """One sentence per engine: what its loader's rules make of this artifact, with version and evidence."""
-    from compress.core.compatibility import preflight
+    from compress.core.compatibility import as_written, preflight
 
     schemes, shapes = {}, {}
     for stage in facts.get("stages") or []:
@@ -82,7 +82,8 @@ def _loaders(facts: Mapping[str, Any]) -> list[str]:
                 )
                 shapes[layer["name"]] = tuple(layer["shape"])
     format = facts["artifact"].get("format") or "compressed-tensors"
-    return [_brief(verdict.sentence) for verdict in preflight(schemes, shapes, format)] if schemes else []
+    verdicts = preflight(as_written(schemes, format), shapes, format) if schemes else []
+    return [_brief(verdict.sentence) for verdict in verdicts]
 
 
 def _brief(sentence: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import compress
-from compress.core.compatibility import Verdict, preflight
+from compress.core.compatibility import Verdict, as_written, preflight
 from compress.core.errors import ArtifactError, InputError, UsageError
 from compress.core.events import Finished, Listener, Started, silent
 from compress.core.files import Written, atomic_write, copy_file, make_folder, publish_dir, remove_tree, sha256_file
@@ -27,6 +27,7 @@ from compress.workspace import Workspace
 
 if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
+    from compress.core.formats.gguf import Layout
 
 FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gguf", "gptq")
 _CARRIED = ("recipe.yaml", "evaluation.json")
@@ -50,6 +51,7 @@ def export_artifact(
     type: str | None = None,
     requantize: bool = False,
     fresh: bool = False,
+    tensor_parallel: int = 1,
     events: Listener = silent,
 ) -> Exported:
     """Write the model in `folder` to `output` in `format`. Raises CompressError before work for what cannot be held.
@@ -57,28 +59,70 @@ def export_artifact(
     Weights keep their values. Of gguf alone, dense matrices may be rounded to `type`, and `requantize` allows that for
     quantized ones, too. `fresh` may replace an older artifact of ours at `output`.
     """
-    _check(format, type, requantize)
-    source, manifest = open_source(folder)
-    planned = None
-    if format == "gguf":
-        from compress.core.formats import gguf
-
-        if source.schemes and not requantize:
-            require_writable(source, format)
-        planned = gguf.layout(source, type, requantize=requantize)
-    else:
-        require_writable(source, format)
+    task = _Task(folder, format, type, requantize)
+    verdicts = task.verdicts(tensor_parallel)
     with staged_at(output, folder, fresh=fresh) as staged:
-        events(Started("export", source.num_blocks, "block"))
-        files = rewrite(source, staged, format) if planned is None else write_gguf(source, staged, planned)
-        verdicts = preflight(source.schemes, shapes_of(source) if source.schemes else {}, format)
-        rounded = planned is not None and len(planned.exact) < len(planned.origin)
-        files |= describe(source, manifest, staged, format, verdicts, rounded=rounded)
-        write_manifest(source, manifest, staged, files, format)
+        events(Started("export", task.source.num_blocks, "block"))
+        files = task.write(staged)
+        files |= describe(task.source, task.manifest, staged, format, verdicts, rounded=task.rounds)
+        write_manifest(task.source, task.manifest, staged, files, format)
         require_verified(staged)
         size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
     events(Finished("export", str(output)))
-    return Exported(output, size, tuple(verdicts), planned.notices if planned else ())
+    return Exported(output, size, tuple(verdicts), task.notices)
+
+
+def preview(
+    folder: Path,
+    output: Path,
+    format: str,
+    *,
+    type: str | None = None,
+    requantize: bool = False,
+    fresh: bool = False,
+    tensor_parallel: int = 1,
+) -> Exported:
+    """What `export_artifact` would say, and refuse; writes nothing, and knows no size."""
+    task = _Task(folder, format, type, requantize)
+    _refuse(Workspace(output), folder, fresh=fresh)
+    return Exported(output, 0, tuple(task.verdicts(tensor_parallel)), task.notices)
+
+
+class _Task:
+    """An export that can be done: source opened, verified and found to fit the format."""
+
+    def __init__(self, folder: Path, format: str, type: str | None, requantize: bool) -> None:
+        _check(format, type, requantize)
+        self.format = format
+        self.source, self.manifest = open_source(folder)
+        self.layout: Layout | None = None
+        if format != "gguf" or (self.source.schemes and not requantize):
+            require_writable(self.source, format)
+        if format == "gguf":
+            from compress.core.formats import gguf
+
+            self.layout = gguf.layout(self.source, type, requantize=requantize)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether some weights are rounded anew."""
+        return self.layout is not None and len(self.layout.exact) < len(self.layout.origin)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        return () if self.layout is None else self.layout.notices
+
+    def verdicts(self, tensor_parallel: int) -> list[Verdict]:
+        """Who will load the result, split over so many devices."""
+        schemes = as_written(self.source.schemes, self.format)
+        shapes = shapes_of(self.source) if schemes else {}
+        return preflight(schemes, shapes, self.format, tensor_parallel=tensor_parallel)
+
+    def write(self, staged: Path) -> dict[str, Written]:
+        """Weights and all that belongs to them; every value is compared with the source's."""
+        if self.layout is None:
+            return rewrite(self.source, staged, self.format)
+        return write_gguf(self.source, staged, self.layout)
 
 
 def _check(format: str, type: str | None, requantize: bool) -> None:

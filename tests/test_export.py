@@ -15,6 +15,7 @@ from compress.core.scheme import Scheme
 from compress.core.verify import verify
 from compress.export import rewrite
 from compress.export_artifact import export_artifact
+from tests.conftest import TinyModel
 from tests.quantized_folders import tiny_llama, write_quantized
 
 W4 = Scheme(4, 32)
@@ -216,3 +217,60 @@ def test_a_writer_that_errs_is_found_out(w4: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(gptq, "encode", wrong)
     assert "same weights" in refusal(w4, tmp_path / "out", "gptq").message
+
+
+def test_a_preview_says_who_loads_it_and_writes_nothing(w4: Path, tmp_path: Path) -> None:
+    shown = exporting.preview(w4, tmp_path / "out", "gptq", tensor_parallel=4)
+    vllm = next(verdict for verdict in shown.verdicts if verdict.engine == "vllm")
+    assert vllm.ok == "no"
+    assert "groups of 32 do not divide a shard's 16 input channels" in vllm.sentence
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="one group size|does not hold"):
+        write_quantized(tmp_path / "in", Scheme(8, 32), dtype=torch.bfloat16)
+        exporting.preview(tmp_path / "in", tmp_path / "out", "awq")
+
+
+def test_a_recipe_asks_for_a_format(tmp_path: Path, tiny_model: TinyModel) -> None:
+    """The run gives the very weights that an export of its compressed-tensors result gives."""
+    from compress.core.recipe import parse_recipe
+    from compress.pipeline import RunOptions, run
+
+    def made(format: str) -> tuple[Path, int]:
+        stage = {"quantize": {"method": "rtn", "scheme": "w4a16", "group_size": 32}}
+        data = {"model": str(tiny_model("qwen2", dtype="bfloat16")), "stages": [stage], "export": {"format": format}}
+        result = run(parse_recipe(data), RunOptions(tmp_path / format))
+        return result.artifact, result.summary["plan"]["bytes"] - result.summary["artifact"]["bytes"]
+
+    (plain, _), (gptq, missed) = made("compressed-tensors"), made("gptq")
+    assert missed == 0, "the plan's bytes are exact"
+    assert verify(gptq).ok
+    exported = export_artifact(plain, tmp_path / "exported", "gptq").folder
+    for shard in exported.glob("*.safetensors"):
+        assert shard.read_bytes() == (gptq / shard.name).read_bytes()
+    assert "gptq" in (gptq / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stage", "format", "says"),
+    [
+        ({"method": "rtn", "scheme": "w4a16", "group_size": 16, "symmetric": False}, "gptq", "symmetric files only"),
+        ({"method": "rtn", "scheme": "w3a16", "group_size": 32}, "awq", "awq does not hold w3a16"),
+    ],
+)
+def test_a_recipe_whose_format_cannot_hold_its_scheme_is_refused_before_work(
+    stage: dict[str, object], format: str, says: str, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    from compress.core.recipe import parse_recipe
+    from compress.pipeline import RunOptions, run
+
+    data = {"model": str(tiny_model("qwen2", dtype="bfloat16")), "stages": [{"quantize": stage}]}
+    with pytest.raises(InputError, match=says):
+        run(parse_recipe({**data, "export": {"format": format}}), RunOptions(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_with_an_unknown_format() -> None:
+    from compress.core.recipe import parse_recipe
+
+    with pytest.raises(UsageError, match="export.format"):
+        parse_recipe({"model": "x", "stages": [{"quantize": {"method": "rtn"}}], "export": {"format": "gguf"}})

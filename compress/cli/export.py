@@ -36,6 +36,10 @@ def export(
         bool, typer.Option("--requantize", help="Of gguf: round quantized weights anew where it lacks their values.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace an older artifact at --output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say who would load it; write nothing.")] = False,
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", min=1, help="Devices that an engine would split it over.")
+    ] = 1,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -47,19 +51,32 @@ def export(
     from compress.cli.tables import SIGNS
     from compress.core.compatibility import describe
     from compress.core.quantities import format_bytes
-    from compress.export_artifact import export_artifact
+    from compress.export_artifact import export_artifact, preview
 
     speaker = speak(json=json, quiet=quiet, verbose=verbose)
-    done = export_artifact(folder, output, format, type=type, requantize=requantize, fresh=fresh)
+    work = preview if dry_run else export_artifact
+    done = work(
+        folder,
+        output,
+        format,
+        type=type,
+        requantize=requantize,
+        fresh=fresh,
+        tensor_parallel=tensor_parallel,
+    )
     for verdict in done.verdicts:
         speaker.show(f"{SIGNS[verdict.ok]} {verdict.sentence}")
     for notice in done.notices:
         speaker.tell(notice, style="yellow")
-    speaker.answer(f"{done.folder}: {format}, {format_bytes(done.bytes)}")
+    if dry_run:
+        speaker.answer(f"nothing was written; the artifact would be {done.folder}")
+    else:
+        speaker.answer(f"{done.folder}: {format}, {format_bytes(done.bytes)}")
     speaker.finish(
         "export",
         path=str(done.folder),
         format=format,
+        dry_run=dry_run,
         bytes=done.bytes,
         preflight=describe(list(done.verdicts)),
         notices=done.notices,

@@ -176,11 +176,12 @@ def _finish(result: "RunResult", output: Output) -> None:
 
 def _show_plan(recipe: "Recipe", options: "RunOptions", output: Output) -> None:
     from compress.cli.tables import SIGNS, layers_table, plan_table
-    from compress.core.compatibility import describe, preflight
+    from compress.core.compatibility import as_written, describe, preflight
     from compress.pipeline import plan as plan_run
 
     plan = plan_run(recipe, options)
     schemes = {layer.name: layer.scheme for layer in plan.layers if layer.scheme}
+    schemes = as_written(schemes, recipe.export.format)
     verdicts = preflight(schemes, {layer.name: layer.shape for layer in plan.layers}, recipe.export.format)
     for stage, planned in zip(recipe.stages, plan.stages, strict=True):
         output.show(layers_table(planned, f"{stage.kind}: {stage.method}", every=output.verbose))

@@ -6,7 +6,7 @@ Needs no torch. Everything said about a reader carries its version and whether i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
@@ -103,6 +103,7 @@ class Written(_Data):
     group_multiple: int = 1
     one_group_size: bool = False
     dense_head: bool = False
+    always_asymmetric: bool = False
 
 
 class Format(_Data):
@@ -178,6 +179,13 @@ def _unwritten(writes: Written, module: str, scheme: Scheme, shape: Shape) -> st
     if writes.dense_head and module.rpartition(".")[2] == "lm_head":
         return "its readers expect a head that is not quantized"
     return None
+
+
+def as_written(schemes: Mapping[str, Scheme], format: str) -> dict[str, Scheme]:
+    """The schemes that a reader of `format` will find where these were written."""
+    if not table().formats[format].writes.always_asymmetric:
+        return dict(schemes)
+    return {module: replace(scheme, symmetric=False) for module, scheme in schemes.items()}
 
 
 def formats_for(schemes: Mapping[str, Scheme], shapes: Mapping[str, Shape]) -> list[str]:
@@ -295,6 +303,20 @@ def markdown() -> str:
         lines.append(f"| {label} | " + " | ".join(verdict.ok for verdict in verdicts) + " |")
     lines.append("")
     lines += [f"- {engine.label}: {engine.evidence}." for engine in engines]
+    return "\n".join(lines) + "\n"
+
+
+def formats_markdown() -> str:
+    """The table for docs/formats.md: the same 4-bit weights in every format that holds them, by engine."""
+    engines = table().engines
+    lines = ["| format | " + " | ".join(engine.label for engine in engines) + " |"]
+    lines.append("|---" * (len(engines) + 1) + "|")
+    for name, held in table().formats.items():
+        dtypes = held.writes.when.dtypes
+        scheme = Scheme(4, 128) if dtypes is None or "int" in dtypes else Scheme(4, 64, dtype="nf4")
+        verdicts = preflight(as_written({"layer": scheme}, name), {"layer": (1024, 1024)}, name)
+        label = name if scheme.dtype == "int" else f"{name}, {scheme.name}"
+        lines.append(f"| {label} | " + " | ".join(verdict.ok for verdict in verdicts) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from compress.core.compatibility import Verdict, markdown, preflight, table, unwritable
+from compress.core.compatibility import (
+    Verdict,
+    as_written,
+    formats_for,
+    formats_markdown,
+    markdown,
+    preflight,
+    refusals,
+    table,
+    unwritable,
+)
 from compress.core.scheme import Scheme
 
 W4 = Scheme(4, 128)
@@ -110,6 +120,64 @@ def test_what_can_be_written() -> None:
 def test_the_page_shows_the_table() -> None:
     page = Path(__file__).parents[2] / "docs" / "artifact-format.md"
     assert markdown() in page.read_text(encoding="utf-8")
+
+
+def test_the_page_of_formats_shows_its_table() -> None:
+    page = Path(__file__).parents[2] / "docs" / "formats.md"
+    assert formats_markdown() in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "formats"),
+    [
+        (W4, (1024, 1024), ["compressed-tensors", "gptq", "awq", "gguf"]),
+        (Scheme(4, 128, symmetric=False), (1024, 1024), ["compressed-tensors", "awq", "gguf"]),
+        (Scheme(3, 32), (1024, 1024), ["compressed-tensors", "gptq", "gguf"]),
+        (Scheme(3, 20), (60, 60), ["compressed-tensors"]),
+        (Scheme(4, -1), (12, 32), ["compressed-tensors", "gguf"]),
+        (Scheme(8, -1, activation_bits=8), (64, 64), ["compressed-tensors"]),
+        (Scheme(4, 64, dtype="nf4"), (64, 64), ["bitsandbytes"]),
+        (Scheme(4, 64, dtype="nf4"), (64, 96), []),
+        (Scheme(8, -1, dtype="fp8"), (64, 64), []),
+        (W4, (64, 192), []),
+    ],
+)
+def test_which_formats_can_be_written(scheme: Scheme, shape: tuple[int, int], formats: list[str]) -> None:
+    assert formats_for({"layer": scheme}, {"layer": shape}) == formats
+    for format in table().formats:
+        assert bool(refusals({"layer": scheme}, {"layer": shape}, format)) == (format not in formats)
+
+
+def test_one_group_size_and_a_dense_head() -> None:
+    shapes = {"a": (64, 128), "lm_head": (64, 128)}
+    assert "one group size" in refusals({"a": W4, "b": Scheme(4, 64)}, {"a": (64, 128), "b": (64, 128)}, "awq")["a"]
+    assert "head" in refusals({"a": W4, "lm_head": W4}, shapes, "awq")["lm_head"]
+    assert not refusals({"a": W4, "lm_head": W4}, shapes, "gptq")
+
+
+def test_awq_is_found_with_zero_points() -> None:
+    assert not as_written({"a": W4}, "awq")["a"].symmetric
+    assert as_written({"a": W4}, "gptq")["a"].symmetric
+
+
+@pytest.mark.parametrize(
+    ("format", "engine", "scheme", "ok"),
+    [
+        ("gptq", "vllm", W4, "yes"),
+        ("gptq", "vllm", Scheme(4, 16), "with-conditions"),
+        ("gptq", "vllm", Scheme(3, 32), "no"),
+        ("gptq", "sglang", Scheme(8, 32), "yes"),
+        ("gptq", "sglang", Scheme(4, 16), "no"),
+        ("awq", "vllm", Scheme(4, 64, symmetric=False), "yes"),
+        ("gguf", "llama.cpp", W4, "yes"),
+        ("gguf", "vllm", W4, "no"),
+        ("gguf", "compress", W4, "no"),
+        ("bitsandbytes", "vllm", Scheme(4, 64, dtype="nf4"), "no"),
+    ],
+)
+def test_verdicts_by_format(format: str, engine: str, scheme: Scheme, ok: str) -> None:
+    found = {v.engine: v for v in preflight({"layer": scheme}, {"layer": (1024, 1024)}, format)}
+    assert found[engine].ok == ok
 
 
 def test_it_needs_no_torch() -> None:
