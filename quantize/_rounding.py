@@ -4,15 +4,23 @@ import torch
 
 from compress.core.grid import Clip, fit_grid
 from compress.core.scheme import Scheme
+from compress.core.tensors import QuantTensor
 from compress.core.walk import Site
 
 CLIPS: dict[str, Clip | None] = {"mse": Clip(), "minmax": None}
+_ROUNDED_AT_ONCE = 4 << 20  # weights; a search and its rounding hold five numbers for each
 
 
 def round_site(site: Site, scheme: Scheme, scale_dtype: torch.dtype, clip: str, fallback: str = "") -> None:
     """Replace a site's weight by its nearest codes; `fallback` says why the method proper was not used."""
-    weight_OK = site.weight
-    tensor = fit_grid(weight_OK, scheme, scale_dtype=scale_dtype, clip=CLIPS[clip]).round(weight_OK)
-    error = tensor.dequantize().sub_(weight_OK).square_().sum() / weight_OK.square().sum().clamp(min=1e-30)
-    site.replace(tensor)
-    site.note(method="rtn", bits=scheme.bits, group_size=scheme.group_size, error=float(error), fallback=fallback)
+    outputs, width = site.shape
+    rows = max(1, _ROUNDED_AT_ONCE // width)
+    parts, error, power = [], 0.0, 1e-30
+    for start in range(0, outputs, rows):
+        weight_OK = site.rows(slice(start, start + rows))
+        tensor = fit_grid(weight_OK, scheme, scale_dtype=scale_dtype, clip=CLIPS[clip]).round(weight_OK)
+        power += float(weight_OK.square().sum())
+        error += float(tensor.dequantize().sub_(weight_OK).square_().sum())
+        parts.append(tensor)
+    site.replace(QuantTensor.stack(parts))
+    site.note(method="rtn", bits=scheme.bits, group_size=scheme.group_size, error=error / power, fallback=fallback)

@@ -6,7 +6,6 @@ counting operations and from a probe of a fraction of a second that measures thi
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ START_SECONDS = 1.5  # tokenizer, skeleton, first touch of everything
 IMPORT_SECONDS = 2.5  # transformers; where there are tokens, their tokenizer brought it before the clock started
 BLOCK_SECONDS = 0.25  # an empty block, its shard, fsync, the journal
 COLUMN_SECONDS = 60e-6  # what one column of a sweep costs beside its arithmetic
-ROUNDING_BYTES = 17  # of each weight while one layer is rounded to nearest: search, quotients, codes, their values
+ROUNDING_BYTES = 32 * (4 << 20)  # of one piece of a layer while it is rounded to nearest: search, quotients, codes
+CODES_BYTES = 1  # of each weight: what a block was replaced by, and what of it is being written
 SOLVER_BYTES = 3 * (64 << 20)  # weights, errors and codes of one chunk of rows
 
 
@@ -69,7 +69,7 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
     stream_bytes = count * checkpoint.config["hidden_size"] * checkpoint.dtype.itemsize
     spilled = stream_bytes > SPILL_ABOVE_BYTES
     if tokens is None:
-        held += ROUNDING_BYTES * _largest_site(checkpoint)
+        held += ROUNDING_BYTES + CODES_BYTES * weights
     else:
         squares = [4 * group.width**2 for group in largest]
         widest = max(largest, key=lambda group: group.width)
@@ -91,12 +91,6 @@ def _played_widths(checkpoint: Checkpoint) -> list[int]:
     """Widths of what group order keeps of a forward: attention's inner and outer output, the feed-forward's input."""
     widths = {name: checkpoint.info(f"{sites[0]}.weight").shape for name, sites in checkpoint.groups(0)}
     return [*widths["o"][::-1], *([widths["down"][1]] if "down" in widths else [])]
-
-
-def _largest_site(checkpoint: Checkpoint) -> int:
-    """Weights of the largest linear layer of the blocks."""
-    sites = [site for index in range(checkpoint.num_blocks) for site in checkpoint.sites(index)]
-    return max(math.prod(checkpoint.info(f"{site}.weight").shape) for site in sites)
 
 
 def groups_of(checkpoint: Checkpoint, index: int) -> list[LayerGroup]:

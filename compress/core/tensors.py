@@ -3,6 +3,7 @@
 Shape suffixes: O output channels, K input channels, G groups, W 32-bit words of a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from compress.core.errors import ArtifactError
 from compress.core.levels import levels
 from compress.core.scheme import Scheme
 
+_DEQUANTIZED_AT_ONCE = 4 << 20  # weights
 _RUN = 8  # codes that are combined at once: 8 codes of b bits are exactly b bytes
 # (integer type that holds twice as much, its bits): two neighbours are seen as one integer of the next type
 _WIDER = ((torch.int16, 16), (torch.int32, 32), (torch.int64, 64))
@@ -128,19 +130,38 @@ class QuantTensor:
         packed, zero = self.packed[part], None if self.zero is None else self.zero[part]
         return QuantTensor(packed, self.scale[part], zero, self.scheme, (packed.shape[0], self.shape[1]))
 
+    @classmethod
+    def stack(cls, parts: Sequence["QuantTensor"]) -> "QuantTensor":
+        """The output channels of all parts, which have one scheme and width; the inverse of `rows`."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        zeros = [part.zero for part in parts if part.zero is not None]
+        shape = (sum(part.shape[0] for part in parts), first.shape[1])
+        packed, scale = torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts])
+        return cls(packed, scale, torch.cat(zeros) if zeros else None, first.scheme, shape)
+
     def to(self, device: str | torch.device) -> "QuantTensor":
         """The same tensor on another device."""
         zero = None if self.zero is None else self.zero.to(device)
         return QuantTensor(self.packed.to(device), self.scale.to(device), zero, self.scheme, self.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight [out, in], computed in fp32 and rounded once to `dtype`."""
+        """The weight [out, in], computed in fp32 and rounded once to `dtype`; some rows at a time, to hold little."""
+        at_once = max(1, _DEQUANTIZED_AT_ONCE // self.shape[1])
+        if self.shape[0] <= at_once:
+            return self._dequantize_rows().to(dtype)
+        weight = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+        for start in range(0, self.shape[0], at_once):
+            weight[start : start + at_once] = self.rows(start, start + at_once)._dequantize_rows()
+        return weight
+
+    def _dequantize_rows(self) -> torch.Tensor:
         width, size = self.shape[1], self.scheme.group_size
         weight = levels(self.stored(), self.scheme)
         if self.zero is not None:
             weight -= spread(self.zero.float(), size, width)
-        weight *= spread(self.scale.float(), size, width)
-        return weight.to(dtype)
+        return weight.mul_(spread(self.scale.float(), size, width))
 
     @property
     def bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""What the plan of uncalibrated rounding counts is what rounding takes."""
+"""What the plan of uncalibrated rounding counts is what rounding takes, a piece of a layer at a time."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress.core.checkpoint import Checkpoint
-from compress.core.memory import IMPORT_SECONDS, ROUNDING_BYTES, estimate
+from compress.core.memory import CODES_BYTES, IMPORT_SECONDS, ROUNDING_BYTES, estimate
 from compress.core.scheme import Scheme
 from quantize._rounding import round_site
 
@@ -23,7 +23,10 @@ class Layer:
     """As much of a site as rounding asks for."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.weight, self.name = weight, "layer"
+        self.weight, self.name, self.shape = weight, "layer", tuple(weight.shape)
+
+    def rows(self, rows: slice) -> torch.Tensor:
+        return self.weight[rows].clone()
 
     def replace(self, tensor: object) -> None:
         self.tensor = tensor
@@ -35,7 +38,7 @@ class Layer:
 @pytest.mark.skipif(not STATUS.exists(), reason="needs /proc")
 @pytest.mark.parametrize("scheme", [Scheme(4, 64), Scheme(8, 128)], ids=["w4", "w8"])
 def test_rounding_one_layer_stays_within_the_plan(scheme: Scheme) -> None:
-    weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(8192, 2048, generator=torch.Generator().manual_seed(0))
     done, seen = threading.Event(), [0]
 
     def watch() -> None:
@@ -50,11 +53,11 @@ def test_rounding_one_layer_stays_within_the_plan(scheme: Scheme) -> None:
     round_site(Layer(weight), scheme, torch.bfloat16, "mse")
     done.set()
     watcher.join()
-    taken = (seen[0] - before) / weight.numel()
-    assert 1 < taken < 1.3 * ROUNDING_BYTES
+    planned = ROUNDING_BYTES + CODES_BYTES * weight.numel()
+    assert weight.numel() / 2 < seen[0] - before < 1.1 * planned
 
 
-def test_a_plan_without_tokens_counts_the_largest_layer_and_the_imports(tiny_model) -> None:
+def test_a_plan_without_tokens_counts_the_imports(tiny_model) -> None:
     cost = estimate(Checkpoint.open(tiny_model("llama")), None)
     assert cost.minutes * 60 > IMPORT_SECONDS
     assert cost.spill_bytes == 0

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from compress.core import tensors
 from compress.core.errors import ArtifactError
+from compress.core.grid import fit_grid
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor, pack_rows, spread, unpack_rows, words_in
 
@@ -82,3 +84,20 @@ def test_parts_that_do_not_fit_are_refused(
             Scheme(4, group_size=8),
             (2, 16),
         )
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_parts_stack_to_the_whole(symmetric: bool) -> None:
+    scheme = Scheme(4, 32, symmetric)
+    weight = torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
+    whole = fit_grid(weight, scheme, scale_dtype=torch.bfloat16).round(weight)
+    stacked = QuantTensor.stack([whole.rows(0, 7), whole.rows(7, 48), whole.rows(48, 50)])
+    assert stacked.shape == whole.shape and torch.equal(stacked.dequantize(), whole.dequantize())
+
+
+def test_a_large_weight_is_dequantized_in_pieces_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
+    tensor = fit_grid(weight, Scheme(3, 32, symmetric=False), scale_dtype=torch.bfloat16).round(weight)
+    whole = tensor.dequantize(torch.bfloat16)
+    monkeypatch.setattr(tensors, "_DEQUANTIZED_AT_ONCE", 96 * 7)
+    assert torch.equal(tensor.dequantize(torch.bfloat16), whole)
