@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -109,9 +110,10 @@ def quantize(cases: list[Case], place: Workplace, peers: tools.Peers) -> dict[Ca
     environment = tools.quiet_environment(place.threads)
     log = place.root / f"{tool}.log"
     with log.open("ab") as stream:
-        if tool == tools.OURS:
-            return {case: reason for case in cases if (reason := quantize_ours(place.job(case), environment, stream))}
         jobs = [place.job(case) for case in cases]
+        if tool == tools.OURS:
+            quantize_ours(jobs, environment, stream)
+            return {case: "no artifact" for case in cases if not Path(place.job(case).output).exists()}
         listed = place.root / f"{tool}-jobs.json"
         listed.write_text(json.dumps([asdict(job) for job in jobs]))
         command = tools.peer_command(peers, tool, "--jobs", str(listed))
@@ -124,12 +126,15 @@ def quantize(cases: list[Case], place: Workplace, peers: tools.Peers) -> dict[Ca
     return failures
 
 
-def quantize_ours(job: Job, environment: dict[str, str], log: object) -> str | None:
-    recipe = tools.write_recipe(job, SAMPLES, LENGTH, Path(job.json).with_suffix(".yaml"))
-    shutil.rmtree(job.output, ignore_errors=True)
-    shutil.rmtree(f"{job.output}.report", ignore_errors=True)
-    done = subprocess.run(tools.our_command(job, recipe), env=environment, stdout=log, stderr=log, check=False)
-    return None if done.returncode == 0 else f"exit {done.returncode}"
+def quantize_ours(jobs: list[Job], environment: dict[str, str], log: object) -> None:
+    words = []
+    for job in jobs:
+        recipe = tools.write_recipe(job, SAMPLES, LENGTH, Path(job.json).with_suffix(".yaml"))
+        shutil.rmtree(job.output, ignore_errors=True)
+        shutil.rmtree(f"{job.output}.report", ignore_errors=True)
+        words += [str(recipe), job.output]
+    command = [sys.executable, str(tools.HERE / "run_compress.py"), *words]
+    subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
 
 
 def score(case: Case, place: Workplace, failure: str | None, keep: bool) -> None:
