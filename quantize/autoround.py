@@ -49,6 +49,7 @@ class AutoRound(WeightQuantization):
 
     def run(self, job: Job) -> None:
         from compress.core.statistics import Hessian
+        from compress.core.tensors import QuantTensor
         from quantize._autoround import Learning, learn_block, original_outputs
 
         learning = Learning(self.steps, self.tokens_per_step, self.reach, self.scale_reach)
@@ -59,7 +60,8 @@ class AutoRound(WeightQuantization):
             for group in block.groups:
                 self._begin(group, job)
                 group.release()
-            sites = [site for site in block.sites if site.replacement is not None and not site.record.fallback]
+            coded = [site for site in block.sites if isinstance(site.replacement, QuantTensor)]
+            sites = [site for site in coded if not site.record.fallback]
             if sites:
                 left = learn_block(block, sites, targets, learning, source)
                 job.events(Metric("autoround", "error_left", left, block.name))

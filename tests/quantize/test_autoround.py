@@ -11,12 +11,13 @@ import torch
 from compress.core.calibration import Tokens
 from compress.core.checkpoint import Checkpoint
 from compress.core.events import Event, Metric, Notice
+from compress.core.methods import find_pass
 from compress.core.passes import Job
 from compress.core.tensors import QuantTensor
 from quantize._autoround import original_outputs
 from quantize.autoround import AutoRound
 from tests.conftest import TinyModel
-from tests.contracts.test_passes import Shelf, quantized, tokens_for
+from tests.contracts.test_passes import Shelf, quantized, run, same, tokens_for
 
 
 def job_of(
@@ -152,3 +153,18 @@ def test_learned_tensors_are_ordinary(tiny_model: TinyModel) -> None:
     for tensor in quantized(shelf).values():
         assert isinstance(tensor, QuantTensor) and tensor.scale.dtype is checkpoint.dtype
         assert int(tensor.codes().min()) >= -2 and int(tensor.codes().max()) <= 1
+
+
+@pytest.mark.parametrize("step", [{"rotate": {}}, {"awq_scale": {"steps": 3}}], ids=["rotate", "awq_scale"])
+def test_learning_starts_from_prepared_weights(tiny_model: TinyModel, step: dict[str, dict[str, int]]) -> None:
+    """Codes of the prepared weights, near them; interrupted and resumed to the bit."""
+    folder = tiny_model("llama")
+    same_for_both = {"scheme": "w4a16", "group_size": 16, "prepare": (step,), "ignore": ("*.up_proj",)}
+    settings = AutoRound(**same_for_both, steps=4, reach=0.05, scale_reach=0.02)
+    gptq = find_pass("quantize", "gptq")(**same_for_both)
+    whole = run(folder, settings, Shelf())
+    assert same(whole, run(folder, settings, Shelf(whole, 1)))
+    expected = quantized(run(folder, gptq, Shelf()))
+    for name, tensor in quantized(whole).items():
+        weight = expected[name].dequantize()
+        assert float((tensor.dequantize() - weight).square().mean() / weight.square().mean()) < 0.03, name
