@@ -15,6 +15,7 @@ from quantize import prepare as folder
 from quantize.prepare._transform import Target, Transform
 
 if TYPE_CHECKING:
+    from compress.core.checkpoint import Checkpoint
     from compress.core.walk import Block, Preparation
 
 
@@ -92,6 +93,23 @@ def scheme_problem(prepare: tuple[Any, ...], wanted: Scheme) -> str | None:
         if reason:
             return f"prepare: {step.name} {reason}"
     return None
+
+
+def prepared_bytes(checkpoint: Checkpoint, transforms: tuple[Transform, ...]) -> int:
+    """Memory that transforms take beside what the method takes: a block's weights in fp32, and the statistics of all
+    its groups at once (at most a wave of them)."""
+    from compress.core._gather import WAVE_BYTES
+    from compress.core.memory import groups_of
+
+    kinds = [kind for transform in transforms for kind in transform.statistics()]
+    most = 0
+    for index in range(checkpoint.num_blocks) if transforms else ():
+        groups = groups_of(checkpoint, index)
+        statistics = sum(kind.bytes_for(group.width) for kind in kinds for group in groups)
+        largest = max(sum(kind.bytes_for(group.width) for kind in kinds) for group in groups)
+        weights = sum(4 * group.rows * group.width for group in groups)
+        most = max(most, weights + max(largest, min(WAVE_BYTES, statistics)))
+    return most
 
 
 def preparation(transforms: tuple[Transform, ...], target: Target) -> Preparation | None:

@@ -13,7 +13,7 @@ from compress.core.errors import UsageError
 from compress.core.passes import Job, LayerPlan, Pass, Plan
 from compress.core.quantities import format_bytes
 from compress.core.scheme import Scheme
-from quantize._prepare import Prepare, order_problem, preparation, scheme_problem
+from quantize._prepare import Prepare, order_problem, preparation, prepared_bytes, scheme_problem
 from quantize.prepare._transform import Target, Transform
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class WeightQuantization(Pass):
         return Plan(
             layers=tuple(layers),
             bytes_out=bytes_out,
-            peak_memory_bytes=cost.memory_bytes,
+            peak_memory_bytes=cost.memory_bytes + prepared_bytes(checkpoint, self.first_steps),
             disk_bytes=bytes_out + cost.spill_bytes,
             minutes=cost.minutes,
             notices=(*(f"ignore pattern {pattern!r} matches no layer" for pattern in unused), *_untied(added_bytes)),
