@@ -15,6 +15,7 @@ OPTIONS = {
     "calibrate": "recipe output model set offline json quiet",
     "inspect": "json quiet verbose",
     "verify": "source level library json quiet verbose",
+    "export": "format output type requantize fresh dry-run tensor-parallel json quiet verbose",
     "push": "public dry-run message json quiet verbose",
     "eval": (
         "against recipe text window tasks task-folder limit through numerics device dtype offline json quiet verbose"
