@@ -118,7 +118,7 @@ def require_writable(source: Checkpoint, format: str) -> None:
         raise InputError(
             f"the weights are dense, and {format} would hold them quantized",
             where=str(source.folder),
-            hint="quantize them by a recipe first; only --format gguf and bitsandbytes take dense weights",
+            hint="quantize them by a recipe first; only --format gguf takes dense weights",
         )
     schemes, shapes = source.schemes, shapes_of(source)
     require_held(schemes, shapes, format, where=str(source.folder))
