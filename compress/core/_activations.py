@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.core.errors import ResourceError
 
-JUDGED_EVERY = 8
+JUDGED_EVERY = 16
 PLAYED_IN_MEMORY_BYTES = 32 << 20
 MICRO_BATCH_TOKENS = 1024
 
@@ -75,7 +75,7 @@ class Activations:
         return None if self._counted_NT is None else self._counted_NT[batch].reshape(-1)
 
     def judged(self) -> Iterator[tuple[slice, bool]]:
-        """The micro-batches, and whether the block's output error is measured on it: on every eighth is enough."""
+        """The micro-batches, and whether the block's output error is measured on it: on every sixteenth is enough."""
         return ((batch, index % JUDGED_EVERY == 0) for index, batch in enumerate(self.batches()))
 
     def swap(self) -> None:

@@ -38,7 +38,7 @@ class SiteRecord:
 @dataclass(frozen=True, slots=True)
 class BlockRecord:
     """What happened to one block. `output_error` is the relative MSE of its output against the original weights, on the
-    same inputs, over every eighth micro-batch."""
+    same inputs, over every sixteenth micro-batch."""
 
     index: int
     name: str

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress.core._activations import Activations
 from compress.core._block import Block
 from compress.core._playback import Playback
-from compress.core._skeleton import fill
+from compress.core._skeleton import fill, keeping_casts
 from compress.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,14 +90,15 @@ def advance(
     if stream is None:
         return None
     wrong = size = 0.0
-    for batch, judged in stream.judged():
-        if last and not (compare and judged):
-            continue
-        with nullcontext() if playback is None else playback.playing(batch):
-            stream.inputs[batch] = block.forward(stream.inputs[batch].to(device))
-        if compare and judged:
-            wrong_here, size_here = _squares(stream.inputs[batch], stream.targets[batch], stream.counted(batch))
-            wrong, size = wrong + wrong_here, size + size_here
+    with keeping_casts(block.module):
+        for batch, judged in stream.judged():
+            if last and not (compare and judged):
+                continue
+            with nullcontext() if playback is None else playback.playing(batch):
+                stream.inputs[batch] = block.forward(stream.inputs[batch].to(device))
+            if compare and judged:
+                wrong_here, size_here = _squares(stream.inputs[batch], stream.targets[batch], stream.counted(batch))
+                wrong, size = wrong + wrong_here, size + size_here
     return wrong / size if compare and size else None
 
 

@@ -17,6 +17,7 @@ from compress.core._activations import Activations
 from compress.core._block import Block, Group
 from compress.core._experts import UnfusedExperts
 from compress.core._playback import Playback
+from compress.core._skeleton import keeping_casts
 from compress.core.statistics import Statistic
 
 Order = Literal["block", "groups"]
@@ -126,6 +127,7 @@ class Gathering:
         deepest = [tap for tap in taps if tap.group.depth == max(group.depth for group in wave)]
         last = deepest[0] if len(deepest) == 1 else None  # behind it nothing is of interest, unless it is a target
         with ExitStack() as hooks:
+            hooks.enter_context(keeping_casts(block.module))
             for tap in taps:
                 hook = tap.hook(experts)
                 hooks.callback(tap.group.sites[0].module.register_forward_pre_hook(hook).remove)

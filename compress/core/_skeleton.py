@@ -6,6 +6,8 @@ Parameters stay on the meta device (no memory); buffers, which no file holds, ar
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from compress.core.architectures import Architecture
 from compress.core.errors import InputError
 
 CAST_ELEMENTS = 4 << 20
+KEPT_CASTS_BYTES = 32 << 20
 
 
 class StoredLinear(nn.Linear):
@@ -25,9 +28,16 @@ class StoredLinear(nn.Linear):
     The cast goes by tiles of rows that stay in cache; the tiling is fixed, so the same input gives the same bits.
     """
 
+    keeps_cast = False
+    cast: Tensor | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         if self.weight.dtype == input.dtype:
             return super().forward(input)
+        if self.keeps_cast:
+            if self.cast is None:
+                self.cast = self.weight.to(input.dtype)
+            return nn.functional.linear(input, self.cast, self.bias)
         rows = max(1, CAST_ELEMENTS // self.in_features)
         if torch.is_grad_enabled() or rows >= self.out_features:
             return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
@@ -36,6 +46,22 @@ class StoredLinear(nn.Linear):
             tile = self.weight[start : start + rows].to(input.dtype)
             output[..., start : start + rows] = nn.functional.linear(input, tile)
         return output if self.bias is None else output.add_(self.bias)
+
+
+@contextmanager
+def keeping_casts(module: nn.Module) -> Iterator[None]:
+    """Inside, while no weight is replaced, small layers are cast once and not at every call."""
+    room, layers = KEPT_CASTS_BYTES, []
+    for layer in module.modules():
+        if isinstance(layer, StoredLinear) and layer.weight.numel() <= CAST_ELEMENTS:
+            room -= 4 * layer.weight.numel()
+            layer.keeps_cast = room >= 0
+            layers.append(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keeps_cast, layer.cast = False, None
 
 
 class Skeleton:

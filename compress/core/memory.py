@@ -59,6 +59,7 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
     """Cost of quantizing every block of `checkpoint`, calibrated on `tokens` (None: no forward passes)."""
     from compress.core._activations import MICRO_BATCH_TOKENS, PLAYED_IN_MEMORY_BYTES
     from compress.core._gather import WAVE_BYTES
+    from compress.core._skeleton import KEPT_CASTS_BYTES
     from compress.core.walk import SPILL_ABOVE_BYTES
 
     blocks = [groups_of(checkpoint, index) for index in range(checkpoint.num_blocks)]
@@ -77,7 +78,12 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
         statistics = max(max(squares), min(WAVE_BYTES, sum(4 * group.width**2 for group in at_once)))
         passing = 4 * MICRO_BATCH_TOKENS * (2 * max(group.width for group in largest) + max(g.rows for g in largest))
         chunk = min(SOLVER_BYTES, 12 * max(group.rows * group.width for group in largest))
-        held += (0 if spilled else 2 * stream_bytes) + statistics + max(passing, chunk, max(squares) // 2)
+        held += (
+            KEPT_CASTS_BYTES
+            + (0 if spilled else 2 * stream_bytes)
+            + statistics
+            + max(passing, chunk, max(squares) // 2)
+        )
     played = [4 * count * width for width in _played_widths(checkpoint)] if true_sequential else []
     held += sum(size for size in played if size <= PLAYED_IN_MEMORY_BYTES)
     spill_bytes = 2 * stream_bytes * spilled + sum(size for size in played if size > PLAYED_IN_MEMORY_BYTES)
