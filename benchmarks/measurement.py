@@ -30,8 +30,17 @@ def children(pid: int) -> list[int]:
         except OSError:  # the thread has ended since
             continue
         for child in listed:
-            found += children(int(child))
+            if command_line(int(child)) != command_line(pid):  # between fork and exec a child's memory is its parent's
+                found += children(int(child))
     return found
+
+
+def command_line(pid: int) -> bytes:
+    """Empty for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def rss_anon_bytes(pid: int) -> int:
