@@ -100,6 +100,7 @@ def _played_widths(checkpoint: Checkpoint) -> list[int]:
 
 
 def groups_of(checkpoint: Checkpoint, index: int) -> list[LayerGroup]:
+    """The groups of block `index` as sizes, with the share of tokens that reaches each."""
     experts = checkpoint.config.get("num_experts") or checkpoint.config.get("num_local_experts") or 1
     share = checkpoint.config.get("num_experts_per_tok", 1) / experts
     found = []
@@ -138,6 +139,7 @@ def _passes(group: LayerGroup, true_sequential: bool) -> float:
 
 @cache
 def machine_speed() -> Speed:
+    """Measured once in a process, in a fraction of a second."""
     import torch
 
     a_MK, b_KN = torch.ones(512, 1024), torch.ones(1024, 1024)

@@ -308,10 +308,10 @@ def test_in_group_order_every_layer_is_computed_once(tiny_model: TinyModel, monk
         return forward(layer, x)
 
     monkeypatch.setattr(StoredLinear, "forward", counted)
-    samples, length, layers = 18, 24, 7
+    samples, length, layers = 34, 24, 7
     tokens = tokens_of(checkpoint, samples, length)
     compress_with_hessian(walk(checkpoint, tokens, collect={Hessian}, order="groups", sink=Memory(), micro_batch=2))
-    every, judged = samples * length, 2 * 2 * length  # micro-batches 0 and 8 of 9
+    every, judged = samples * length, 2 * 2 * length  # micro-batches 0 and 16 of 17
     assert rows == LAYERS * layers * (every + judged) - (every - judged)  # nobody reads what the last layer gives
 
 
