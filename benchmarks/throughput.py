@@ -138,7 +138,7 @@ def render(results: dict[str, object]) -> str:
         for workload, line in workloads.items():
             cells = [f"{line[who]:.1f}" if who in line else "" for who in CONTESTANTS]
             lines.append(f"| {workload} | {' | '.join(cells)} |")
-        lines += ["", *(f"{name}: {ratio:.2f}" for name, ratio in results["ratios"][shape].items()), ""]
+        lines += ["", *(f"- {name}: {ratio:.2f} ×" for name, ratio in results["ratios"][shape].items()), ""]
     lines += [f"failed: {one['contestant']} on {one['shape']}: {one['failed']}" for one in results["failures"]]
     return "\n".join(lines).strip()
 
