@@ -6,30 +6,28 @@ time; nothing is rounded, so that every weight means the same number to the bit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress.core.compatibility import formats_for, refusals
 from compress.core.errors import ArtifactError, InputError
 from compress.core.files import (
     Written,
-    atomic_write,
     copy_file,
     link_or_copy,
     make_folder,
     remove_tree,
-    sha256_file,
     write_entries,
+    written_file,
 )
 from compress.core.formats import method_of, reader_for, stored_modules, writer_for
 from compress.core.formats._checks import exact_as
 from compress.core.manifest import Coverage
+from compress.core.model_files import INDEX_NAME, SHARD_METADATA, shard_index, shard_name, unquantized, write_json
 from compress.core.safetensors_io import load_tensor, raw_bytes, read_header, torch_dtype
 from compress.core.safetensors_layout import Entry, dtype_name, tensor_bytes, tensor_entry
-from compress.core.stage_writer import INDEX_NAME, SHARD_METADATA
 
 if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
@@ -95,18 +93,18 @@ def rewrite(source: Checkpoint, staged: Path, format: str) -> dict[str, Written]
     make_folder(staged)
     files: dict[str, Written] = {}
     blocks = [source.block_tensors(index) for index in range(source.num_blocks)]
-    for number, names in enumerate([*blocks, source.rest_tensors()], 1):
-        name = f"model-{number:05d}-of-{source.num_blocks + 1:05d}.safetensors"
+    for index, names in enumerate([*blocks, source.rest_tensors()]):
+        name = shard_name(index, source.num_blocks)
         files[name] = write_entries(staged / name, _encoded(source, names, format), SHARD_METADATA)
     for relative in source.aux_files:
         if relative.name not in _SETTINGS_OF_OTHERS:
             make_folder((staged / relative).parent)
             copy_file(source.folder / relative, staged / relative)
-            files[str(relative)] = _written(staged / relative)
+            files[str(relative)] = written_file(staged / relative)
     schemes = source.schemes
-    config = writer_for(format).quantization_config(schemes, _unquantized(source, schemes))
-    files["config.json"] = _write_json(staged / "config.json", source.config | {"quantization_config": config})
-    files[INDEX_NAME] = _write_json(staged / INDEX_NAME, _index(staged, files))
+    config = writer_for(format).quantization_config(schemes, unquantized(source, schemes))
+    files["config.json"] = write_json(staged / "config.json", source.config | {"quantization_config": config})
+    files[INDEX_NAME] = write_json(staged / INDEX_NAME, shard_index(staged, files))
     _require_equal(source, staged)
     return files
 
@@ -163,23 +161,6 @@ def _as_it_is(info: TensorInfo) -> Entry:
     return Entry(info.name, info.dtype, info.shape, lambda: raw_bytes(info))
 
 
-def _unquantized(source: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
-    """Linear modules that stay as they are: every matrix but the embedding, and the head even where it is tied."""
-    embedding = f"{source.architecture.embedding}.weight"
-    matrices = {
-        name.removesuffix(".weight")
-        for name, info in source.tensors.items()
-        if name.endswith(".weight") and len(info.shape) == 2 and name != embedding
-    }
-    return sorted({*matrices, source.architecture.head} - schemes.keys())
-
-
-def _index(staged: Path, files: Mapping[str, Written]) -> dict[str, Any]:
-    infos = [info for name in files if name.endswith(".safetensors") for info in read_header(staged / name).values()]
-    weight_map = {info.name: info.file.name for info in sorted(infos, key=lambda info: info.name)}
-    return {"metadata": {"total_size": sum(info.bytes for info in infos)}, "weight_map": weight_map}
-
-
 def _require_equal(source: Checkpoint, staged: Path) -> None:
     """ArtifactError unless the written folder means the same weights, to the bit."""
     import torch
@@ -192,15 +173,6 @@ def _require_equal(source: Checkpoint, staged: Path) -> None:
     for module in source.schemes:
         if not torch.equal(written.weight(module, torch.float32), source.weight(module, torch.float32)):
             raise ArtifactError("does not mean the same weights as the source", where=f"{staged}: {module}")
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> Written:
-    atomic_write(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-    return _written(path)
-
-
-def _written(path: Path) -> Written:
-    return Written(path.stat().st_size, sha256_file(path))
 
 
 def coverage(

@@ -16,7 +16,7 @@ import compress
 from compress.core.compatibility import Verdict, as_written, preflight
 from compress.core.errors import ArtifactError, InputError, UsageError
 from compress.core.events import Finished, Listener, Started, silent
-from compress.core.files import Written, atomic_write, copy_file, make_folder, publish_dir, remove_tree, sha256_file
+from compress.core.files import Written, atomic_write, copy_file, make_folder, publish_dir, remove_tree, written_file
 from compress.core.lock import FolderLock
 from compress.core.manifest import MANIFEST_NAME, Coverage, FileRecord, Manifest
 from compress.export import require_writable, rewrite, shapes_of
@@ -194,13 +194,13 @@ def describe(
     for name in carried:
         if (source.folder / name).is_file():
             copy_file(source.folder / name, staged / name)
-            files[name] = _written(staged / name)
+            files[name] = written_file(staged / name)
     weights = "matrices were rounded anew, so that the figures of the source do not hold"
     if not rounded:
         weights = "every weight means the same number, to the bit"
     figures = " `evaluation.json` holds the figures of the source." if "evaluation.json" in files else ""
     atomic_write(staged / "README.md", _card(source, format, verdicts, f"{weights}.{figures}"))
-    return files | {"README.md": _written(staged / "README.md")}
+    return files | {"README.md": written_file(staged / "README.md")}
 
 
 def _card(source: Checkpoint, format: str, verdicts: list[Verdict], weights: str) -> str:
@@ -259,7 +259,3 @@ def require_verified(staged: Path) -> None:
             f"the result does not pass verification and is not published: {failed[0].name}: {failed[0].detail}",
             where=str(staged),
         )
-
-
-def _written(path: Path) -> Written:
-    return Written(path.stat().st_size, sha256_file(path))

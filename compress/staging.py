@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import compress
 from compress.core.errors import ArtifactError
 from compress.core.events import Finished, Listener, Started
-from compress.core.files import Written, atomic_write, sha256_file
+from compress.core.files import Written, atomic_write, sha256_file, written_file
 from compress.core.journal import Journal
 from compress.core.manifest import MANIFEST_NAME, FileRecord, Manifest
 from compress.export import STAGE_FORMAT, coverage, export, rewrite
@@ -42,7 +41,7 @@ def stage_artifact(
     evaluation = _evaluation(artifact, inputs, options, workspace, journal, events)
     for name, text in _texts(artifact, inputs, journal, evaluation).items():
         atomic_write(workspace.staged / name, text)
-        files[name] = _written(workspace.staged / name)
+        files[name] = written_file(workspace.staged / name)
     manifest = _manifest(artifact, inputs, journal, files, (evaluation or {}).get("parity"))
     atomic_write(workspace.staged / MANIFEST_NAME, manifest.text())
     journal.add("ready", {"manifest_sha256": sha256_file(workspace.staged / MANIFEST_NAME)})
@@ -165,7 +164,3 @@ def _manifest(
             for number, stage in enumerate(inputs.recipe.stages)
         ],
     )
-
-
-def _written(path: Path) -> Written:
-    return Written(path.stat().st_size, sha256_file(path))

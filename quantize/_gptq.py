@@ -1,7 +1,7 @@
 """GPTQ's maths for layers that share an input. Shape suffixes: O outputs, K inputs, R rows of a chunk, G groups."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,7 +14,7 @@ from compress.core.statistics import Hessian
 from compress.core.tensors import QuantTensor
 from compress.core.walk import Group, Site
 from quantize._refit import Solution, solve
-from quantize._rounding import CLIPS, round_site
+from quantize._rounding import CLIPS, fall_back, too_few_tokens
 
 _CHUNK_BYTES = 64 << 20  # weights solved at once; a sweep holds three such buffers, with refits five of half
 _SAMPLED_ROWS = 64  # rows on which a layer's output power is measured
@@ -29,20 +29,20 @@ class Settings:
     tokens_per_channel: float
     clip: str
     refits: int = 0
+    cubed: bool = True  # of the span search: better models, though a layer's own error is a little larger
 
 
 def solve_group(group: Group, sites: list[Site], scheme: Scheme, settings: Settings, job: Job) -> None:
     """Quantize `sites`, which share the group's input: one Hessian, one factorisation, rows stacked."""
-    width = sites[0].shape[1]
     scale_dtype = job.checkpoint.dtype
-    if group.routed and group.tokens < settings.tokens_per_channel * width:
-        reason = f"saw {group.tokens} tokens, fewer than {settings.tokens_per_channel:g} per input channel ({width})"
-        return _fall_back(sites, scheme, settings, job, reason)
+    reason = too_few_tokens(group, settings.tokens_per_channel)
+    if reason:
+        return _round_all(sites, scheme, settings, job, reason)
     hessian_KK = group.statistics[Hessian]
     power = {site.name: _output_power(site, hessian_KK) for site in sites}
     factor = factorise(hessian_KK, damping=settings.damping, activation_order=settings.activation_order)
     if factor is None:
-        return _fall_back(sites, scheme, settings, job, "the Hessian could not be factorised at any damping")
+        return _round_all(sites, scheme, settings, job, "the Hessian could not be factorised at any damping")
     if factor.retries:
         job.events(Notice(f"needed damping {factor.damping:g} after {factor.retries} retries", sites[0].name))
     results = _solve_rows(sites, scheme, settings, factor, scale_dtype)
@@ -71,10 +71,11 @@ def _solve_rows(
     width = sites[0].shape[1]
     importance_K = torch.empty_like(factor.diagonal_K)
     importance_K[factor.order_K] = factor.diagonal_K.square()  # what an error costs once later columns made up for it
+    searched = CLIPS[settings.clip]
+    clip = searched and replace(searched, cubed=settings.cubed)
     results = {site.name: _Result(site.shape, scheme, scale_dtype) for site in sites}
     for pieces in _chunks(sites, max(1, _CHUNK_BYTES // (8 if settings.refits else 4) // width)):
         weight_RK = torch.cat([site.rows(rows) for site, rows in pieces])
-        clip = CLIPS[settings.clip]
         grid = fit_grid(weight_RK, scheme, scale_dtype=scale_dtype, clip=clip, importance_K=importance_K)
         solution = solve(weight_RK, grid, factor, settings.refits)
         start = 0
@@ -134,7 +135,6 @@ def _output_power(site: Site, hessian_KK: torch.Tensor) -> float:
     return float(((sampled_RK @ hessian_KK) * sampled_RK).sum()) * outputs / len(sampled_RK)
 
 
-def _fall_back(sites: list[Site], scheme: Scheme, settings: Settings, job: Job, reason: str) -> None:
+def _round_all(sites: list[Site], scheme: Scheme, settings: Settings, job: Job, reason: str) -> None:
     for site in sites:
-        job.events(Notice(f"rounded to nearest: it {reason}", site.name, level="warning"))
-        round_site(site, scheme, job.checkpoint.dtype, settings.clip, fallback=reason)
+        fall_back(site, scheme, settings.clip, job, reason)

@@ -11,6 +11,7 @@ import torch
 
 from compress.core.grid import Grid
 from compress.core.solve import Factor
+from compress.core.tensors import spread
 from quantize._sweep import quantize_rows
 
 
@@ -43,14 +44,14 @@ def solve(weight_RK: torch.Tensor, grid: Grid, factor: Factor, rounds: int) -> S
 def fit_scales(weight_RK: torch.Tensor, solution: Solution, factor: Factor) -> Solution:
     """One pass of coordinate descent over the scales of all groups, with the codes as they are."""
     grid, width = solution.grid, weight_RK.shape[1]
-    size = width if grid.scheme.group_size == -1 else grid.scheme.group_size
+    size = grid.scheme.group_width(width)
     place_K = torch.empty_like(factor.order_K)
     place_K[factor.order_K] = torch.arange(width, device=place_K.device)
     scale_RG = grid.scale.float()
     levels_RK = solution.codes_RK.float()
     if grid.zero is not None:
-        levels_RK -= grid.zero.float().repeat_interleave(size, 1)[:, :width]
-    error_RK = weight_RK - levels_RK * scale_RG.repeat_interleave(size, 1)[:, :width]
+        levels_RK -= spread(grid.zero.float(), size, width)
+    error_RK = weight_RK - levels_RK * spread(scale_RG, size, width)
     error_RK = (error_RK[:, factor.order_K] @ factor.feedback_KK).mul_(factor.diagonal_K)
     for g in range(scale_RG.shape[1]):
         channels = slice(g * size, (g + 1) * size)

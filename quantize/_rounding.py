@@ -2,10 +2,12 @@
 
 import torch
 
+from compress.core.events import Notice
 from compress.core.grid import Clip, fit_grid
+from compress.core.passes import Job
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
-from compress.core.walk import Site
+from compress.core.walk import Group, Site
 
 CLIPS: dict[str, Clip | None] = {"mse": Clip(), "minmax": None}
 _ROUNDED_AT_ONCE = 4 << 20  # weights; a search and its rounding hold five numbers for each
@@ -24,3 +26,16 @@ def round_site(site: Site, scheme: Scheme, scale_dtype: torch.dtype, clip: str, 
         parts.append(tensor)
     site.replace(QuantTensor.stack(parts))
     site.note(method="rtn", bits=scheme.bits, group_size=scheme.group_size, error=error / power, fallback=fallback)
+
+
+def too_few_tokens(group: Group, per_channel: float) -> str:
+    """Why an expert is rounded to nearest: it saw fewer tokens than `per_channel` times its width. Else empty."""
+    if not group.routed or group.tokens >= per_channel * group.width:
+        return ""
+    return f"saw {group.tokens} tokens, fewer than {per_channel:g} per input channel ({group.width})"
+
+
+def fall_back(site: Site, scheme: Scheme, clip: str, job: Job, reason: str) -> None:
+    """Round a site to nearest for want of better, and say why."""
+    job.events(Notice(f"rounded to nearest: it {reason}", site.name, level="warning"))
+    round_site(site, scheme, job.checkpoint.dtype, clip, fallback=reason)

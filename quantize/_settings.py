@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
     from compress.core.statistics import Statistic
-    from compress.core.walk import Block
+    from compress.core.walk import Block, Group, Site
 
 DEFAULT_GROUP_SIZE = 128
 
@@ -110,6 +110,11 @@ class WeightQuantization(Pass):
             return self.wanted  # refused by name in `plan`, before any work
         smaller = max((s for s in range(8, size) if width % s == 0), default=-1) if self.uneven == "smaller" else -1
         return Scheme(self.wanted.bits, smaller, self.symmetric)
+
+    def chosen(self, group: Group) -> list[tuple[Site, Scheme]]:
+        """The layers of a group that are not left alone, with their schemes."""
+        sites = [(site, self.scheme_for(site.name, site.shape[1])) for site in group.sites]
+        return [(site, scheme) for site, scheme in sites if scheme is not None]
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         """Exact bytes from headers; memory and minutes from the shapes."""

@@ -23,9 +23,9 @@ class _Codes:
         self.zero_GR = None if grid.zero is None else grid.zero.float().t().contiguous()
         self.codes_KR = torch.empty((width, rows), dtype=torch.int8, device=weight_RK.device)
         self._scheme = grid.scheme
-        self._size = width if grid.scheme.group_size == -1 else grid.scheme.group_size
+        self._size = grid.scheme.group_width(width)
         self._inverse_GR = 1 / self.scale_GR
-        self._native = weight_RK.device.type == "cpu" and native.library() is not None
+        self._native = native.serves(weight_RK)
 
     def round_block(self, columns: Columns, error_BR: torch.Tensor, loss_R: torch.Tensor) -> None:
         if not self._native:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.core.events import Metric, Notice
+from compress.core.events import Metric
 from compress.core.passes import Job, Plan
 from quantize._settings import WeightQuantization
 
@@ -69,25 +69,24 @@ class AutoRound(WeightQuantization):
     def _begin(self, group: Group, job: Job) -> None:
         """The codes that learning starts from; experts that saw few tokens keep them."""
         from quantize._gptq import Settings, solve_group
-        from quantize._rounding import round_site
+        from quantize._rounding import fall_back, round_site, too_few_tokens
 
-        sites = [(site, self.scheme_for(site.name, site.shape[1])) for site in group.sites]
-        chosen = [(site, scheme) for site, scheme in sites if scheme is not None]
+        chosen = self.chosen(group)
         if not chosen:
             return
         if self.start == "gptq":
             start = Settings(
-                self.damping, activation_order=True, tokens_per_channel=self.tokens_per_channel, clip=self.clip
+                self.damping,
+                activation_order=True,
+                tokens_per_channel=self.tokens_per_channel,
+                clip=self.clip,
+                cubed=False,  # learning is after the block's own error
             )
             solve_group(group, [site for site, _ in chosen], chosen[0][1], start, job)
             return
-        reason = self._too_few(group)
+        reason = too_few_tokens(group, self.tokens_per_channel)
         for site, scheme in chosen:
             if reason:
-                job.events(Notice(f"rounded to nearest: it {reason}", site.name, level="warning"))
-            round_site(site, scheme, job.checkpoint.dtype, self.clip, fallback=reason)
-
-    def _too_few(self, group: Group) -> str:
-        if not group.routed or group.tokens >= self.tokens_per_channel * group.width:
-            return ""
-        return f"saw {group.tokens} tokens, fewer than {self.tokens_per_channel:g} per input channel ({group.width})"
+                fall_back(site, scheme, self.clip, job, reason)
+            else:
+                round_site(site, scheme, job.checkpoint.dtype, self.clip)

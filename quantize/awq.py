@@ -38,8 +38,7 @@ class AWQ(WeightQuantization):
 
         for block in self.blocks(job, frozenset({Hessian})):
             for group in block.groups:
-                schemes = {site.name: self.scheme_for(site.name, site.shape[1]) for site in group.sites}
-                sites = [(site, scheme) for site in group.sites if (scheme := schemes[site.name]) is not None]
+                sites = self.chosen(group)
                 if sites:
                     round_group(group, sites, self.clip, job)
                 group.release()

@@ -48,8 +48,7 @@ class GPTQ(WeightQuantization):
         settings = Settings(self.damping, self.activation_order, self.tokens_per_channel, self.clip, self.refits)
         for block in self.blocks(job, frozenset({Hessian}), self.order):
             for group in block.groups:
-                schemes = {site.name: self.scheme_for(site.name, site.shape[1]) for site in group.sites}
-                sites = [site for site in group.sites if schemes[site.name] is not None]
+                sites = self.chosen(group)
                 if sites:
-                    solve_group(group, sites, schemes[sites[0].name], settings, job)
+                    solve_group(group, [site for site, _ in sites], sites[0][1], settings, job)
                 group.release()

@@ -25,7 +25,5 @@ class HQQ(WeightQuantization):
 
         for block in self.blocks(job):
             for group in block.groups:
-                for site in group.sites:
-                    scheme = self.scheme_for(site.name, site.shape[1])
-                    if scheme is not None:
-                        solve_site(site, scheme, job.checkpoint.dtype, self.clip, self.norm, self.iterations)
+                for site, scheme in self.chosen(group):
+                    solve_site(site, scheme, job.checkpoint.dtype, self.clip, self.norm, self.iterations)

@@ -18,7 +18,5 @@ class RTN(WeightQuantization):
 
         for block in self.blocks(job):
             for group in block.groups:
-                for site in group.sites:
-                    scheme = self.scheme_for(site.name, site.shape[1])
-                    if scheme is not None:
-                        round_site(site, scheme, job.checkpoint.dtype, self.clip)
+                for site, scheme in self.chosen(group):
+                    round_site(site, scheme, job.checkpoint.dtype, self.clip)

@@ -171,7 +171,7 @@ def _unwritten(writes: Written, module: str, scheme: Scheme, shape: Shape) -> st
         return writes.because.format(bits=scheme.bits, scheme=scheme.name)
     if writes.whole_words and (rows * scheme.bits % 32 or width * scheme.bits % 32):
         return f"{scheme.bits}-bit codes of {rows} x {width} do not fill whole 32-bit words"
-    size = width if scheme.group_size == -1 else scheme.group_size
+    size = scheme.group_width(width)
     if writes.whole_groups and width % size:
         return f"groups of {size} do not divide its {width} input channels"
     if size % writes.group_multiple:

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from compress.core.files import link_or_copy, make_folder
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _TIMEOUT_S = 120
 _OURS_ALONE = 0o700
+_SERIAL_FLOATS = 1 << 16  # work that is not worth waking a second thread
 
 
 def load(folder: Path) -> ctypes.CDLL:
@@ -45,10 +47,20 @@ def load(folder: Path) -> ctypes.CDLL:
 def digest(folder: Path) -> str:
     """Of everything that a folder's library is made from. EnvironmentRefused: what is missing to make it."""
     compiler, openmp = _tools()
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_TIMEOUT_S, check=False).stdout
-    parts = [version, _instructions(), platform.machine().encode(), str(openmp).encode(), repr(_FLAGS).encode()]
+    parts = [
+        _version(compiler),
+        _instructions(),
+        platform.machine().encode(),
+        str(openmp).encode(),
+        repr(_FLAGS).encode(),
+    ]
     parts += [file.read_bytes() for suffix in ("h", "c") for file in sorted(folder.glob(f"*.{suffix}"))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def threads_for(floats: int) -> int:
+    """Threads for an operation that reads this many numbers."""
+    return 1 if floats < _SERIAL_FLOATS else torch.get_num_threads()
 
 
 def _tools() -> tuple[str, Path]:
@@ -60,6 +72,11 @@ def _tools() -> tuple[str, Path]:
     if not openmp:  # a second OpenMP runtime would fight torch's threads for the cores
         raise EnvironmentRefused("torch brings no GNU OpenMP library whose threads could be shared")
     return compiler, openmp[0]
+
+
+@cache
+def _version(compiler: str) -> bytes:
+    return subprocess.run([compiler, "--version"], capture_output=True, timeout=_TIMEOUT_S, check=False).stdout
 
 
 def _instructions() -> bytes:

@@ -249,6 +249,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def written_file(path: Path) -> Written:
+    """Size and SHA-256 of a file that is there."""
+    return Written(path.stat().st_size, sha256_file(path))
+
+
 def sha256_files(paths: Iterable[Path], *, threads: int = 4) -> dict[Path, str]:
     """SHA-256 of many files, side by side (hashing lets go of the interpreter's lock)."""
     paths = list(paths)

@@ -59,6 +59,10 @@ class Scheme:
             return f"w{self.bits}a{self.activation_bits}"
         return f"{self.dtype}a16" if self.dtype == "fp8" and self.activation_bits == 16 else self.dtype
 
+    def group_width(self, width: int) -> int:
+        """Input channels of a group, in a row of `width`."""
+        return width if self.group_size == -1 else self.group_size
+
     def groups_in(self, width: int) -> int:
         """Number of groups in a row of `width` input channels; the last may be ragged."""
         return 1 if self.group_size == -1 else -(-width // self.group_size)

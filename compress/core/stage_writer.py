@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import ArtifactError
-from compress.core.files import Written, atomic_write, copy_file, make_folder, sha256_file, write_entries
+from compress.core.files import Written, copy_file, make_folder, write_entries, written_file
 from compress.core.formats import compressed_tensors
 from compress.core.journal import Journal
+from compress.core.model_files import INDEX_NAME, SHARD_METADATA, shard_index, shard_name, unquantized, write_json
 from compress.core.safetensors_io import load_tensor, raw_bytes, read_header, torch_dtype
 from compress.core.safetensors_layout import Entry, dtype_name, tensor_bytes, tensor_entry
 from compress.core.scheme import Scheme
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from compress.core.safetensors_io import TensorInfo
     from compress.core.walk import BlockRecord
 
-INDEX_NAME = "model.safetensors.index.json"
-SHARD_METADATA = {"format": "pt"}
 ALTERED_AT_ONCE = 1 << 24
 
 
@@ -90,7 +88,7 @@ class StageWriter:
         if index != len(self._blocks):
             raise ArtifactError(f"block {index} was committed where block {len(self._blocks)} is due")
         quantized = {name: value for name, value in tensors.items() if isinstance(value, QuantTensor)}
-        name = self._shard_name(index)
+        name = shard_name(index, self._source.num_blocks)
         written = write_entries(
             self.folder / name,
             [*self._changed(tensors), *self._kept(self._source.block_tensors(index), tensors)],
@@ -116,14 +114,14 @@ class StageWriter:
         if len(self._blocks) != self._source.num_blocks:
             raise ArtifactError(f"{len(self._blocks)} of {self._source.num_blocks} blocks are written")
         files = {data["file"]: Written(data["bytes"], data["sha256"]) for data in self._blocks}
-        rest = self._shard_name(self._source.num_blocks)
+        rest = shard_name(self._source.num_blocks, self._source.num_blocks)
         files[rest] = write_entries(self.folder / rest, self._kept(self._source.rest_tensors(), {}), SHARD_METADATA)
         for relative in self._source.aux_files:
             make_folder((self.folder / relative).parent)
             copy_file(self._source.folder / relative, self.folder / relative)
-            files[str(relative)] = self._written(relative)
-        files["config.json"] = self._write_json("config.json", self._config())
-        files[INDEX_NAME] = self._write_json(INDEX_NAME, self._index(files))
+            files[str(relative)] = written_file(self.folder / relative)
+        files["config.json"] = write_json(self.folder / "config.json", self._config())
+        files[INDEX_NAME] = write_json(self.folder / INDEX_NAME, shard_index(self.folder, files))
         data = {"stage": self._stage, "files": {name: asdict(file) for name, file in files.items()}}
         self._journal.add("stage", {**data, "seconds": self._lap()})
         return files
@@ -190,42 +188,11 @@ class StageWriter:
         config = dict(self._source.config)
         schemes = self.schemes()
         if schemes:
-            config["quantization_config"] = compressed_tensors.quantization_config(schemes, self._unquantized(schemes))
+            kept = unquantized(self._source, schemes)
+            config["quantization_config"] = compressed_tensors.quantization_config(schemes, kept)
         return config
 
-    def _unquantized(self, schemes: Mapping[str, Scheme]) -> list[str]:
-        """Linear modules that stay as they are: every matrix but the embedding, and the head even where it is tied."""
-        embedding = f"{self._source.architecture.embedding}.weight"
-        matrices = [
-            name.removesuffix(".weight")
-            for name, info in self._source.tensors.items()
-            if name.endswith(".weight") and len(info.shape) == 2 and name != embedding
-        ]
-        return sorted({*matrices, self._source.architecture.head} - schemes.keys())
-
-    def _index(self, files: Mapping[str, Written]) -> dict[str, Any]:
-        weight_map: dict[str, str] = {}
-        total_bytes = 0
-        for name in files:
-            if name.endswith(".safetensors"):
-                for tensor, info in read_header(self.folder / name).items():
-                    weight_map[tensor] = name
-                    total_bytes += info.bytes
-        return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-
-    def _write_json(self, name: str, data: Mapping[str, Any]) -> Written:
-        atomic_write(self.folder / name, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-        return self._written(Path(name))
-
     # ------------------------------------------------------------------ small things
-    def _shard_name(self, index: int) -> str:
-        """Shards are numbered before the first is written: one per block, then one for the rest."""
-        return f"model-{index + 1:05d}-of-{self._source.num_blocks + 1:05d}.safetensors"
-
-    def _written(self, relative: Path) -> Written:
-        path = self.folder / relative
-        return Written(path.stat().st_size, sha256_file(path))
-
     def _lap(self) -> float:
         now = time.monotonic()
         seconds, self._since = now - self._since, now

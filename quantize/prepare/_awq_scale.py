@@ -127,7 +127,7 @@ def _layer(site: Site, scheme: Scheme, curvature: Tensor, most: int) -> _Layer:
 def relative_size(weight_OK: Tensor, scheme: Scheme) -> Tensor:
     """Sum over the rows of |w| as part of the largest in its quantization group [K]."""
     width = weight_OK.shape[1]
-    size = width if scheme.group_size == -1 else scheme.group_size
+    size = scheme.group_width(width)
     missing = -width % size
     groups_OGS = torch.nn.functional.pad(weight_OK.abs(), (0, missing)).view(len(weight_OK), -1, size)
     relative = groups_OGS / groups_OGS.amax(-1, keepdim=True).clamp(min=1e-30)

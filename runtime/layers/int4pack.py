@@ -25,7 +25,7 @@ def int4_group(weight: QuantTensor) -> int | None:
     width, scheme = weight.shape[1], weight.scheme
     if scheme.dtype != "int" or scheme.bits > 4:
         return None
-    size = width if scheme.group_size == -1 else scheme.group_size
+    size = scheme.group_width(width)
     return next((group for group in _GROUPS if size % group == 0 and width % group == 0), None)
 
 

@@ -142,7 +142,13 @@ def test_interrupted_it_says_how_to_go_on_and_goes_on(recipe: Path, tiny_model, 
     ]
     code, err = 0, ""
     for _ in range(10):  # on a busy machine the run may be over before the signal is sent
-        process = subprocess.Popen([*command, "--fresh"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, "--fresh"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )
         journal = tmp_path / "out.partial" / "journal.jsonl"
         while process.poll() is None and not journal.exists():
             time.sleep(0.002)

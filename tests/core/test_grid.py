@@ -57,6 +57,16 @@ def test_importance_moves_the_span_to_what_matters() -> None:
     assert squared_error(seeing, weight, importance) < squared_error(blind, weight, importance)
 
 
+def test_cubes_clip_less() -> None:
+    weight, scheme = weights(), Scheme(2, -1)
+    squares = fit_grid(weight, scheme, scale_dtype=torch.float32, clip=Clip())
+    cubes = fit_grid(weight, scheme, scale_dtype=torch.float32, clip=Clip(cubed=True))
+    assert cubes.scale.abs().mean() > 1.02 * squares.scale.abs().mean()
+    for power, better, worse in ((2, squares, cubes), (3, cubes, squares)):
+        costs = [float((grid.round(weight).dequantize() - weight).abs().pow(power).sum()) for grid in (better, worse)]
+        assert costs[0] < costs[1]
+
+
 @pytest.mark.parametrize("clip", [None, Clip()])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_zeros_stay_zero(symmetric: bool, clip: Clip | None) -> None:

@@ -67,7 +67,8 @@ def test_threads_change_no_bit() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             weight = weights(700, 256)
-            error = native.rounding_error(weight.view(700, 8, 32), torch.full((700, 8), 0.01), None, None, (-8, 7))
+            scale = torch.full((700, 8), 0.01)
+            error = native.rounding_error(weight.view(700, 8, 32), scale, None, None, (-8, 7), cubed=False)
             grid = plain_grid(weight, SCHEMES[0])
             columns = torch.arange(128)
             blank = torch.zeros(128, 700)
@@ -95,12 +96,16 @@ def test_threads_change_no_bit() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("important", [False, True])
-def test_the_grid_search_is_that_of_torch(scheme: Scheme, important: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cubed", [False, True])
+def test_the_grid_search_is_that_of_torch(
+    scheme: Scheme, important: bool, cubed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     width = 192 if scheme.group_size != 48 else 130  # not a multiple: the last group is padded
     weight, importance = weights(50, width), weights(1, width, seed=3)[0].square() if important else None
-    found = fit_grid(weight, scheme, scale_dtype=torch.bfloat16, clip=Clip(), importance_K=importance)
+    clip = Clip(cubed=cubed)
+    found = fit_grid(weight, scheme, scale_dtype=torch.bfloat16, clip=clip, importance_K=importance)
     in_torch(monkeypatch)
-    expected = fit_grid(weight, scheme, scale_dtype=torch.bfloat16, clip=Clip(), importance_K=importance)
+    expected = fit_grid(weight, scheme, scale_dtype=torch.bfloat16, clip=clip, importance_K=importance)
     assert (found.scale == expected.scale).float().mean() > 0.99  # but for ties between two spans
     if found.zero is not None and expected.zero is not None:
         assert (found.zero == expected.zero).float().mean() > 0.99

@@ -27,7 +27,7 @@ class Inexact(InputError):
 def nearest_type(tensor: QuantTensor) -> BlockType:
     """The smallest type that holds these codes; InputError if none does."""
     scheme, width = tensor.scheme, tensor.shape[1]
-    size = width if scheme.group_size == -1 else scheme.group_size
+    size = scheme.group_width(width)
     if scheme.dtype != "int" or scheme.activation_bits != 16 or size % _BLOCK or width % size:
         raise InputError(f"{scheme.name} in groups of {size} does not fit the blocks of gguf")
     if scheme.symmetric:
@@ -59,7 +59,7 @@ def carried(
 
     def produce() -> memoryview:
         tensor = load()
-        size = shape[1] if tensor.scheme.group_size == -1 else tensor.scheme.group_size
+        size = tensor.scheme.group_width(shape[1])
         scale = tensor.scale.to(torch.float16).repeat_interleave(size // _BLOCK, dim=1)
         return _bytes(_ordered(blocks.from_codes(_centred(tensor), scale, type), rows))
 

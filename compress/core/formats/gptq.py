@@ -219,5 +219,5 @@ def _groups(module: str, read: Read, scheme: Scheme, width: int, groups: int) ->
 
 
 def _plain_groups(width: int, scheme: Scheme) -> torch.Tensor:
-    size = width if scheme.group_size == -1 else scheme.group_size
+    size = scheme.group_width(width)
     return torch.arange(width, dtype=torch.int32) // size

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.core.compiling import digest, load
+from compress.core.compiling import digest, load, threads_for
 from compress.core.errors import CompressError
 
-_SERIAL_FLOATS = 1 << 16  # work that is not worth waking a second thread
 _POINTER, _INTEGER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
 
@@ -42,9 +41,14 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded.sweep_block.argtypes = [ctypes.POINTER(_Sweep), _INT]
     loaded.sweep_block.restype = _INT
-    loaded.rounding_error.argtypes = [*[_POINTER] * 5, *[_INTEGER] * 3, _FLOAT, _FLOAT, _INT]
+    loaded.rounding_error.argtypes = [*[_POINTER] * 5, *[_INTEGER] * 3, _FLOAT, _FLOAT, _INT, _INT]
     loaded.rounding_error.restype = None
     return loaded
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether the kernels are there for what lies where this tensor does."""
+    return tensor.device.type == "cpu" and library() is not None
 
 
 def identity() -> str:
@@ -83,7 +87,7 @@ def sweep_block(
         *target_BR.shape,
         *levels,
     )
-    if _loaded().sweep_block(ctypes.byref(sweep), _threads(target_BR)):
+    if _loaded().sweep_block(ctypes.byref(sweep), threads_for(target_BR.numel())):
         raise MemoryError("no memory for the errors of one block of columns")
 
 
@@ -93,8 +97,9 @@ def rounding_error(
     zero_OG: Tensor | None,
     importance_GS: Tensor | None,
     levels: tuple[int, int],
+    cubed: bool,
 ) -> Tensor:
-    """Squared rounding error of every group, fp32 [O, G]; all inputs fp32 and contiguous."""
+    """Squared (or cubed) rounding error of every group, fp32 [O, G]; all inputs fp32 and contiguous."""
     error_OG = torch.empty_like(scale_OG)
     _loaded().rounding_error(
         weight_OGS.data_ptr(),
@@ -104,7 +109,8 @@ def rounding_error(
         error_OG.data_ptr(),
         *weight_OGS.shape,
         *levels,
-        _threads(weight_OGS),
+        cubed,
+        threads_for(weight_OGS.numel()),
     )
     return error_OG
 
@@ -114,7 +120,3 @@ def _loaded() -> ctypes.CDLL:
     if loaded is None:
         raise RuntimeError("the kernels are not there: ask library() first")
     return loaded
-
-
-def _threads(work: Tensor) -> int:
-    return 1 if work.numel() < _SERIAL_FLOATS else torch.get_num_threads()

@@ -1,10 +1,11 @@
-/* The squared rounding error of every group of weights on a given grid, weighted by the importance of its channels. */
+/* The rounding error of every group of weights on a given grid, squared or cubed, weighted by the importance of its
+   channels. */
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 
 void rounding_error(const float *weight, const float *importance, const float *scale, const float *zero, float *error,
-                    int64_t rows, int64_t groups, int64_t size, float lowest, float highest, int threads) {
+                    int64_t rows, int64_t groups, int64_t size, float lowest, float highest, int cubed, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t group = 0; group < groups; group++) {
@@ -18,8 +19,11 @@ void rounding_error(const float *weight, const float *importance, const float *s
                 float rounded = rintf(exact);
                 rounded = rounded < lowest ? lowest : rounded > highest ? highest : rounded;
                 const float residual = rounded - exact;
-                sum += weights ? residual * residual * weights[k] : residual * residual;
+                float cost = residual * residual;
+                cost = cubed ? cost * fabsf(residual) : cost;
+                sum += weights ? cost * weights[k] : cost;
             }
-            error[at] = sum * scale[at] * scale[at];
+            sum *= scale[at] * scale[at];
+            error[at] = cubed ? sum * fabsf(scale[at]) : sum;
         }
 }

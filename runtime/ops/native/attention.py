@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.ops.native.library import library, threads_for
+from compress.core.compiling import threads_for
+from runtime.ops.native.library import library
 
 
 class _Decodes(ctypes.Structure):

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from compress.core.compiling import load
 from compress.core.errors import CompressError
 
-_SERIAL_FLOATS = 1 << 16  # work that is not worth waking a second thread
 _POINTER, _INTEGER = c_void_p, c_int64
 _ARGUMENTS = {
     "paged_decode": [_POINTER, c_int],
@@ -41,8 +38,3 @@ def library() -> Library:
         function.argtypes = arguments
         function.restype = c_int if name == "paged_decode" else None
     return Library(loaded)
-
-
-def threads_for(floats: int) -> int:
-    """Threads for an operation that reads this many numbers."""
-    return 1 if floats < _SERIAL_FLOATS else torch.get_num_threads()

@@ -2,7 +2,8 @@
 
 import torch
 
-from runtime.ops.native.library import library, threads_for
+from compress.core.compiling import threads_for
+from runtime.ops.native.library import library
 
 
 def takes(x_TD: torch.Tensor, weight_D: torch.Tensor) -> bool:
