@@ -83,8 +83,9 @@ def our_command(job: Job, recipe: Path) -> list[str]:
 
 
 def quiet_environment(threads: int) -> dict[str, str]:
-    """This process's environment, offline and with a fixed number of threads."""
-    return os.environ | {
+    """This process's environment, offline, with a fixed number of threads, and compiled modules kept as Python does."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return inherited | {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),

@@ -17,7 +17,7 @@ from compress.core.errors import UsageError
 from compress.core.tensors import QuantTensor
 from runtime.layers.base import LinearLayer
 from runtime.layers.compiled import CompiledLinear, fits_kernels
-from runtime.layers.dense import DenseLinear
+from runtime.layers.dense import CompiledDense, DenseLinear, fits_bf16_kernel
 from runtime.layers.exact import ExactDense, ExactPacked
 from runtime.layers.gpu import GpuLinear
 from runtime.layers.int4pack import Int4Linear, int4_group
@@ -48,8 +48,9 @@ def make_linear(
 ) -> LinearLayer:
     """A layer that computes x Wᵀ + b for weight [out, in] and bias [out].
 
-    `dtype` is that of dense weights in fast mode, `compute_dtype` if left out. Packed weights stay packed; they are
-    repacked at most once, here. `compiled` False leaves the kernels of `native` out, and torch's take their place.
+    `dtype` is that of dense products in fast mode, `compute_dtype` if left out. Packed weights stay packed, bf16 ones
+    stay bf16 where a kernel takes them beside fp32 inputs; weights are repacked at most once, here. `compiled`
+    False leaves the kernels of `native` out, and torch's take their place.
     """
     if numerics not in ("exact", "fast"):
         raise UsageError(f"numerics {numerics!r} are unknown: choose exact or fast")
@@ -58,7 +59,10 @@ def make_linear(
     if isinstance(weight, Tensor):
         if numerics == "exact":
             return ExactDense(weight, bias)
-        return DenseLinear(weight, bias, dtype or compute_dtype(numerics, device))
+        dtype = dtype or compute_dtype(numerics, device)
+        if compiled and dtype is torch.float32 and fits_bf16_kernel(weight):
+            return CompiledDense(weight, bias)
+        return DenseLinear(weight, bias, dtype)
     if numerics == "exact":
         return ExactPacked(weight, bias)
     if torch.device(device).type != "cpu":

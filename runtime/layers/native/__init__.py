@@ -1,8 +1,8 @@
-"""C kernels for low-bit weights on CPUs, compiled by the machine's own gcc when the first layer asks for them.
+"""C kernels for low-bit and bf16 weights on CPUs, compiled by the machine's own gcc when the first layer asks for them.
 
 torch's packed kernels want bf16 inputs, which only some CPUs are good at, know few schemes, and lose to dense weights
-from a dozen rows on. These read a QuantTensor as it lies, for every scheme. Where they cannot be compiled, `reason`
-says why, and layers go through torch's kernels.
+from a dozen rows on. These read a QuantTensor as it lies, for every scheme; and bf16 weights with fp32 inputs, for
+which torch would need fp32 copies. Where they cannot be compiled, `reason` says why, and layers go through torch's.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.core.compiling import load
+from compress.core.compiling import load, threads_for
 from compress.core.errors import CompressError
 
 KINDS = {"int": 0, "nf4": 1, "fp4": 1, "fp8": 2}
 LEAST_CHANNELS = 4
+BF16_STEP = 16  # bf16 weights are read so many at once
 _SERIAL_BYTES = 1 << 16  # smaller weights are not worth waking a second thread
 
 
@@ -60,6 +61,19 @@ class Kernels:
             raise MemoryError(f"no memory for {len(x_MK)} rows of inputs")
         return y_MO
 
+    def bf16_product(self, weight_OK: Tensor, x_MK: Tensor) -> Tensor:
+        """x Wᵀ, fp32 [M, O], of fp32 x [M, K] and contiguous bf16 W [O, K]; K is a multiple of BF16_STEP."""
+        if self.library is None:
+            raise RuntimeError(self.reason)
+        x_MK = x_MK.contiguous()
+        y_MO = torch.empty((len(x_MK), len(weight_OK)), dtype=torch.float32)
+        if self.library.bf16_product(
+            weight_OK.data_ptr(), *weight_OK.shape, len(x_MK), x_MK.data_ptr(), y_MO.data_ptr(),
+            threads_for(weight_OK.numel()),
+        ):  # fmt: skip
+            raise MemoryError(f"no memory for {len(x_MK)} rows of inputs")
+        return y_MO
+
     def dequantize(self, weight: Weight, first: int, last: int, to: Tensor) -> None:
         """Output channels `first` up to `last` into fp32 `to` [last - first, places in a byte, bytes of a channel]."""
         if self.library is None:
@@ -86,6 +100,8 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     for product in (library.low_bit_product, library.int16_product):
         product.argtypes = [ctypes.POINTER(Weight), integer, pointer, pointer, number]
         product.restype = number
+    library.bf16_product.argtypes = [pointer, *[integer] * 3, pointer, pointer, number]
+    library.bf16_product.restype = number
     library.low_bit_dequantize.argtypes = [ctypes.POINTER(Weight), integer, integer, pointer, number]
     library.low_bit_dequantize.restype = None
     return library
