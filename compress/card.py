@@ -10,6 +10,7 @@ from compress.core.scheme import Scheme
 from compress.report.data import as_yaml, model_name, protocol_lines, summary
 from compress.report.escape import visible
 from compress.report.figures import headline
+from compress.report.layers import fallback_lines
 from compress.report.render import markdown_text
 
 _OF_THE_MACHINE = ("time of stages and evaluation", "peak memory of the run")
@@ -32,7 +33,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         evaluated=facts.get("evaluation") is not None,
         protocol=protocol_lines(facts.get("evaluation")),
         recipe_yaml=as_yaml(facts["recipe"]),
-        fallbacks=facts.get("fallbacks") or [],
+        fallbacks=fallback_lines(facts),
         notices=facts.get("notices") or [],
         asymmetric=is_asymmetric(facts),
         format=facts["artifact"].get("format") or "compressed-tensors",

@@ -13,6 +13,8 @@ SITES = (
     "mlp.down_proj",
 )
 
+FALLBACK = "it saw 12 tokens, fewer than 2 per input channel (576)"
+
 
 def sample_run(*, blocks: int = 8, model: str = "HuggingFaceTB/SmolLM2-135M", bits: int = 4) -> dict[str, Any]:
     """The run of a small Llama with GPTQ; block 2 has a fallback, block 5 a retry, the head is kept."""
@@ -22,7 +24,7 @@ def sample_run(*, blocks: int = 8, model: str = "HuggingFaceTB/SmolLM2-135M", bi
         for number, site in enumerate(SITES):
             name = f"model.layers.{block}.{site}"
             error = 0.002 * (1 + 0.4 * math.sin(block + number)) * (2 + number / 3) * 2 ** (2 * (4 - bits))
-            fallback = "saw 12 tokens of 576 needed: rounded to nearest" if (block, number) == (2, 6) else ""
+            fallback = FALLBACK if (block, number) == (2, 6) else ""
             retries = 1 if (block, number) == (5, 0) else 0
             layers.append(
                 {
@@ -39,7 +41,7 @@ def sample_run(*, blocks: int = 8, model: str = "HuggingFaceTB/SmolLM2-135M", bi
             sites.append(
                 {
                     "name": name,
-                    "method": "gptq",
+                    "method": "rtn" if fallback else "gptq",
                     "bits": bits,
                     "group_size": 64,
                     "error": error,
@@ -97,7 +99,7 @@ def sample_run(*, blocks: int = 8, model: str = "HuggingFaceTB/SmolLM2-135M", bi
         "evaluation": sample_evaluation(bits),
         "notices": ["asymmetric artifacts load in transformers only with dequantize=True"],
         "fallbacks": [
-            {"where": "model.layers.2.mlp.down_proj", "reason": "saw 12 tokens of 576 needed: rounded to nearest"},
+            {"where": "model.layers.2.mlp.down_proj", "reason": FALLBACK},
             {"where": "model.layers.5.self_attn.q_proj", "reason": "damping was raised once, to 0.1"},
         ],
         "plan": {

@@ -19,7 +19,7 @@ from compress.report import compare, comparison, write_report
 from compress.report.escape import fenced, markdown, visible
 from compress.report.plots import Point, bits_per_layer, error_per_layer, size_quality
 from tests.hostile_names import HOSTILE
-from tests.sample_run import sample_run
+from tests.sample_run import FALLBACK, sample_run
 
 SVG_TAGS = {"svg", "defs", "style", "g", "path", "use", "text", "tspan", "clippath", "rect"}
 HOSTILE_KEY = "size-quality"
@@ -75,7 +75,7 @@ def test_the_page_shows_figures_plots_recipe_fallbacks_plan_environment_and_line
         "HuggingFaceTB/SmolLM2-135M", "269 MB", "118 MB", "7.03", "15.62", "15.95", "+2.10 %", "+1.80 % … +2.40 %",
         "0.0291", "8.43 %", "hellaswag: acc (n = 1,000)", "0.4312 ± 0.031", "7 min 24 s", "861 MB",
         "quality gate passed",
-        "saw 12 tokens of 576 needed: rounded to nearest", "damping was raised", "group_size: 64", "stride 1,024",
+        f"down_proj : rounded to nearest: {FALLBACK}", "damping was raised", "group_size: 64", "stride 1,024",
         "apache-2.0", "93efa2f097d58c2a74874c7e644dbc9b0cee75a2", "2.13.0", "the head is kept",
     ):  # fmt: skip
         assert shown in structure.text, shown
@@ -148,6 +148,22 @@ def test_what_was_not_measured_is_said(tmp_path):
     run["evaluation"]["perplexity"] = {"original": None, "artifact": 15.9, "increase": None, "interval": None}
     run["evaluation"]["bits_per_byte"] = {"original": None, "artifact": 0.9}
     assert "The original was not measured" in Structure(read(write_report(run, tmp_path))[0]).text
+
+
+def test_what_was_done_to_a_layer_that_fell_back_is_said_everywhere(tmp_path):
+    said = f"rounded to nearest: {FALLBACK}"
+    page, text, data = read(write_report(sample_run(), tmp_path))
+    assert Structure(page).text.count(said) == 2, "in the list and in the row of the layer"
+    assert "rounded to nearest: damping" not in Structure(page).text
+    assert "rounded to nearest: it saw 12 tokens" in text
+    assert [site for site in data["run"]["fallbacks"] if site["reason"] == FALLBACK], "facts stay as they are"
+
+
+def test_disk_is_compared_to_its_plan_only_where_it_was_measured(tmp_path):
+    run = sample_run()
+    assert "disk while running" not in Structure(read(write_report(run, tmp_path))[0]).text
+    run["measured"]["disk_bytes"] = 252_000_000
+    assert "disk while running 240 MB 252 MB +5.00 %" in Structure(read(write_report(run, tmp_path))[0]).text
 
 
 def test_the_bundled_model_is_called_by_what_it_is(tmp_path):
@@ -342,6 +358,46 @@ def test_an_unmeasured_artifact_and_another_source_are_said(tmp_path):
     assert len(data.rows) == 2
 
 
+def test_each_original_is_drawn_once_whatever_else_is_compared(tmp_path):
+    """An artifact of another model is measured on a text of its own; one without a report takes its original's size."""
+
+    def other(run):
+        run["lineage"]["source"], run["source"]["bytes"] = "other/model", 50_000_000
+        run["evaluation"]["perplexity"]["original"] = 20.0
+
+    data = comparison(
+        [
+            artifact(tmp_path, "a"),
+            artifact(tmp_path, "b", bits=3, report=False),
+            artifact(tmp_path, "c", change=other),
+        ]
+    )
+    assert [Structure(plot.svg).texts.count("original") for plot in data.plots] == [1, 1]
+
+
+def svg_labels(svg: str, names: set[str]) -> dict[str, tuple[float, float]]:
+    """Where a plot's texts among `names` begin, in points."""
+    found = re.findall(r'<text [^>]*?\bx="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)</text>', svg)
+    found += re.findall(r"<text [^>]*?translate\(([\d.]+) ([\d.]+)\)[^>]*>([^<]+)</text>", svg)
+    return {text: (float(x), float(y)) for x, y, text in found if text in names}
+
+
+def test_labels_of_artifacts_at_one_point_do_not_cover_each_other():
+    names = {"first", "second", "third", "fourth", "original"}
+    points = [
+        Point("first", 4_600_000, 18.4254, (18.39, 18.46)),
+        Point("second", 4_600_000, 18.4254, (18.39, 18.46)),
+        Point("third", 4_610_000, 18.4254, (18.39, 18.46)),
+        Point("fourth", 4_600_000, 18.4256),
+        Point("original", 13_600_000, 18.26, is_original=True),
+    ]
+    svg = size_quality(points, "perplexity").svg
+    places = svg_labels(svg, names)
+    assert places.keys() == names
+    heights = sorted(y for name, (_, y) in places.items() if name != "original")
+    assert min(high - low for low, high in zip(heights[:-1], heights[1:], strict=True)) > 9, places
+
+
 def test_equal_names_are_told_apart_and_strangers_are_refused(tmp_path):
     data = comparison([artifact(tmp_path / "x", "same"), artifact(tmp_path / "y", "same", bits=3)])
     assert [row[0].value for row in data.rows[1:]] == ["same", "same (2)"]
@@ -361,7 +417,7 @@ def test_the_card_names_base_model_licence_figures_protocol_and_loaders():
     assert set(data.tags) == {"compress", "compressed-tensors", "gptq"}
     for shown in (
         "| perplexity | 15.62 | 15.95 | +2.10 % |", "stride: 1,024", "by loader rules of version", "not run here",
-        "group_size: 64",        "saw 12 tokens of 576 needed", "from_pretrained",
+        "group_size: 64", "proj: rounded to nearest: it saw 12 tokens", "from_pretrained",
     ):  # fmt: skip
         assert shown in card, shown
     assert "dequantize=True)" not in card

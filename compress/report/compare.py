@@ -214,15 +214,25 @@ def _plots(entries: Sequence[Entry], columns: Sequence[_Column]) -> list[Plot]:
             for entry, figures in zip(entries, column.of, strict=True)
             if figures and figures["artifact"] is not None
         ]
-        source = next(
-            (entry.run["source"] for entry, each in zip(entries, column.of, strict=True) if entry.run and each), None
-        )
-        original = next((each["original"] for each in column.of if each and each["original"] is not None), None)
-        if source and original is not None and len({entry.source for entry in entries}) == 1:
-            points.append(Point("original", source["bytes"], original, is_original=True))
+        points += _originals(entries, column)
         if points:
             plots.append(size_quality(points, column.title, f"size-quality-{len(plots) + 1}"))
     return plots
+
+
+def _originals(entries: Sequence[Entry], column: _Column) -> list[Point]:
+    """The original of the artifacts in a column, once; of several, those whose size some run beside them tells."""
+    sizes = {entry.source: entry.run["source"]["bytes"] for entry in entries if entry.run}
+    found = {
+        entry.source: figures["original"]
+        for entry, figures in zip(entries, column.of, strict=True)
+        if figures and figures["original"] is not None
+    }
+    return [
+        Point("original" if len(found) == 1 else f"original, {source}", sizes[source], quality, is_original=True)
+        for source, quality in found.items()
+        if source in sizes
+    ]
 
 
 def _around(figures: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -20,6 +20,8 @@ _TEXT_PROTOCOL = (
     "text", "field", "split", "documents", "documents_read", "window", "stride", "special_tokens", "prefix", "windows",
     "tokens_scored", "text_bytes", "token_sha256",
 )  # fmt: skip
+_ONLY_IF_MEASURED = ("disk_bytes",)
+"""Lines of the plan that no run of this version measures: a plan alone is what a dry run shows."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ReportData:
 
 def report_data(run: Mapping[str, Any]) -> ReportData:
     """What the report of a run shows."""
-    fallbacks = [(str(item["where"]), str(item["reason"])) for item in run.get("fallbacks") or []]
+    fallbacks = layers.fallback_lines(run)
     rows, note = layers.layer_rows(run, MOST_LINES)
     return ReportData(
         title=model_name(run),
@@ -146,7 +148,7 @@ def _plan(run: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         ("minutes", "time of the stages", lambda value: words.duration(60 * value)),
     ):
         before, after = planned.get(key), measured.get(key)
-        if before is None and after is None:
+        if after is None and (before is None or key in _ONLY_IF_MEASURED):
             continue
         ratio = words.signed_percent(after / before - 1) if before and after is not None else words.NONE
         rows.append((name, *(words.NOT_MEASURED if value is None else text(value) for value in (before, after)), ratio))

@@ -53,17 +53,34 @@ def _row(layer: Mapping[str, Any], record: Mapping[str, Any]) -> LayerRow:
         size=f"{format_bytes(layer['bytes_in'])} → {format_bytes(layer['bytes_out'])}",
         error="" if record.get("error") is None else words.number(record["error"], 3),
         damping=f"{damping}, {retries} retries" if retries else damping,
-        note=str(record.get("fallback") or layer.get("reason") or ""),
+        note=_what_was_done(record) or str(layer.get("reason") or ""),
     )
 
 
+def fallback_lines(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each layer that got less than its method, or on a second try, and in words what was done and why."""
+    done = {(name, str(record.get("fallback") or "")): _what_was_done(record) for name, record in _sites(run)}
+    listed = [(str(item["where"]), str(item["reason"])) for item in run.get("fallbacks") or []]
+    return [(where, done.get((where, reason)) or reason) for where, reason in listed]
+
+
+def _what_was_done(record: Mapping[str, Any]) -> str:
+    """Of a layer whose method was not used; empty of others."""
+    reason = str(record.get("fallback") or "")
+    return f"rounded to nearest: {reason}" if reason and record.get("method") == "rtn" else reason
+
+
 def _site_records(run: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {
-        site["name"]: site
+    return dict(_sites(run))
+
+
+def _sites(run: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [
+        (str(site["name"]), site)
         for stage in run.get("stages") or []
         for block in stage.get("blocks") or []
         for site in block.get("sites") or []
-    }
+    ]
 
 
 def layer_plots(run: Mapping[str, Any]) -> list[Plot]:

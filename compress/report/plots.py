@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from io import StringIO
 
 from markupsafe import Markup, escape
@@ -43,6 +44,13 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9.5,
 }
+_MARK_POINTS = 9
+_LABEL_OFFSET = (10, 7)
+_LINE_POINTS = 13
+_MOST_LINES = 15
+_WIDE_INCHES = 6.2
+"""Of plots over the depth of a model or over time: readable on a phone's screen as on a large one."""
+_HANDLE_POINTS, _LETTER_POINTS, _LEGEND_ROW_INCHES = 44, 5.4, 0.2
 
 
 @dataclass(frozen=True)
@@ -67,20 +75,30 @@ class Point:
 
 
 def size_quality(points: Sequence[Point], quality: str, key: str = "size-quality") -> Plot:
-    """Megabytes against a figure that should be low, one mark per model."""
+    """Megabytes against a figure that should be low, one mark per model; models at one point share a mark."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure()
-        for number, point in enumerate(points):
-            _mark(axes, point, INK if point.is_original else COLOURS[number % len(COLOURS)])
+        for number, (point, *others) in enumerate(_coinciding(points)):
+            names = "\n".join(shortened(each.label) for each in (point, *others))
+            _mark(axes, point, names, INK if point.is_original else COLOURS[number % len(COLOURS)])
         axes.set_xlabel("size of the weights (MB)")
         axes.set_ylabel(quality)
         axes.set_xlim(left=0, right=1.25 * max(point.size_bytes for point in points) / 1e6)
         axes.margins(y=0.25)
+        _part_labels(figure, axes)
         caption = "Lower left is better. Bars are 95 % intervals of the difference to the original, where there is one."
         return Plot(key, f"Size and {quality}", caption, inline_svg(figure, key, f"{quality} over size"))
 
 
-def _mark(axes, point: Point, colour: str) -> None:
+def _coinciding(points: Sequence[Point]) -> list[list[Point]]:
+    """Points that differ in nothing but their label, together."""
+    groups: dict[Point, list[Point]] = {}
+    for point in points:
+        groups.setdefault(replace(point, label=""), []).append(point)
+    return list(groups.values())
+
+
+def _mark(axes, point: Point, names: str, colour: str) -> None:
     x = point.size_bytes / 1e6
     if point.interval is not None:
         low, high = point.interval
@@ -91,8 +109,39 @@ def _mark(axes, point: Point, colour: str) -> None:
             color=colour,
             capsize=4,
         )
-    axes.plot(x, point.quality, "s" if point.is_original else "o", color=colour, markersize=9)
-    axes.annotate(shortened(point.label), (x, point.quality), (10, 7), textcoords="offset points", color=colour)
+    axes.plot(x, point.quality, "s" if point.is_original else "o", color=colour, markersize=_MARK_POINTS)
+    axes.annotate(names, (x, point.quality), _LABEL_OFFSET, textcoords="offset points", color=colour)
+
+
+def _part_labels(figure, axes) -> None:
+    """Move labels up or down, line by line, until none covers another or a mark; where all is full, they stay."""
+    with _fonts_of_readers():
+        figure.draw_without_rendering()  # places the axes, which decides how far points are apart
+    figure.set_layout_engine("none")
+    labels, frame = list(axes.texts), axes.get_window_extent()
+    radius = _MARK_POINTS / 2 * figure.dpi / 72
+    taken = [_around(axes.transData.transform(label.xy), radius) for label in labels]
+    steps = [0, *(sign * lines for lines in range(1, _MOST_LINES) for sign in (-1, 1))]
+    right, up = _LABEL_OFFSET
+    for label in labels:
+        box = label.get_window_extent()
+        line = _LINE_POINTS * figure.dpi / 72
+        moved = ((step, box.translated(0, step * line)) for step in steps)
+        free = (
+            (step, place)
+            for step, place in moved
+            if frame.y0 <= place.y0 and place.y1 <= frame.y1 and not any(place.overlaps(other) for other in taken)
+        )
+        step, place = next(free, (0, box))
+        label.xyann = (right, up + step * _LINE_POINTS)
+        taken.append(place)
+
+
+def _around(centre: Sequence[float], radius: float):
+    from matplotlib.transforms import Bbox
+
+    x, y = centre
+    return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
 
 
 def error_per_layer(outputs: Sequence[float | None], kinds: Mapping[str, Sequence[float | None]]) -> Plot:
@@ -155,7 +204,9 @@ def shortened(text: str, longest: int = 28) -> str:
 
 def new_figure(*, wide: bool = False, width: float | None = None, height: float | None = None):
     """A figure on no ground, and its axes."""
-    figure = figure_module.Figure(figsize=(width or (8.6 if wide else 5.6), height or 3.4), layout="constrained")
+    figure = figure_module.Figure(
+        figsize=(width or (_WIDE_INCHES if wide else 5.6), height or 3.4), layout="constrained"
+    )
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
@@ -178,19 +229,32 @@ def _gaps(values: Sequence[float | None]) -> list[float]:
 
 
 def legend(axes, handles=None) -> None:
-    """Right of the axes, where there is anything to name."""
+    """Below the axes, where there is anything to name; the figure grows by it, so that the axes keep their height."""
     if handles is None:
         handles = axes.get_legend_handles_labels()[0]
-    if handles:
-        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    if not handles:
+        return
+    figure = axes.figure
+    width, height = figure.get_size_inches()
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, min(len(handles), int(72 * width / (_HANDLE_POINTS + _LETTER_POINTS * longest))))
+    rows = -(-len(handles) // columns)
+    figure.set_size_inches(width, height + rows * _LEGEND_ROW_INCHES)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, borderaxespad=0.2)
+
+
+@contextmanager
+def _fonts_of_readers() -> Iterator[None]:
+    """Names in scripts that the measuring font lacks are drawn by the reader's own fonts all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph", category=UserWarning)
+        yield
 
 
 def inline_svg(figure, key: str, label: str) -> Markup:
     """The figure as an <svg> element: no prolog, no metadata, no fixed size; ids of its own within the page."""
     stream = StringIO()
-    with warnings.catch_warnings():
-        # Names in scripts that the measuring font lacks are drawn by the reader's own fonts all the same.
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph", category=UserWarning)
+    with _fonts_of_readers():
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
