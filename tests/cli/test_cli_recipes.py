@@ -3,13 +3,15 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from ruamel.yaml import YAML
 
 from compress.cli.shipped import description, find_recipe, recipes_folder, shipped_recipes
 from compress.core.errors import UsageError
 from compress.core.recipe import load_recipe
+from compress.core.recipe_sections import Export
 from compress.core.recipe_text import recipe_schema
 from compress.core.yaml_source import read_yaml
 
@@ -99,6 +101,24 @@ def test_recipes_in_the_documentation_are_valid(page: str, call, tmp_path: Path)
     for number, block in enumerate(blocks):
         (tmp_path / f"{number}.yaml").write_text(block)
         assert call("recipes", "validate", tmp_path / f"{number}.yaml").code == 0
+
+
+def test_the_workflow_asks_for_no_file_but_the_recipe() -> None:
+    """setup-python's cache of packages fails in a repository that has no requirements.txt or pyproject.toml."""
+    text = (recipes_folder() / "ci" / "compress.yml").read_text()
+    steps = YAML(typ="safe", pure=True).load(text)["jobs"]["compress"]["steps"]
+    [python] = [step for step in steps if step.get("uses", "").startswith("actions/setup-python@")]
+    assert python["with"] == {"python-version": "3.12"}
+    assert re.findall(r"hashFiles\('(.*?)'\)", text) == ["recipe.yaml"]
+
+
+def test_the_formats_of_export_are_documented() -> None:
+    """Exactly those that a recipe may name, in backticks."""
+    page = (recipes_folder().parent / "docs" / "recipes.md").read_text()
+    [row] = re.findall(r"^\| `export\.format` \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    field = Export.model_fields["format"]
+    assert set(re.findall(r"`([a-z0-9-]+)`", row[0])) == set(get_args(field.annotation))
+    assert row[1] == f"`{field.default}`"
 
 
 def test_list_names_every_recipe(call) -> None:
