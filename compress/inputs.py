@@ -62,6 +62,7 @@ def read_inputs(recipe: Recipe, options: RunOptions) -> Inputs:
     original = Checkpoint.open(located.model, revision=recipe.revision, offline=options.offline)
     require_composition(recipe, original)
     require_shapes(original)
+    _ = original.skeleton  # InputError for a config.json that no model can be built from
     if located.evaluate is not None and located.evaluate.perplexity is not None and options.evaluate:
         require_window(located.evaluate.perplexity.window, original)
     with ThreadPoolExecutor(1) as beside:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.core.errors import UsageError
+from compress.core.errors import InputError, UsageError
 from compress.core.files import (
     aside_of,
     make_folder,
@@ -22,7 +22,7 @@ from compress.core.files import (
     remove_tree,
     sha256_file,
 )
-from compress.core.journal import Entry, Journal
+from compress.core.journal import Entry, Journal, finished_units
 from compress.core.lock import HOLDER_NAME, LOCK_NAME, FolderLock
 from compress.core.manifest import MANIFEST_NAME
 from compress.own_folders import (
@@ -105,6 +105,10 @@ class Workspace:
             remove_tree(self.spill)
             try:
                 yield
+            except InputError:
+                if finished_units(self.journal) == 0:
+                    self.close(keep_stages=False)  # nothing to go on with once the input is mended
+                raise
             finally:
                 if self.partial.exists() and not self.journal.exists():
                     self.close(keep_stages=False)  # refused before work: leave nothing

@@ -39,10 +39,12 @@ def solve_group(group: Group, sites: list[Site], scheme: Scheme, settings: Setti
     if reason:
         return _round_all(sites, scheme, settings, job, reason)
     hessian_KK = group.statistics[Hessian]
+    reason = _unusable(hessian_KK)
     power = {site.name: _output_power(site, hessian_KK) for site in sites}
     factor = factorise(hessian_KK, damping=settings.damping, activation_order=settings.activation_order)
     if factor is None:
-        return _round_all(sites, scheme, settings, job, "the Hessian could not be factorised at any damping")
+        reason = reason or "its Hessian could not be factorised at any damping"
+        return _round_all(sites, scheme, settings, job, reason)
     if factor.retries:
         job.events(Notice(f"needed damping {factor.damping:g} after {factor.retries} retries", sites[0].name))
     results = _solve_rows(sites, scheme, settings, factor, scale_dtype)
@@ -133,6 +135,14 @@ def _output_power(site: Site, hessian_KK: torch.Tensor) -> float:
     outputs = site.shape[0]
     sampled_RK = site.rows(slice(None, None, max(1, outputs // _SAMPLED_ROWS)))
     return float(((sampled_RK @ hessian_KK) * sampled_RK).sum()) * outputs / len(sampled_RK)
+
+
+def _unusable(hessian_KK: torch.Tensor) -> str:
+    """Why no Hessian like this can be factorised; empty if it may be."""
+    diagonal_K = hessian_KK.diagonal()
+    if not bool(diagonal_K.isfinite().all()):
+        return "its inputs are too large, or no numbers"
+    return "" if bool(diagonal_K.any()) else "its inputs were zero for every token of the calibration"
 
 
 def _round_all(sites: list[Site], scheme: Scheme, settings: Settings, job: Job, reason: str) -> None:

@@ -32,10 +32,10 @@ def too_few_tokens(group: Group, per_channel: float) -> str:
     """Why an expert is rounded to nearest: it saw fewer tokens than `per_channel` times its width. Else empty."""
     if not group.routed or group.tokens >= per_channel * group.width:
         return ""
-    return f"saw {group.tokens} tokens, fewer than {per_channel:g} per input channel ({group.width})"
+    return f"it saw {group.tokens} tokens, fewer than {per_channel:g} per input channel ({group.width})"
 
 
 def fall_back(site: Site, scheme: Scheme, clip: str, job: Job, reason: str) -> None:
     """Round a site to nearest for want of better, and say why."""
-    job.events(Notice(f"rounded to nearest: it {reason}", site.name, level="warning"))
+    job.events(Notice(f"rounded to nearest: {reason}", site.name, level="warning"))
     round_site(site, scheme, job.checkpoint.dtype, clip, fallback=reason)

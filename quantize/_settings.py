@@ -54,6 +54,16 @@ class WeightQuantization(Pass):
         (), description="what is done to the weights first: - rotate: {}, - smoothquant: {alpha: 0.5}, - awq_scale: {}"
     )
 
+    @field_validator("ignore")
+    @classmethod
+    def _shell_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        expression = next((pattern for pattern in patterns if pattern.startswith("re:")), None)
+        if expression:
+            raise ValueError(
+                f"{expression!r} is a regular expression: ignore takes patterns as a shell does, '*.q_proj'"
+            )
+        return patterns
+
     @field_validator("scheme")
     @classmethod
     def _known_scheme(cls, name: str) -> str:

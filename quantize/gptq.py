@@ -1,6 +1,6 @@
 """GPTQ (Frantar et al., 2022, arXiv:2210.17323): round column by column, later columns make up for the error."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,8 +27,8 @@ class GPTQ(WeightQuantization):
         2.0, ge=0, description="an expert that saw fewer tokens than this times its width is rounded to nearest"
     )
 
-    refit: int | None = Field(
-        None, ge=0, le=8, description="rounds of fitting scales to codes, then codes to scales. Default: 2 up to 3 bits"
+    refit: Annotated[int, Field(ge=0, le=8)] | Literal["auto"] = Field(
+        "auto", description="rounds of fitting scales to codes, then codes to scales; auto: 2 up to 3 bits, else none"
     )
 
     @property
@@ -38,8 +38,9 @@ class GPTQ(WeightQuantization):
     @property
     def refits(self) -> int:
         """Rounds of `refit`: where bits are few they are worth their time."""
-        few = self.wanted.bits <= _FEW_BITS
-        return (_REFITS_OF_FEW_BITS if few else 0) if self.refit is None else self.refit
+        if self.refit != "auto":
+            return self.refit
+        return _REFITS_OF_FEW_BITS if self.wanted.bits <= _FEW_BITS else 0
 
     def run(self, job: Job) -> None:
         from compress.core.statistics import Hessian

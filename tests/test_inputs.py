@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError, RecipeError, UsageError
+from compress.core.events import Event, Notice
 from compress.core.recipe import Recipe, parse_recipe
 from compress.core.walk import compute_dtype
 from compress.pipeline import RunOptions, plan, run
@@ -36,6 +38,11 @@ def edit_tensors(place: Path, change: Callable[[dict[str, torch.Tensor]], Any]) 
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+
+
+def edit_config(place: Path, changes: dict[str, Any]) -> None:
+    file = place / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.mark.parametrize(
@@ -111,3 +118,43 @@ def test_a_tensor_that_the_family_does_not_know_is_noticed_and_carried_over(plac
     result = run(rtn(place), RunOptions(place / "out"))
     stored = Checkpoint.open(result.artifact)
     assert torch.equal(stored.tensor("model.layers.0.adapter.scale"), odd)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"rms_norm_eps": "x"}, "rms_norm_eps"), ({"hidden_act": "nope"}, "no model can be built from it: 'nope'")],
+)
+def test_a_config_that_makes_no_model_is_refused_by_plan_and_run(
+    place: Path, changes: dict[str, Any], words: str
+) -> None:
+    edit_config(place, changes)
+    for act in (plan, run):
+        with pytest.raises(InputError, match=words) as refused:
+            act(rtn(place), RunOptions(place / "out"))
+        assert refused.value.where == str(place / "model" / "config.json")
+    assert not list(place.glob("out*"))
+
+
+def test_values_that_overflow_are_refused_and_leave_nothing(place: Path) -> None:
+    """The weights are finite numbers, but what the first block computes from them is not."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    edit_tensors(place, lambda tensors: tensors[name].fill_(1e38))
+    calibrated = {"calibration": {"dataset": "text.txt", "samples": 2, "length": 8}}
+    stage = {"quantize": {"method": "gptq", "group_size": 16}}
+    recipe = parse_recipe({"model": "model", "stages": [stage], **calibrated}, base_folder=place)
+    for refused in (rtn(place), recipe):
+        with pytest.raises(InputError, match=r"model\.layers\.0.*overflow fp32"):
+            run(refused, RunOptions(place / "out"))
+        assert not list(place.glob("out*"))
+
+
+def test_a_layer_without_inputs_is_rounded_to_nearest_and_says_why(place: Path) -> None:
+    name = "model.layers.1.post_attention_layernorm.weight"
+    edit_tensors(place, lambda tensors: tensors[name].zero_())
+    calibration = {"dataset": "text.txt", "samples": 2, "length": 8}
+    stage = {"quantize": {"method": "gptq", "group_size": 16}}
+    recipe = parse_recipe({"model": "model", "stages": [stage], "calibration": calibration}, base_folder=place)
+    said: list[Event] = []
+    run(recipe, RunOptions(place / "out"), said.append)
+    reason = "rounded to nearest: its inputs were zero for every token of the calibration"
+    assert Notice(reason, "model.layers.1.mlp.gate_proj", level="warning") in said

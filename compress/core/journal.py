@@ -119,6 +119,11 @@ def _checksum(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
+def finished_units(path: Path) -> int:
+    """How many finished units the journal at `path` names."""
+    return sum(entry.kind not in ("fingerprint", "replaces") for entry in _read(path))
+
+
 def _read(path: Path) -> list[Entry]:
     """Entries of the journal at `path`; a torn last line is cut from the file, other damage is refused."""
     if not path.exists():

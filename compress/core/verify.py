@@ -50,6 +50,8 @@ def verify(
     Raises UsageError for a folder that does not exist or an unknown level, nothing else.
     """
     path = Path(folder)
+    if path.is_file():
+        raise UsageError("this is a file: name the folder of an artifact", where=str(folder))
     if not path.is_dir():
         raise UsageError("there is no such folder", where=str(folder))
     if source is not None:

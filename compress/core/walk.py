@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -28,7 +29,7 @@ from compress.core._forward import advance, embed, layer_arguments, logits
 from compress.core._gather import Gathering, Order, Preparation
 from compress.core._trim import reuse_freed_memory, trim_memory
 from compress.core.cpu import fast_on_cpu
-from compress.core.errors import UsageError
+from compress.core.errors import InputError, UsageError
 from compress.core.events import Finished, Listener, Metric, Progress, Started, silent
 from compress.core.safetensors_io import torch_dtype
 from compress.core.statistics import Statistic
@@ -133,14 +134,29 @@ def walk(
             else:
                 playback = gathering.playback
                 error = advance(block, stream, device, playback=playback, compare=True, last=last)
+            record = block.record(error)
+            _require_finite(record, checkpoint)
             if error is not None:
                 events(Metric("walk", "output_error", error, block.name))
             if sink is not None:
-                sink.commit(index, block.replacements(), block.record(error))
+                sink.commit(index, block.replacements(), record)
         events(Progress("walk", index + 1, checkpoint.num_blocks, block.name))
         block.close()
         trim_memory()
     events(Finished("walk", f"{checkpoint.num_blocks} blocks"))
+
+
+def _require_finite(record: BlockRecord, checkpoint: Checkpoint) -> None:
+    """InputError if an error is no finite number: then values of the model overflowed on the way to it."""
+    errors = {record.name: record.output_error} | {site.name: site.error for site in record.sites}
+    overflowing = next((name for name, error in errors.items() if error is not None and not isfinite(error)), None)
+    if overflowing is not None:
+        raise InputError(
+            f"{overflowing}: the error of its outputs is no finite number, so its weights or inputs overflow fp32",
+            where=str(checkpoint.folder),
+            hint="check that the original model computes finite numbers: look at its weights and at rope_theta and "
+            "rms_norm_eps in config.json",
+        )
 
 
 def measure(

@@ -250,6 +250,13 @@ BAD = {
         "gate: should be a mapping",
         None,
     ),
+    "a regular expression": (
+        "group_size: 64}",
+        'group_size: 64, ignore: ["re:.*down_proj"]}',
+        "4:69",
+        "'re:.*down_proj' is a regular expression; patterns are those of a shell",
+        None,
+    ),
     "duplicate key": (
         "export:",
         "model: other\nexport:",
