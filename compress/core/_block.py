@@ -198,6 +198,7 @@ class Group:
     def _read(self) -> tuple[Statistics, int]:
         if self._gathered is None:
             self._gather(self)
+            trim_memory()  # what the forward freed is not to lie beside what a method makes of the statistics
         if self._gathered is None:
             raise RuntimeError(f"the statistics of {self.name} were not gathered")
         return self._gathered
