@@ -59,9 +59,7 @@ class WeightQuantization(Pass):
     def _shell_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         expression = next((pattern for pattern in patterns if pattern.startswith("re:")), None)
         if expression:
-            raise ValueError(
-                f"{expression!r} is a regular expression: ignore takes patterns as a shell does, '*.q_proj'"
-            )
+            raise ValueError(f"{expression!r} is a regular expression; patterns are those of a shell: '*.q_proj'")
         return patterns
 
     @field_validator("scheme")
