@@ -251,9 +251,9 @@ BAD = {
         None,
     ),
     "a regular expression": (
-        "group_size: 64}",
-        'group_size: 64, ignore: ["re:.*down_proj"]}',
-        "4:69",
+        "scheme: w4a16, group_size: 64}",
+        'ignore: ["re:.*down_proj"]}',
+        "4:38",
         "'re:.*down_proj' is a regular expression; patterns are those of a shell",
         None,
     ),
