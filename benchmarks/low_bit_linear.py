@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
-from runtime.layers import native
 from runtime.layers.dense import DenseLinear
 from runtime.layers.linear import LinearLayer, compute_dtype, make_linear
+from runtime.native.library import library
 
 SHAPES = [(1536, 576), (4864, 896), (2048, 2048), (8192, 2048)]  # [out, in]
 ROWS = [1, 2, 4, 8, 16, 32, 128]
@@ -150,7 +150,7 @@ def main() -> int:
     clock = "CPU time" if asked.threads == 1 else "Wall time"
     result = {
         "environment": tools.describe_machine() | {"threads": asked.threads, "load_before": float(load)},
-        "kernels": native.kernels().reason or "compiled",
+        "kernels": library().reason or "compiled",
         "protocol": f"{clock} of the fastest of {asked.turns} turns of {asked.rounds} rounds.",
         "cases": cases,
     }

@@ -7,12 +7,19 @@ Everything else (prefill, more sequences than the largest size) runs without a g
 Shape suffixes: N rows (sequences, one token each), N1 rows + 1, P pages of a table, V vocabulary.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from runtime.ops.batch import AttentionBatch
+
+if TYPE_CHECKING:  # tests on a GPU have torch alone
+    from runtime.cache import KVCache
+    from runtime.models.decoder import Decoder
 
 Forward = Callable[[torch.Tensor, AttentionBatch], torch.Tensor]  # ids_N, batch -> logits [N, V]
 
@@ -29,7 +36,7 @@ class PaddedDecodes:
     block_size: int
 
     @classmethod
-    def empty(cls, rows: int, pages: int, trash_page: int, block_size: int, device: torch.device) -> "PaddedDecodes":
+    def empty(cls, rows: int, pages: int, trash_page: int, block_size: int, device: torch.device) -> PaddedDecodes:
         """`rows` rows of padding, with tables of `pages` pages."""
         trash = [trash_page] * pages
         batch = AttentionBatch.build(
@@ -76,6 +83,18 @@ class DecodeGraphs:
         before = torch.cuda.memory_reserved(device)
         self._capture(forward)
         self.bytes = torch.cuda.memory_reserved(device) - before  # for the memory ledger
+
+    @classmethod
+    def of(cls, model: Decoder, cache: KVCache, pages: int, most_rows: int) -> DecodeGraphs:
+        """Decodes of up to `most_rows` sequences, with tables of up to `pages` pages. Padding goes to the last page."""
+        return cls(
+            lambda ids_N, batch: model(ids_N, batch, cache, None),
+            pages=pages,
+            trash_page=cache.pages - 1,
+            block_size=cache.block_size,
+            device=torch.device(model.device),
+            sizes=[size for size in SIZES if size < 2 * most_rows],
+        )
 
     def _capture(self, forward: Forward) -> None:
         """The largest size first: the smaller ones fit into its memory."""

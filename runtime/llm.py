@@ -21,7 +21,9 @@ import torch
 from compress.core._model_folder import TOKENIZER_FILES, read_json
 from compress.core.errors import EnvironmentRefused, InputError, UsageError
 from runtime.completion import Completion, Drafts
+from runtime.decode_step import DecodeStep
 from runtime.engine import Engine, EngineSettings, EngineStats
+from runtime.graphs import DecodeGraphs
 from runtime.loader import load
 from runtime.memory import allocate
 from runtime.params import SamplingParams, SamplingSettings
@@ -96,10 +98,11 @@ class LLM:
         cache, pool, ledger = allocate(
             model, block_size, self.max_length, settings, _bytes("memory", memory), _bytes("kv_bytes", kv_bytes)
         )
-        captures = cuda_graphs and model.capturable and cache.pages > pool.pages
-        graph_pages = pool.pages_for(self.max_length) if captures else 0
-        runner = Runner(model, cache, device, graph_pages=graph_pages, most_rows=settings.max_sequences)
-        self.ledger = replace(ledger, graphs_bytes=runner.graphs_bytes)
+        whole: DecodeGraphs | DecodeStep | None = DecodeStep.of(model, cache)
+        if cuda_graphs and model.capturable and cache.pages > pool.pages:
+            whole = DecodeGraphs.of(model, cache, pool.pages_for(self.max_length), settings.max_sequences)
+        self.ledger = replace(ledger, graphs_bytes=0 if whole is None else whole.bytes)
+        runner = Runner(model, cache, device, whole=whole)
         self._recorder = None if record is None else Recorder(Path(record))
         self.engine = Engine(
             runner,

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from runtime.ops.batch import AttentionBatch
 from runtime.step import Step
-
-if TYPE_CHECKING:
-    from runtime.graphs import DecodeGraphs
 
 _PIECE_LOGITS = 1 << 24  # logits of prompts that are there at once: 64 MiB
 
@@ -31,22 +28,26 @@ class StepLogits:
     prompts_NK: Tensor | None = None
 
 
-class Runner:
-    """Runs steps on a model and its cache. With `graph_pages`, the longest page table to come, decodes of up to
-    `most_rows` sequences are captured as CUDA graphs, whose padding goes to the cache's last page."""
+class WholeSteps(Protocol):
+    """A way to do some batches of decodes at once, faster than layer by layer (runtime.graphs, runtime.decode_step)."""
 
-    def __init__(
-        self, model: Any, cache: Any, device: str = "cpu", *, graph_pages: int = 0, most_rows: int = 1
-    ) -> None:
+    def covers(self, batch: AttentionBatch) -> bool:
+        """Whether a batch can be done so."""
+        ...
+
+    def run(self, ids_N: Tensor, batch: AttentionBatch) -> Tensor:
+        """Logits [N, V] of a batch that is covered."""
+        ...
+
+
+class Runner:
+    """Runs steps on a model and its cache, decodes that `whole` covers through it."""
+
+    def __init__(self, model: Any, cache: Any, device: str = "cpu", *, whole: WholeSteps | None = None) -> None:
         self.model = model
         self.cache = cache
         self.device = device
-        self._graphs = self._capture(graph_pages, most_rows) if graph_pages else None
-
-    @property
-    def graphs_bytes(self) -> int:
-        """What captured graphs take."""
-        return 0 if self._graphs is None else self._graphs.bytes
+        self.whole = whole
 
     @property
     def vocabulary(self) -> int:
@@ -84,19 +85,7 @@ class Runner:
             yield self.model.logits(piece_NK)
 
     def _logits(self, ids_T: Tensor, batch: AttentionBatch, index_N: Tensor) -> Tensor:
-        if self._graphs is not None and self._graphs.covers(batch):
-            logits_TV = self._graphs.run(ids_T, batch)
+        if self.whole is not None and self.whole.covers(batch):
+            logits_TV = self.whole.run(ids_T, batch)
             return logits_TV if len(index_N) == len(logits_TV) else logits_TV[index_N]
         return self.model(ids_T, batch, self.cache, index_N)
-
-    def _capture(self, pages: int, most_rows: int) -> DecodeGraphs:
-        from runtime.graphs import SIZES, DecodeGraphs
-
-        return DecodeGraphs(
-            lambda ids_N, batch: self.model(ids_N, batch, self.cache, None),
-            pages=pages,
-            trash_page=self.cache.pages - 1,
-            block_size=self.cache.block_size,
-            device=torch.device(self.device),
-            sizes=[size for size in SIZES if size < 2 * most_rows],
-        )

@@ -159,13 +159,6 @@ def test_what_was_done_to_a_layer_that_fell_back_is_said_everywhere(tmp_path):
     assert [site for site in data["run"]["fallbacks"] if site["reason"] == FALLBACK], "facts stay as they are"
 
 
-def test_disk_is_compared_to_its_plan_only_where_it_was_measured(tmp_path):
-    run = sample_run()
-    assert "disk while running" not in Structure(read(write_report(run, tmp_path))[0]).text
-    run["measured"]["disk_bytes"] = 252_000_000
-    assert "disk while running 240 MB 252 MB +5.00 %" in Structure(read(write_report(run, tmp_path))[0]).text
-
-
 def test_the_bundled_model_is_called_by_what_it_is(tmp_path):
     run = sample_run(blocks=1, model="demo")
     run["source"]["id"] = "model"

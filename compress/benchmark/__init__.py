@@ -116,10 +116,9 @@ def _warm_up() -> None:
     """What a process does once: imports and kernels are not part of the time to load."""
     import transformers.models.auto.tokenization_auto
 
-    from runtime.layers.native import kernels
-    from runtime.ops.native.library import library
+    from runtime.native.library import library
 
-    _ = transformers.models.auto.tokenization_auto, kernels(), library()
+    _ = transformers.models.auto.tokenization_auto, library()
 
 
 def _summed_up(model: _Model, rounds: Sequence[Measurement]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from compress.core.files import link_or_copy, make_folder
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _TIMEOUT_S = 120
 _OURS_ALONE = 0o700
-_SERIAL_FLOATS = 1 << 16  # work that is not worth waking a second thread
+_SERIAL_WORK = 1 << 16  # work that is not worth waking a second thread
 
 
 def load(folder: Path) -> ctypes.CDLL:
@@ -58,9 +58,9 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
-def threads_for(floats: int) -> int:
-    """Threads for an operation that reads this many numbers."""
-    return 1 if floats < _SERIAL_FLOATS else torch.get_num_threads()
+def threads_for(work: int) -> int:
+    """Threads for an operation that reads so many numbers, or bytes of packed ones."""
+    return 1 if work < _SERIAL_WORK else torch.get_num_threads()
 
 
 def _tools() -> tuple[str, Path]:

@@ -20,8 +20,6 @@ _TEXT_PROTOCOL = (
     "text", "field", "split", "documents", "documents_read", "window", "stride", "special_tokens", "prefix", "windows",
     "tokens_scored", "text_bytes", "token_sha256",
 )  # fmt: skip
-_ONLY_IF_MEASURED = ("disk_bytes",)
-"""Lines of the plan that no run of this version measures: a plan alone is what a dry run shows."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +142,10 @@ def _plan(run: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         ("bytes", "bytes of the weights", lambda value: f"{value:,.0f}"),
         ("artifact_bytes", "bytes of all files", lambda value: f"{value:,.0f}"),
         ("peak_memory_bytes", "peak memory of the stages", format_bytes),
-        ("disk_bytes", "disk while running", format_bytes),
         ("minutes", "time of the stages", lambda value: words.duration(60 * value)),
     ):
         before, after = planned.get(key), measured.get(key)
-        if after is None and (before is None or key in _ONLY_IF_MEASURED):
+        if before is None and after is None:
             continue
         ratio = words.signed_percent(after / before - 1) if before and after is not None else words.NONE
         rows.append((name, *(words.NOT_MEASURED if value is None else text(value) for value in (before, after)), ratio))

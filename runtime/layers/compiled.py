@@ -8,6 +8,8 @@ shows where the two meet. 8-bit inputs are rounded as the format says.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,10 +17,10 @@ from torch.nn import functional
 from compress.core.levels import table
 from compress.core.tensors import QuantTensor, pack_rows
 from runtime.layers.activations import rounded_inputs
-from runtime.layers.base import LinearLayer
-from runtime.layers.native import KINDS, LEAST_CHANNELS, Weight, kernels
+from runtime.layers.base import LinearLayer, product_by_tiles
+from runtime.native.library import library
+from runtime.native.linear import KINDS, LEAST_CHANNELS, Weight, dequantize, product
 
-_TILE_WEIGHTS = 1 << 20
 _MANY_ROWS = 64  # from here on BLAS is faster, for integers in groups of
 _LARGE_GROUP_BYTES = 64
 _MANY_ROWS_OTHERWISE = 24
@@ -29,7 +31,7 @@ def fits_kernels(weight: QuantTensor) -> bool:
     """Whether groups are whole blocks, there are enough output channels, and the kernels could be compiled."""
     size = weight.scheme.group_size
     whole = size == -1 or size * _kept_bits(weight) % (8 * _BLOCK_BYTES) == 0
-    return whole and weight.shape[0] >= LEAST_CHANNELS and kernels().library is not None
+    return whole and weight.shape[0] >= LEAST_CHANNELS and library().loaded is not None
 
 
 class CompiledLinear(LinearLayer):
@@ -55,30 +57,24 @@ class CompiledLinear(LinearLayer):
 
     @property
     def many_rows(self) -> int:
-        """The number of rows from which on weights are dequantized."""
         large = self._described.group_bytes >= _LARGE_GROUP_BYTES
         return _MANY_ROWS if large and self.scheme.dtype == "int" else _MANY_ROWS_OTHERWISE
 
     def product(self, x_MK: Tensor) -> Tensor:
         rounded_MK = rounded_inputs(x_MK.float(), self.scheme)
         if len(x_MK) < self.many_rows:
-            return kernels().product(self._current(), rounded_MK)
+            return product(self._current(), rounded_MK)
         return self._many_rows(rounded_MK.to(x_MK.dtype))
+
+    def for_kernels(self) -> Weight | None:
+        return self._current() if self.scheme.activation_bits == 16 else None
 
     def _many_rows(self, x_MK: Tensor) -> Tensor:
         """Inputs are arranged as the kernel arranges weights: by their place in a byte."""
         places, row_bytes = 8 // self.bits, self.codes.shape[1]
         padded_MK = functional.pad(x_MK, (0, row_bytes * places - self.in_features))
         arranged_MK = padded_MK.view(-1, row_bytes, places).transpose(1, 2).reshape(padded_MK.shape)
-        y_MO = x_MK.new_empty(len(x_MK), self.out_features)
-        count = max(1, _TILE_WEIGHTS // self.in_features)
-        tile_OK = torch.empty(min(count, self.out_features), row_bytes * places)
-        weight = self._current()
-        for first in range(0, self.out_features, count):
-            last = min(first + count, self.out_features)
-            kernels().dequantize(weight, first, last, tile_OK)
-            torch.mm(arranged_MK, tile_OK[: last - first].to(x_MK.dtype).T, out=y_MO[:, first:last])
-        return y_MO
+        return product_by_tiles(arranged_MK, self.out_features, partial(dequantize, self._current()))
 
     def _description(self) -> Weight:
         """What the kernels need to know, pointers apart."""

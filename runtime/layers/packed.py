@@ -10,9 +10,7 @@ from torch.nn import functional
 
 from compress.core.tensors import QuantTensor
 from runtime.layers.activations import rounded_inputs
-from runtime.layers.base import LinearLayer
-
-TILE_WEIGHTS = 1 << 20  # weights that are dense at a time
+from runtime.layers.base import LinearLayer, tile_channels
 
 
 class PackedLinear(LinearLayer):
@@ -37,7 +35,7 @@ class PackedLinear(LinearLayer):
     def dequantized_tiles(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weight [O, K] in `dtype`, some output channels at a time; the tiles depend on the shape alone."""
         weight = self.weight
-        count = max(1, TILE_WEIGHTS // self.in_features)
+        count = tile_channels(self.in_features)
         for start in range(0, self.out_features, count):
             yield weight.rows(start, start + count).dequantize(dtype)
 

@@ -80,9 +80,9 @@ class Decoder(nn.Module):
         self.norm = norm
         self.head = head
         kinds = [(layer.rope, layer.head_dim) for layer in config.layers]
-        self._kinds = list(dict.fromkeys(kinds))
-        self._kind_of_layer = [self._kinds.index(kind) for kind in kinds]
-        self.rotaries = nn.ModuleList(Rotary(rope, head_dim, device) for rope, head_dim in self._kinds)
+        distinct = list(dict.fromkeys(kinds))
+        self.rotaries = nn.ModuleList(Rotary(rope, head_dim, device) for rope, head_dim in distinct)
+        self.rotary_of_layer = [distinct.index(kind) for kind in kinds]
 
     @torch.inference_mode()
     def forward(self, ids_T: Tensor, batch: AttentionBatch, cache: KVCache, rows: Tensor | None = None) -> Tensor:
@@ -95,14 +95,17 @@ class Decoder(nn.Module):
         """What the last block gives [T, K]; this step's keys and values are stored."""
         rotations = [rotary(batch.position_T) for rotary in self.rotaries]
         x_TK = self.embedding(ids_T)
-        for block, kind, pages in zip(self.blocks, self._kind_of_layer, cache.layers(), strict=True):
+        for block, kind, pages in zip(self.blocks, self.rotary_of_layer, cache.layers(), strict=True):
             x_TK = block(x_TK, rotations[kind], batch, pages)
         return x_TK
 
     @torch.inference_mode()
     def logits(self, x_NK: Tensor) -> Tensor:
         """fp32 logits [N, V] of rows that `hidden` gave."""
-        logits_NV = self.head(self.norm(x_NK)).float()
+        return self.capped(self.head(self.norm(x_NK)).float())
+
+    def capped(self, logits_NV: Tensor) -> Tensor:
+        """Logits after the soft-cap, if the model has one."""
         softcap = self.config.logit_softcap
         return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from runtime.native import attention as native
 from runtime.ops.backend import uses_native
 from runtime.ops.batch import AttentionBatch
-from runtime.ops.native import attention as native
 
 _MASKED_QUERIES = 512  # rows of a tile that needs a mask
 _SCORES = 1 << 22  # scores held at once where a soft-cap forbids the fused product

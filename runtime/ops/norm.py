@@ -5,8 +5,8 @@ Shape suffixes: T rows (any leading dimensions), D width.
 
 import torch
 
+from runtime.native import norm as native
 from runtime.ops.backend import uses_native, uses_triton
-from runtime.ops.native import norm as native
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, plus_one: bool = False) -> torch.Tensor:

@@ -5,8 +5,8 @@ Shape suffixes: T tokens, H query heads, G key-value heads, N either, D head wid
 
 import torch
 
+from runtime.native import rotary as native
 from runtime.ops.backend import uses_native, uses_triton
-from runtime.ops.native import rotary as native
 
 
 def apply_rotary(

@@ -132,7 +132,7 @@ def test_preemption_happens_and_changes_nothing() -> None:
 
 
 class ReplayedDecodes:
-    """Stands in for captured graphs: logits of every row of a batch of decodes."""
+    """Stands in for runtime.graphs and runtime.decode_step: logits of every row of a batch of decodes."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
@@ -147,16 +147,16 @@ class ReplayedDecodes:
 
 
 @pytest.mark.parametrize("budget", [1, 3, 100])
-def test_steps_that_graphs_cover_go_through_them(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decodes_that_can_be_done_whole_are(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Single tokens of a prompt, whose logits nobody wants, are covered too."""
     engine = make_engine(token_budget=budget)
-    graphs = ReplayedDecodes(engine.runner)
-    monkeypatch.setattr(engine.runner, "_graphs", graphs)
+    whole = ReplayedDecodes(engine.runner)
+    monkeypatch.setattr(engine.runner, "whole", whole)
     prompts = [[number] * 5 for number in range(6)]
     names = [engine.add(prompt, GREEDY) for prompt in prompts]
     told = run(engine)
     assert [told[name, 0].token_ids for name in names] == [greedy(prompt, 8) for prompt in prompts]
-    assert (graphs.replays > 0) == (budget < 100)
+    assert (whole.replays > 0) == (budget < 100)
 
 
 # What is refused

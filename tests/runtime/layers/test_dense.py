@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from runtime.layers import native
 from runtime.layers.dense import CompiledDense, DenseLinear
 from runtime.layers.linear import make_linear
+from runtime.native.library import library
 
-pytestmark = pytest.mark.skipif(native.kernels().library is None, reason="needs gcc and torch with libgomp")
+pytestmark = pytest.mark.skipif(library().loaded is None, reason="needs gcc and torch with libgomp")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

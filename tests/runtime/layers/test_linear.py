@@ -13,12 +13,13 @@ from compress.core.errors import UsageError
 from compress.core.grid import fit_grid
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
-from runtime.layers import native
+from runtime import native
 from runtime.layers.activations import rounded_inputs
 from runtime.layers.compiled import CompiledLinear
 from runtime.layers.gpu import GpuLinear
 from runtime.layers.linear import compute_dtype, concatenate, make_linear
 from runtime.layers.packed import DequantizingLinear
+from runtime.native.library import library
 
 INTEGERS = [
     Scheme(2, 32),
@@ -44,7 +45,7 @@ FLOATS = [
 ]
 KERNELS = Path(native.__file__).parent
 SHAPES = [(48, 128), (4, 64), (33, 192), (16, 100), (5, 36), (22, 1280)]  # [out, in]
-needs_kernels = pytest.mark.skipif(native.kernels().library is None, reason="needs gcc and torch with libgomp")
+needs_kernels = pytest.mark.skipif(library().loaded is None, reason="needs gcc and torch with libgomp")
 
 
 def name_of(value: object) -> str:
@@ -87,7 +88,7 @@ def test_every_scheme_computes_with_its_dequantized_weight(scheme, shape, numeri
         x = random(rows, shape[1], seed=rows)
         y = layer(x)
         assert y.dtype == x.dtype
-        limit = 2e-6 if numerics == "exact" else 2e-4 if native.kernels().library else 2e-2
+        limit = 2e-6 if numerics == "exact" else 2e-4 if library().loaded else 2e-2
         assert error(y - bias, expected(x, weight)) < limit
 
 
@@ -262,24 +263,24 @@ def test_the_gpus_layer_computes_the_same_here(scheme) -> None:
 
 def test_without_a_compiler_torchs_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
-    native.kernels.cache_clear()
+    library.cache_clear()
     try:
-        assert native.kernels().reason == "there is no C compiler"
+        assert library().reason == "there is no C compiler"
         weight, x = quantized(Scheme(4, 32), (48, 128)), random(2, 128)
         layer = make_linear(weight, numerics="fast")
         assert not isinstance(layer, CompiledLinear)
         assert error(layer(x), expected(x, weight)) < 1e-2
     finally:
-        native.kernels.cache_clear()
+        library.cache_clear()
 
 
 def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "_FLAGS", ("--no-such-option",))
-    native.kernels.cache_clear()
+    library.cache_clear()
     try:
-        assert "fails" in native.kernels().reason
+        assert "fails" in library().reason
     finally:
-        native.kernels.cache_clear()
+        library.cache_clear()
 
 
 @needs_kernels

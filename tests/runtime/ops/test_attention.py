@@ -17,10 +17,10 @@ import torch
 
 from compress.core.compiling import load
 from compress.core.errors import EnvironmentRefused
+from runtime.native.library import Library, library
 from runtime.ops.attention import AttentionBatch, paged_attention
 from runtime.ops.backend import torch_only
 from runtime.ops.kv_store import store_kv
-from runtime.ops.native.library import Library, library
 from tests.runtime.ops.paged import dense, make
 
 Route = Callable[..., torch.Tensor]

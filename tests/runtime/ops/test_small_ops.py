@@ -10,10 +10,10 @@ import torch
 
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
+from runtime.native.library import library
 from runtime.ops.backend import torch_only, uses_triton
 from runtime.ops.kv_store import store_kv
 from runtime.ops.low_bit import low_bit_matmul
-from runtime.ops.native.library import library
 from runtime.ops.norm import rms_norm
 from runtime.ops.rotary import apply_rotary
 

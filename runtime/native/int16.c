@@ -6,7 +6,7 @@
 
    A step takes 32 bytes of an output channel. Shapes as in low_bit.c, and N blocks of inputs. */
 
-#include "low_bit.h"
+#include "linear.h"
 
 #ifdef __AVX2__
 #include <float.h>
@@ -16,7 +16,7 @@
 #include <string.h>
 
 #define STEP 32
-#define LANES 16
+#define SHORTS 16
 #define INTEGER_LIMIT 32767.0f /* times 255, in blocks of 256 bytes: below 2^29 a lane */
 #define INTEGER_BLOCK 256
 #define TABLE_LIMIT 16383.0f   /* times 8191, in blocks of 64 inputs: below 2^31 a lane */
@@ -59,20 +59,13 @@ INLINE void levels(const plan *made, __m256i octets, const int place, const int 
     halves[0] = _mm256_unpacklo_epi8(low, high), halves[1] = _mm256_unpackhi_epi8(low, high);
 }
 
-INLINE float total(__m256 value) {
-    float lanes[8], sum = 0;
-    _mm256_storeu_ps(lanes, value);
-    for (int lane = 0; lane < 8; lane++) sum += lanes[lane];
-    return sum;
-}
-
 /* R output channels from `o` on for M rows. x int16 [B / 32][M][c][2][16], x_scale and x_sum [M][N], y [M][O]. */
 INLINE void channels(const plan *made, int64_t o, const int bits, const int kind, const int R, const int M,
         const int16_t *x, const float *x_scale, const int32_t *x_sum, float *y) {
     const weight *w = made->w;
     const int c = 8 / bits;
     const int64_t B = w->row_bytes, N = made->blocks;
-    const uint8_t *codes = w->codes + o * B;
+    const uint8_t *codes = (const uint8_t *)w->codes + o * B;
     __m256 sums[MOST_CHANNELS][MOST_ROWS];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) sums[r][m] = _mm256_setzero_ps();
@@ -99,7 +92,7 @@ INLINE void channels(const plan *made, int64_t o, const int bits, const int kind
                         levels(made, octets, p, bits, kind, halves);
                         for (int m = 0; m < M; m++)
                             for (int h = 0; h < 2; h++) {
-                                const void *at = inputs + ((m * c + p) * 2 + h) * LANES;
+                                const void *at = inputs + ((m * c + p) * 2 + h) * SHORTS;
                                 const __m256i products = _mm256_madd_epi16(halves[h], _mm256_loadu_si256(at));
                                 sum[r][m] = _mm256_add_epi32(sum[r][m], products);
                             }
@@ -114,7 +107,7 @@ INLINE void channels(const plan *made, int64_t o, const int bits, const int kind
     }
     const float unit = kind == TABLE ? 1 / LEVEL_LIMIT : 1;
     for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) y[m * w->rows + o + r] = total(sums[r][m]) * unit;
+        for (int m = 0; m < M; m++) y[m * w->rows + o + r] = total((floats)sums[r][m]) * unit;
 }
 
 #define OF_KIND(R, M)                                                                          \
@@ -173,7 +166,7 @@ static void round_block(const weight *w, const float *x, int64_t first, int64_t 
                 const int32_t *from = numbers + k + byte * c + p;
                 int16_t *place = step + p * STEP + byte;
                 place[0] = (int16_t)from[0], place[8] = (int16_t)from[16 * c];
-                place[LANES] = (int16_t)from[8 * c], place[LANES + 8] = (int16_t)from[24 * c];
+                place[SHORTS] = (int16_t)from[8 * c], place[SHORTS + 8] = (int16_t)from[24 * c];
             }
     }
     *scale = largest > FLT_MIN * limit ? largest / limit : largest * 0; /* NaN stays NaN */

@@ -3,7 +3,7 @@
 import torch
 
 from compress.core.compiling import threads_for
-from runtime.ops.native.library import library
+from runtime.native.library import library
 
 
 def takes(*tensors: torch.Tensor) -> bool:

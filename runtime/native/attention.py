@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from compress.core.compiling import threads_for
-from runtime.ops.native.library import library
+from runtime.native.library import library
 
 
 class _Decodes(ctypes.Structure):
-    """The struct `Decodes` of attention.c; pointers are plain numbers."""
+    """The struct `decodes` of operations.h; pointers are plain numbers."""
 
     _fields_ = [
         *((name, ctypes.c_size_t) for name in ("q", "k", "v", "out", "table", "row", "first", "end")),

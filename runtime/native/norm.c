@@ -1,6 +1,7 @@
 /* Root-mean-square norm of rows, fp32: out = x / sqrt(mean(x^2) + eps) * (weight + added). */
 #include <math.h>
-#include <stdint.h>
+
+#include "operations.h"
 
 void rms_norm(const float *x, const float *weight, float *out, int64_t rows, int64_t width, float eps, float added,
               int threads) {

@@ -6,15 +6,19 @@ from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from compress.core.compiling import load
 from compress.core.errors import CompressError
 
 _POINTER, _INTEGER = c_void_p, c_int64
-_ARGUMENTS = {
-    "paged_decode": [_POINTER, c_int],
-    "rms_norm": [*[_POINTER] * 3, *[_INTEGER] * 2, c_float, c_float, c_int],
-    "rotary": [*[_POINTER] * 6, *[_INTEGER] * 7, c_int],
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # result, arguments
+    "decode_step": (c_int, [_POINTER] * 2),
+    "linear_product": (c_int, [_POINTER, _INTEGER, _POINTER, _POINTER, c_int]),
+    "low_bit_dequantize": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER, c_int]),
+    "paged_decode": (c_int, [_POINTER, c_int]),
+    "rms_norm": (None, [*[_POINTER] * 3, *[_INTEGER] * 2, c_float, c_float, c_int]),
+    "rotary": (None, [*[_POINTER] * 6, *[_INTEGER] * 7, c_int]),
 }
 
 
@@ -33,8 +37,7 @@ def library() -> Library:
         loaded = load(Path(__file__).parent)
     except CompressError as error:
         return Library(None, str(error))
-    for name, arguments in _ARGUMENTS.items():
+    for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(loaded, name)
-        function.argtypes = arguments
-        function.restype = c_int if name == "paged_decode" else None
+        function.argtypes, function.restype = arguments, result
     return Library(loaded)

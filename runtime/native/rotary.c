@@ -1,6 +1,7 @@
 /* Rotary position embedding of the first `rotated` channels of every head, halves against each other, fp32. */
-#include <stdint.h>
 #include <string.h>
+
+#include "operations.h"
 
 static void rotate(const float *x, const float *cosine, const float *sine, float *out, int64_t width, int64_t rotated) {
     int64_t half = rotated / 2;

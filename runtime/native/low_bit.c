@@ -10,20 +10,16 @@
    The order of sums of a row does not depend on the other rows. Shapes: M rows, K input channels, O output channels, G
    groups, B bytes of an output channel (a multiple of 8, as are those of a group). */
 
-#include "low_bit.h"
+#include "linear.h"
 
 #include <stdlib.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-#define LANES 8
 #define FP8_UNIT 0x1p-120f
 #define FP8_LIFT 0x1p60f /* half of what is missing goes to the inputs: products of those above 1e-15 stay normal */
 
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef float floats_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* anywhere in memory */
 typedef int8_t signed_bytes_at __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef uint8_t bytes_at __attribute__((vector_size(LANES), aligned(1), may_alias));
 
@@ -53,19 +49,13 @@ INLINE floats levels(ints octets, const int place, const int bits, const enum ki
     return (floats)((octets << 20) & (int32_t)0x87f00000);
 }
 
-INLINE float total(floats value) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += value[lane];
-    return sum;
-}
-
 /* R output channels from `o` on for M rows. x [B / 8][M][c][8], x_sum [M][G], y [M][O]. R * M sums live in registers;
    one load of x serves R channels. */
 INLINE void channels(const weight *w, int64_t o, const int bits, const enum kind kind, const int R, const int M,
         const float *x, const float *x_sum, float *y) {
     const int c = 8 / bits;
     const int64_t B = w->row_bytes, G = w->groups;
-    const uint8_t *codes = w->codes + o * B;
+    const uint8_t *codes = (const uint8_t *)w->codes + o * B;
     floats low = {0}, high = {0}, sums[MOST_CHANNELS][MOST_ROWS] = {{{0}}};
     float shift[MOST_CHANNELS][MOST_ROWS] = {{0}};
     if (kind == TABLE) low = *(const floats_at *)w->table, high = *(const floats_at *)(w->table + LANES);
@@ -160,7 +150,7 @@ int low_bit_product(const weight *w, int64_t M, const float *x, float *y, int th
 INLINE void dense_channel(const weight *w, int64_t o, const int bits, const enum kind kind, float *to) {
     const int c = 8 / bits;
     const int64_t B = w->row_bytes, G = w->groups;
-    const uint8_t *codes = w->codes + o * B;
+    const uint8_t *codes = (const uint8_t *)w->codes + o * B;
     floats low = {0}, high = {0};
     if (kind == TABLE) low = *(const floats_at *)w->table, high = *(const floats_at *)(w->table + LANES);
     for (int64_t g = 0; g < G; g++) {

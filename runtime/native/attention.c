@@ -4,96 +4,57 @@
  * go to threads; segments of a long sequence are joined afterwards. A row's result depends on nothing but its own
  * sequence. All numbers are fp32.
  */
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 8
+#include "operations.h"
+
 #define TILE 64       /* slots whose scores are held at once */
 #define SEGMENT 1024  /* slots of a task */
 #define SPAN (8 * LANES)
 
-typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
-typedef int32_t marks __attribute__((vector_size(LANES * sizeof(int32_t))));
-
-typedef struct {
-    const float *q, *k, *v;
-    float *out;
-    const int32_t *table; /* [sequences, table_stride] */
-    const int64_t *row;   /* of each sequence's query in q and out */
-    const int32_t *first, *end; /* the slots it sees */
-    int64_t sequences, table_stride, q_stride, heads, groups, width, block;
-    float scale, softcap; /* softcap 0: none */
-} Decodes;
-
-static inline float sum(lanes x) {
-    x += __builtin_shuffle(x, (marks){4, 5, 6, 7, 0, 1, 2, 3});
-    x += __builtin_shuffle(x, (marks){2, 3, 0, 1, 6, 7, 4, 5});
-    x += __builtin_shuffle(x, (marks){1, 0, 3, 2, 5, 4, 7, 6});
-    return x[0];
-}
-
-/* e^x to 2 ulp, made of operations that vectorize; NaN stays NaN. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float n = x * 1.44269504f + 12582912.0f; /* rounds to an integer */
-    n -= 12582912.0f;
-    float f = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    union { int32_t bits; float number; } power = {.bits = ((int32_t)n + 127) << 23};
-    return p * power.number;
-}
-
-static inline float dot(const float *a, const float *b, int64_t width) {
-    lanes x = {0}, y = {0};
+INLINE float dot(const float *a, const float *b, int64_t width) {
+    floats x = {0}, y = {0};
     int64_t d = 0;
     for (; d + 2 * LANES <= width; d += 2 * LANES) {
-        x += *(const lanes *)(a + d) * *(const lanes *)(b + d);
-        y += *(const lanes *)(a + d + LANES) * *(const lanes *)(b + d + LANES);
+        x += *(const floats_at *)(a + d) * *(const floats_at *)(b + d);
+        y += *(const floats_at *)(a + d + LANES) * *(const floats_at *)(b + d + LANES);
     }
     float rest = 0;
     for (; d < width; d++)
         rest += a[d] * b[d];
-    return sum(x + y) + rest;
+    return total(x + y) + rest;
 }
 
 /* acc = acc * fade + sum of weight[j] * rows[j] */
 static void gather(float *acc, float fade, const float *weight, const float *const *rows, int64_t count, int64_t width) {
     int64_t d = 0;
     for (; d + SPAN <= width; d += SPAN) {
-        lanes sums[SPAN / LANES];
+        floats sums[SPAN / LANES];
         for (int i = 0; i < SPAN / LANES; i++)
-            sums[i] = *(lanes *)(acc + d + i * LANES) * fade;
+            sums[i] = *(floats_at *)(acc + d + i * LANES) * fade;
         for (int64_t j = 0; j < count; j++)
             for (int i = 0; i < SPAN / LANES; i++)
-                sums[i] += *(const lanes *)(rows[j] + d + i * LANES) * weight[j];
+                sums[i] += *(const floats_at *)(rows[j] + d + i * LANES) * weight[j];
         for (int i = 0; i < SPAN / LANES; i++)
-            *(lanes *)(acc + d + i * LANES) = sums[i];
+            *(floats_at *)(acc + d + i * LANES) = sums[i];
     }
     for (; d + LANES <= width; d += LANES) {
-        lanes sums = *(lanes *)(acc + d) * fade;
+        floats sums = *(floats_at *)(acc + d) * fade;
         for (int64_t j = 0; j < count; j++)
-            sums += *(const lanes *)(rows[j] + d) * weight[j];
-        *(lanes *)(acc + d) = sums;
+            sums += *(const floats_at *)(rows[j] + d) * weight[j];
+        *(floats_at *)(acc + d) = sums;
     }
     for (; d < width; d++) {
-        float total = acc[d] * fade;
+        float sum = acc[d] * fade;
         for (int64_t j = 0; j < count; j++)
-            total += rows[j][d] * weight[j];
-        acc[d] = total;
+            sum += rows[j][d] * weight[j];
+        acc[d] = sum;
     }
 }
 
 /* Slots first … end - 1 for all heads of group g: acc [heads of a group, width], top and total [heads of a group]. */
-static void attend(const Decodes *all, int64_t s, int64_t g, int64_t first, int64_t end, float *acc, float *top,
+static void attend(const decodes *all, int64_t s, int64_t g, int64_t first, int64_t end, float *acc, float *top,
                    float *total) {
     int64_t width = all->width, repeats = all->heads / all->groups, step = all->groups * width;
     const float *q = all->q + all->row[s] * all->q_stride + g * repeats * width;
@@ -134,7 +95,7 @@ static void attend(const Decodes *all, int64_t s, int64_t g, int64_t first, int6
     }
 }
 
-static int64_t segments_of(const Decodes *all, int64_t s) {
+static int64_t segments_of(const decodes *all, int64_t s) {
     int64_t slots = all->end[s] - all->first[s];
     return slots > SEGMENT ? (slots + SEGMENT - 1) / SEGMENT : 1;
 }
@@ -161,7 +122,7 @@ static void join(const float *parts, int64_t segments, int64_t part, int64_t rep
 }
 
 /* 0, or 1 if there is no memory. */
-int paged_decode(const Decodes *all, int threads) {
+int paged_decode(const decodes *all, int threads) {
     int64_t repeats = all->heads / all->groups, part = repeats * (all->width + 2), pieces = 0;
     for (int64_t s = 0; s < all->sequences; s++)
         pieces += segments_of(all, s);

@@ -1,0 +1,209 @@
+/* One decode step of a whole decoder, fp32 on a CPU: the operations of the other files, called from C.
+
+   With few rows, what lies between two operations in Python takes as long as the operations do. Shapes: M rows, one
+   token each, D hidden channels, H query heads and G key-value heads of W channels, R of them rotated, F inner channels
+   of the feed-forward, V vocabulary, B slots of a page. The result of a row does not depend on the other rows. */
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "linear.h"
+#include "operations.h"
+
+#define SERIAL_WORK (1 << 16) /* less is not worth waking a second thread */
+
+enum activation { SILU, GELU, GELU_TANH, RELU };
+
+typedef struct { /* ctypes mirrors these in step.py */
+    const weight *weight;
+    const float *bias; /* or NULL */
+} linear;
+
+typedef struct {
+    linear qkv, output, gate_up, down;
+    const float *before_attention, *after_attention, *before_ffn, *after_ffn, *q_norm, *k_norm; /* NULL: no norm */
+    float *k, *v; /* pages [P][B][G][W] */
+    int64_t heads, groups, width, inner, window, rope; /* window 0: none */
+    float scale;
+} layer;
+
+typedef struct {
+    const float *frequency; /* [R / 2] */
+    int64_t rotated;
+    float factor;
+} rope;
+
+typedef struct {
+    const layer *layers;
+    const rope *ropes;
+    const float *norm;
+    linear head;
+    int64_t layer_count, rope_count, hidden, page;
+    float eps, added, softcap; /* added: to the weights of norms; softcap 0: none */
+    int32_t activation;
+} decoder;
+
+typedef struct {
+    float *x;      /* [M][D], overwritten */
+    float *logits; /* [M][V] */
+    const int64_t *position, *slot; /* [M] */
+    const int32_t *end, *table;     /* [M], [M][table_stride] */
+    int64_t rows, table_stride;
+    int32_t threads;
+} step;
+
+/* Working memory: everything that a layer leaves behind for the next operation. */
+typedef struct {
+    float *normal, *wide, *q, *k, *y;
+    float *cosine, *sine; /* [rope][M][R] */
+    int64_t *row;
+    int32_t *first;
+} scratch;
+
+static int threads_for(int64_t work, const step *now) { return work < SERIAL_WORK ? 1 : now->threads; }
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* One allocation, or NULL. */
+static void *allocate(const decoder *model, int64_t M, scratch *made) {
+    int64_t wide = 0, q = 0, k = 0, angles = 0;
+    for (int64_t i = 0; i < model->layer_count; i++) {
+        const layer *l = model->layers + i;
+        wide = larger(wide, larger((l->heads + 2 * l->groups) * l->width, 2 * l->inner));
+        q = larger(q, larger(l->heads * l->width, l->inner));
+        k = larger(k, l->groups * l->width);
+    }
+    for (int64_t i = 0; i < model->rope_count; i++) angles += model->ropes[i].rotated;
+    const int64_t y = larger(q, model->hidden);
+    char *memory = malloc((size_t)M * (sizeof(float) * (size_t)(model->hidden + wide + q + k + y + 2 * angles)
+                                       + sizeof(int64_t) + sizeof(int32_t)));
+    if (!memory) return NULL;
+    made->row = (int64_t *)memory;
+    made->normal = (float *)(made->row + M);
+    made->wide = made->normal + M * model->hidden;
+    made->q = made->wide + M * wide;
+    made->k = made->q + M * q;
+    made->y = made->k + M * k;
+    made->cosine = made->y + M * y;
+    made->sine = made->cosine + M * angles;
+    made->first = (int32_t *)(made->sine + M * angles);
+    return memory;
+}
+
+static void fill_angles(const decoder *model, const step *now, scratch *at) {
+    float *cosine = at->cosine, *sine = at->sine;
+    for (int64_t i = 0; i < model->rope_count; i++) {
+        const rope *r = model->ropes + i;
+        const int64_t half = r->rotated / 2;
+        for (int64_t m = 0; m < now->rows; m++, cosine += r->rotated, sine += r->rotated)
+            for (int64_t f = 0; f < half; f++) {
+                const float angle = (float)now->position[m] * r->frequency[f];
+                cosine[f] = cosine[f + half] = cosf(angle) * r->factor;
+                sine[f] = sine[f + half] = sinf(angle) * r->factor;
+            }
+    }
+}
+
+static void norm(const decoder *model, const step *now, const float *x, const float *weight, float *out) {
+    const int threads = threads_for(now->rows * model->hidden, now);
+    rms_norm(x, weight, out, now->rows, model->hidden, model->eps, model->added, threads);
+}
+
+/* y [M][O] = x Wt + b */
+static int product(const linear *of, const step *now, const float *x, float *y) {
+    const int64_t rows = of->weight->rows;
+    if (linear_product(of->weight, now->rows, x, y, threads_for(rows * of->weight->row_bytes, now))) return 1;
+    if (of->bias)
+        for (int64_t m = 0; m < now->rows; m++)
+            for (int64_t o = 0; o < rows; o++) y[m * rows + o] += of->bias[o];
+    return 0;
+}
+
+/* x += y, or its norm */
+static void add(const decoder *model, const step *now, float *y, const float *weight) {
+    if (weight) norm(model, now, y, weight, y);
+    const int64_t count = now->rows * model->hidden;
+    for (int64_t i = 0; i < count; i++) now->x[i] += y[i];
+}
+
+static int attention(const decoder *model, const layer *l, const step *now, scratch *at) {
+    const int64_t M = now->rows, q_width = l->heads * l->width, k_width = l->groups * l->width;
+    const int64_t stride = q_width + 2 * k_width;
+    if (product(&l->qkv, now, at->normal, at->wide)) return 1;
+    int64_t angles = 0;
+    for (int64_t i = 0; i < l->rope; i++) angles += M * model->ropes[i].rotated;
+    for (int64_t m = 0; m < M && l->q_norm; m++) {
+        float *q = at->wide + m * stride, *k = q + q_width;
+        rms_norm(q, l->q_norm, q, l->heads, l->width, model->eps, model->added, 1);
+        rms_norm(k, l->k_norm, k, l->groups, l->width, model->eps, model->added, 1);
+    }
+    rotary(at->wide, at->wide + q_width, at->cosine + angles, at->sine + angles, at->q, at->k, M, l->heads, l->groups,
+        l->width, model->ropes[l->rope].rotated, stride, stride, threads_for(M * (q_width + k_width), now));
+    int64_t seen = 0;
+    for (int64_t m = 0; m < M; m++) {
+        const size_t bytes = (size_t)k_width * sizeof(float);
+        memcpy(l->k + now->slot[m] * k_width, at->k + m * k_width, bytes);
+        memcpy(l->v + now->slot[m] * k_width, at->wide + m * stride + q_width + k_width, bytes);
+        at->first[m] = (int32_t)(l->window ? larger(0, now->position[m] - l->window + 1) : 0);
+        seen += now->end[m] - at->first[m];
+    }
+    const decodes all = {
+        .q = at->q, .k = l->k, .v = l->v, .out = at->y, .table = now->table, .row = at->row, .first = at->first,
+        .end = now->end, .sequences = M, .table_stride = now->table_stride, .q_stride = q_width, .heads = l->heads,
+        .groups = l->groups, .width = l->width, .block = model->page, .scale = l->scale, .softcap = model->softcap,
+    };
+    return paged_decode(&all, threads_for(seen * k_width, now)) || product(&l->output, now, at->y, at->normal);
+}
+
+INLINE float activated(float x, const int32_t activation) {
+    switch (activation) {
+    case SILU: return x / (1 + exponential(-x));
+    case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
+    case GELU_TANH: return x - x / (1 + exponential(1.59576912f * (x + 0.044715f * x * x * x)));
+    default: return x > 0 ? x : x * 0; /* NaN stays NaN */
+    }
+}
+
+/* [M][2][F] -> [M][F]: activation(gate) * up */
+INLINE void gate(const float *from, float *to, int64_t M, int64_t F, const int32_t activation) {
+    for (int64_t m = 0; m < M; m++, from += 2 * F, to += F)
+        for (int64_t f = 0; f < F; f++) to[f] = activated(from[f], activation) * from[F + f];
+}
+
+static int feed_forward(const decoder *model, const layer *l, const step *now, scratch *at) {
+    if (product(&l->gate_up, now, at->normal, at->wide)) return 1;
+    switch (model->activation) {
+    case SILU: gate(at->wide, at->q, now->rows, l->inner, SILU); break;
+    case GELU: gate(at->wide, at->q, now->rows, l->inner, GELU); break;
+    case GELU_TANH: gate(at->wide, at->q, now->rows, l->inner, GELU_TANH); break;
+    default: gate(at->wide, at->q, now->rows, l->inner, RELU);
+    }
+    return product(&l->down, now, at->q, at->normal);
+}
+
+/* Logits of one token of each sequence; its keys and values are stored. 0, or 1 if there is no memory. */
+int decode_step(const decoder *model, const step *now) {
+    scratch at;
+    void *memory = allocate(model, now->rows, &at);
+    if (!memory) return 1;
+    fill_angles(model, now, &at);
+    for (int64_t m = 0; m < now->rows; m++) at.row[m] = m;
+    int failed = 0;
+    for (int64_t i = 0; i < model->layer_count && !failed; i++) {
+        const layer *l = model->layers + i;
+        norm(model, now, now->x, l->before_attention, at.normal);
+        failed = attention(model, l, now, &at);
+        if (failed) break;
+        add(model, now, at.normal, l->after_attention);
+        norm(model, now, now->x, l->before_ffn, at.normal);
+        failed = feed_forward(model, l, now, &at);
+        if (!failed) add(model, now, at.normal, l->after_ffn);
+    }
+    if (!failed) {
+        norm(model, now, now->x, model->norm, at.normal);
+        failed = product(&model->head, now, at.normal, now->logits);
+    }
+    free(memory);
+    return failed;
+}
