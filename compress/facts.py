@@ -29,10 +29,12 @@ _LICENCE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
 def lineage(original: Checkpoint) -> dict[str, Any]:
-    """Where the artifact comes from: id and commit, hashes of every file that was read, licence."""
+    """Where the artifact comes from: id and commit, sizes, hashes of every file that was read, licence."""
     return {
         "source": original.source.id,
         "revision": original.source.revision,
+        "bytes": sum(info.bytes for info in original.tensors.values()),
+        "parameters": sum(math.prod(info.shape) for info in original.tensors.values()),
         "sha256": original.sha256(),
         "licence": licence(original.folder),
     }
@@ -51,22 +53,17 @@ def licence(folder: Path) -> str | None:
 def artifact_facts(inputs: Inputs, artifact: Checkpoint, journal: Journal) -> dict[str, Any]:
     """What the inputs decide: recipe, source, sizes, what was done to each layer, evaluation, fallbacks, lineage."""
     recipe, original, plan = inputs.recipe, inputs.original, inputs.plan
-    parameters = sum(math.prod(info.shape) for info in original.tensors.values())
+    origin = lineage(original)
     bytes_out = sum(info.bytes for info in artifact.tensors.values())
     blocks = [_blocks(journal, number) for number in range(len(recipe.stages))]
     evaluation = (journal.last("evaluation") or {}).get("result")
     return {
         "schema_version": RUN_SCHEMA_VERSION,
         "recipe": recipe.model_dump(mode="json"),
-        "source": {
-            "id": original.source.id,
-            "revision": original.source.revision,
-            "bytes": sum(info.bytes for info in original.tensors.values()),
-            "parameters": parameters,
-        },
+        "source": {"id": origin["source"], **{key: origin[key] for key in ("revision", "bytes", "parameters")}},
         "artifact": {
             "bytes": bytes_out,
-            "bits_per_weight": round(8 * bytes_out / parameters, 4),
+            "bits_per_weight": round(8 * bytes_out / origin["parameters"], 4),
             "format": recipe.export.format,
         },
         "stages": [
@@ -82,7 +79,7 @@ def artifact_facts(inputs: Inputs, artifact: Checkpoint, journal: Journal) -> di
         "evaluation": evaluation,
         "notices": [*plan.notices, *((evaluation or {}).get("notices") or [])],
         "fallbacks": list(_fallbacks(block for stage in blocks for block in stage)),
-        "lineage": lineage(original),
+        "lineage": origin,
     }
 
 

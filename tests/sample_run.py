@@ -131,6 +131,8 @@ def sample_run(*, blocks: int = 8, model: str = "HuggingFaceTB/SmolLM2-135M", bi
             "source": model,
             "revision": "93efa2f097d58c2a74874c7e644dbc9b0cee75a2",
             "licence": "apache-2.0",
+            "bytes": 269_060_552,
+            "parameters": 134_515_008,
             "sha256": {"model.safetensors": "ab" * 32, "config.json": "cd" * 32},
         },
     }

@@ -310,6 +310,16 @@ def test_artifacts_of_one_protocol_share_columns_with_their_original(tmp_path):
     assert plain["kind"] == "comparison"
 
 
+def test_a_gguf_file_counts_in_whole(tmp_path):
+    path = artifact(tmp_path, "q4", report=False)
+    (path / "model.safetensors").unlink()
+    (path / "q4.gguf").write_bytes(bytes(67_257_504))
+    rows = table(comparison([path]))
+    assert (rows["q4"]["size"], rows["q4"]["bits per weight"]) == ("67.3 MB", "4")
+    original = rows["HuggingFaceTB/SmolLM2-135M"]
+    assert (original["size"], original["bits per weight"]) == ("269 MB", "16")
+
+
 def test_figures_of_different_protocols_never_share_a_column(tmp_path):
     def other_text(run):
         run["evaluation"]["protocol"]["text"]["window"] = 512
@@ -352,17 +362,17 @@ def test_an_unmeasured_artifact_and_another_source_are_said(tmp_path):
 
 
 def test_each_original_is_drawn_once_whatever_else_is_compared(tmp_path):
-    """An artifact of another model is measured on a text of its own; one without a report takes its original's size."""
+    """An artifact of another model is measured on a text of its own; no report beside an artifact is needed."""
 
     def other(run):
-        run["lineage"]["source"], run["source"]["bytes"] = "other/model", 50_000_000
+        run["lineage"]["source"], run["lineage"]["bytes"] = "other/model", 50_000_000
         run["evaluation"]["perplexity"]["original"] = 20.0
 
     data = comparison(
         [
-            artifact(tmp_path, "a"),
-            artifact(tmp_path, "b", bits=3, report=False),
-            artifact(tmp_path, "c", change=other),
+            artifact(tmp_path, "a", report=False),
+            artifact(tmp_path, "b", bits=3),
+            artifact(tmp_path, "c", report=False, change=other),
         ]
     )
     assert [Structure(plot.svg).texts.count("original") for plot in data.plots] == [1, 1]

@@ -169,7 +169,12 @@ def _finish(result: "RunResult", output: Output) -> None:
         output.tell(f"gate: {failure}", style="red")
     code = GateError.exit_code if result.gate_failures else 0
     summary = {key: result.summary.get(key) for key in ("source", "artifact", "evaluation", "measured", "plan", "gate")}
-    output.finish("run", code, report=str(report), fallbacks=result.summary.get("fallbacks"), **summary)
+    summary["fallbacks"] = result.summary.get("fallbacks")
+    summary["stages"] = [  # the plan leaves the evaluation out, what was measured in all does not
+        {key: stage.get(key) for key in ("kind", "method", "seconds", "peak_memory_bytes")}
+        for stage in result.summary.get("stages") or []
+    ]
+    output.finish("run", code, report=str(report), **summary)
     if code:
         raise typer.Exit(code)
 

@@ -179,7 +179,7 @@ def _cell(kind: str, figures: Mapping[str, Any] | None) -> Cell:
 
 
 def _bits(entry: Entry) -> str:
-    return words.number(entry.run["artifact"]["bits_per_weight"]) if entry.run else words.NONE
+    return words.number(8 * entry.bytes / entry.parameters) if entry.parameters else words.NONE
 
 
 def _costs(entry: Entry) -> list[Cell]:
@@ -193,14 +193,24 @@ def _original_row(entries: Sequence[Entry], columns: Sequence[_Column]) -> list[
     """The common original, where the artifacts have one."""
     if len({entry.source for entry in entries}) > 1:
         return None
-    source = next((entry.run["source"] for entry in entries if entry.run), None)
-    size = format_bytes(source["bytes"]) if source else words.NONE
-    bits = words.number(8 * source["bytes"] / source["parameters"]) if source else words.NONE
+    size, parameters = entries[0].source_bytes, entries[0].parameters
+    bits = words.number(8 * size / parameters) if size and parameters else words.NONE
     figures = []
     for column in columns:
         values = {each["original"] for each in column.of if each and each.get("original") is not None}
         figures.append(words.number(values.pop()) if len(values) == 1 else words.NONE)
-    return [Cell(text) for text in (entries[0].source, "original", size, bits, *figures, words.NONE, words.NONE)]
+    return [
+        Cell(text)
+        for text in (
+            entries[0].source,
+            "original",
+            format_bytes(size) if size else words.NONE,
+            bits,
+            *figures,
+            words.NONE,
+            words.NONE,
+        )
+    ]
 
 
 def _plots(entries: Sequence[Entry], columns: Sequence[_Column]) -> list[Plot]:
@@ -221,8 +231,8 @@ def _plots(entries: Sequence[Entry], columns: Sequence[_Column]) -> list[Plot]:
 
 
 def _originals(entries: Sequence[Entry], column: _Column) -> list[Point]:
-    """The original of the artifacts in a column, once; of several, those whose size some run beside them tells."""
-    sizes = {entry.source: entry.run["source"]["bytes"] for entry in entries if entry.run}
+    """The originals of the artifacts in a column, each once, where a manifest tells their size."""
+    sizes = {entry.source: entry.source_bytes for entry in entries if entry.source_bytes}
     found = {
         entry.source: figures["original"]
         for entry, figures in zip(entries, column.of, strict=True)

@@ -18,12 +18,14 @@ from compress.report.data import model_name, summary
 
 @dataclass(frozen=True)
 class Entry:
-    """One artifact as found on disk."""
+    """One artifact as found on disk; `parameters` are those of its source."""
 
     name: str
     source: str
     summary: str
     bytes: int
+    source_bytes: int | None
+    parameters: int | None
     evaluation: Mapping[str, Any]
     run: Mapping[str, Any] | None
     recipe: Mapping[str, Any]
@@ -43,11 +45,20 @@ def _read(path: Path) -> Entry:
         name=path.absolute().name,
         source=model_name({"recipe": recipe, "source": {"id": lineage.get("source") or "an unknown source"}}),
         summary=summary({"stages": [_as_stage(stage) for stage in recipe.get("stages") or []]}),
-        bytes=sum(info.bytes for file in path.glob("*.safetensors") for info in read_header(file).values()),
+        bytes=_bytes(path),
+        source_bytes=lineage.get("bytes"),
+        parameters=lineage.get("parameters"),
         evaluation=_json(evaluation, "") if evaluation.is_file() else {},
         run=_json(run, "") if run.is_file() else None,
         recipe=recipe,
     )
+
+
+def _bytes(path: Path) -> int:
+    """Of the weights; a GGUF file, which has everything in it, counts in whole."""
+    files = path.glob("*.safetensors")
+    weights = sum(info.bytes for file in files for info in read_header(file).values())
+    return weights or sum(file.stat().st_size for file in path.glob("*.gguf"))
 
 
 def _json(path: Path, if_missing: str) -> dict[str, Any]:
