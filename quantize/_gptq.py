@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -17,6 +18,8 @@ from quantize._refit import Solution, solve
 from quantize._rounding import CLIPS, fall_back, too_few_tokens
 
 _CHUNK_BYTES = 64 << 20  # weights solved at once; a sweep holds three such buffers, with refits five of half
+_FEW_BITS = 3  # so few that refits are worth their time
+_REFITS_OF_FEW_BITS = 2
 _SAMPLED_ROWS = 64  # rows on which a layer's output power is measured
 
 
@@ -28,30 +31,40 @@ class Settings:
     activation_order: bool
     tokens_per_channel: float
     clip: str
-    refits: int = 0
+    refit: int | Literal["auto"] = 0
     cubed: bool = True  # of the span search: better models, though a layer's own error is a little larger
 
+    def refits(self, scheme: Scheme) -> int:
+        """Rounds of fitting scales to codes, then codes to scales."""
+        if self.refit != "auto":
+            return self.refit
+        return _REFITS_OF_FEW_BITS if scheme.bits <= _FEW_BITS else 0
 
-def solve_group(group: Group, sites: list[Site], scheme: Scheme, settings: Settings, job: Job) -> None:
-    """Quantize `sites`, which share the group's input: one Hessian, one factorisation, rows stacked."""
+
+def solve_group(group: Group, chosen: list[tuple[Site, Scheme]], settings: Settings, job: Job) -> None:
+    """Quantize sites that share the group's input: one Hessian, one factorisation, rows of one scheme stacked."""
+    sites = [site for site, _ in chosen]
     scale_dtype = job.checkpoint.dtype
     reason = too_few_tokens(group, settings.tokens_per_channel)
     if reason:
-        return _round_all(sites, scheme, settings, job, reason)
+        return _round_all(chosen, settings, job, reason)
     hessian_KK = group.statistics[Hessian]
     reason = _unusable(hessian_KK)
     power = {site.name: _output_power(site, hessian_KK) for site in sites}
     factor = factorise(hessian_KK, damping=settings.damping, activation_order=settings.activation_order)
     if factor is None:
         reason = reason or "its Hessian could not be factorised at any damping"
-        return _round_all(sites, scheme, settings, job, reason)
+        return _round_all(chosen, settings, job, reason)
     if factor.retries:
         job.events(Notice(f"needed damping {factor.damping:g} after {factor.retries} retries", sites[0].name))
-    results = _solve_rows(sites, scheme, settings, factor, scale_dtype)
+    results: dict[str, _Result] = {}
+    for scheme in dict.fromkeys(scheme for _, scheme in chosen):
+        alike = [site for site, its in chosen if its == scheme]
+        results |= _solve_rows(alike, scheme, settings, factor, scale_dtype)
     damping, retries = factor.damping, factor.retries
     del hessian_KK, factor
     group.release()  # the factor lies in the Hessian's memory: give it back before weights are packed
-    for site in sites:
+    for site, scheme in chosen:
         result = results.pop(site.name)
         site.replace(result.tensor())
         site.note(
@@ -76,10 +89,11 @@ def _solve_rows(
     searched = CLIPS[settings.clip]
     clip = searched and replace(searched, cubed=settings.cubed)
     results = {site.name: _Result(site.shape, scheme, scale_dtype) for site in sites}
-    for pieces in _chunks(sites, max(1, _CHUNK_BYTES // (8 if settings.refits else 4) // width)):
+    refits = settings.refits(scheme)
+    for pieces in _chunks(sites, max(1, _CHUNK_BYTES // (8 if refits else 4) // width)):
         weight_RK = torch.cat([site.rows(rows) for site, rows in pieces])
         grid = fit_grid(weight_RK, scheme, scale_dtype=scale_dtype, clip=clip, importance_K=importance_K)
-        solution = solve(weight_RK, grid, factor, settings.refits)
+        solution = solve(weight_RK, grid, factor, refits)
         start = 0
         for site, rows in pieces:
             end = start + rows.stop - rows.start
@@ -145,6 +159,6 @@ def _unusable(hessian_KK: torch.Tensor) -> str:
     return "" if bool(diagonal_K.any()) else "its inputs were zero for every token of the calibration"
 
 
-def _round_all(sites: list[Site], scheme: Scheme, settings: Settings, job: Job, reason: str) -> None:
-    for site in sites:
+def _round_all(chosen: list[tuple[Site, Scheme]], settings: Settings, job: Job, reason: str) -> None:
+    for site, scheme in chosen:
         fall_back(site, scheme, settings.clip, job, reason)

@@ -13,6 +13,7 @@ from compress.core.errors import UsageError
 from compress.core.passes import Job, LayerPlan, Pass, Plan
 from compress.core.quantities import format_bytes
 from compress.core.scheme import Scheme
+from quantize._overrides import GroupSize, Override, Pattern, SchemeName, make_scheme
 from quantize._prepare import Prepare, order_problem, preparation, prepared_bytes, scheme_problem
 from quantize.prepare._transform import Target, Transform
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from compress.core.statistics import Statistic
     from compress.core.walk import Block, Group, Site
 
-DEFAULT_GROUP_SIZE = 128
-
 
 class WeightQuantization(Pass):
     """Settings shared by the methods that give every linear layer of the blocks integer codes."""
@@ -36,8 +35,8 @@ class WeightQuantization(Pass):
     prepares: ClassVar[bool] = False
     """Whether the method takes its blocks from `blocks`, so that transforms of `prepare` reach it."""
 
-    scheme: str = Field("w4a16", description="weight and activation bits: w2a16 … w8a16, w8a8")
-    group_size: int | None = Field(
+    scheme: SchemeName = Field("w4a16", description="weight and activation bits: w2a16 … w8a16, w8a8")
+    group_size: GroupSize | None = Field(
         None, description="input channels that share a scale; -1: one scale per output channel. Default 128, w8a8: -1"
     )
     symmetric: bool = Field(
@@ -47,36 +46,15 @@ class WeightQuantization(Pass):
     uneven: Literal["refuse", "channel", "smaller"] = Field(
         "refuse", description="layers whose width the group size does not divide: refuse, per channel, smaller groups"
     )
-    ignore: tuple[str, ...] = Field(
+    ignore: tuple[Pattern, ...] = Field(
         (), description="layers left alone, by name pattern: '*.down_proj', 'model.layers.0.*'"
+    )
+    overrides: tuple[Override, ...] = Field(
+        (), description="other schemes for some layers, the last match counts: - {layers: '*.v_proj', scheme: w8a16}"
     )
     prepare: tuple[Prepare, ...] = Field(  # pyright: ignore[reportInvalidTypeForm]
         (), description="what is done to the weights first: - rotate: {}, - smoothquant: {alpha: 0.5}, - awq_scale: {}"
     )
-
-    @field_validator("ignore")
-    @classmethod
-    def _shell_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        expression = next((pattern for pattern in patterns if pattern.startswith("re:")), None)
-        if expression:
-            raise ValueError(f"{expression!r} is a regular expression; patterns are those of a shell: '*.q_proj'")
-        return patterns
-
-    @field_validator("scheme")
-    @classmethod
-    def _known_scheme(cls, name: str) -> str:
-        try:
-            Scheme.parse(name)
-        except UsageError as error:
-            raise ValueError(error.message) from None
-        return name
-
-    @field_validator("group_size")
-    @classmethod
-    def _sane_group_size(cls, size: int | None) -> int | None:
-        if size is not None and size != -1 and size < 8:
-            raise ValueError("use -1 (per channel) or at least 8")
-        return size
 
     @field_validator("prepare")
     @classmethod
@@ -88,10 +66,11 @@ class WeightQuantization(Pass):
         return prepare
 
     def model_post_init(self, context: object) -> None:
-        wanted = self.wanted
-        if wanted.activation_bits == 8 and (wanted.group_size != -1 or not wanted.symmetric or wanted.bits != 8):
-            raise ValueError(f"{self.scheme} needs 8-bit symmetric weights with one scale per channel (group_size: -1)")
-        problem = scheme_problem(self.prepare, wanted) or self.own_problem()
+        for scheme in self.schemes:
+            problem = scheme_problem(self.prepare, scheme)
+            if problem:
+                raise ValueError(problem)
+        problem = self.own_problem()
         if problem:
             raise ValueError(problem)
 
@@ -100,24 +79,26 @@ class WeightQuantization(Pass):
         return None
 
     @cached_property
-    def wanted(self) -> Scheme:
-        """The scheme that layers get where their width allows it."""
-        parsed = Scheme.parse(self.scheme)
-        default = -1 if parsed.activation_bits == 8 else DEFAULT_GROUP_SIZE
-        size = default if self.group_size is None else self.group_size
-        return Scheme(parsed.bits, size, self.symmetric, activation_bits=parsed.activation_bits)
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The scheme that layers get where their width allows it, and then that of each override."""
+        stage = make_scheme(self.scheme, self.group_size, self.symmetric)
+        return stage, *(each.scheme_in(self.scheme, self.group_size, self.symmetric) for each in self.overrides)
+
+    def wanted(self, name: str) -> Scheme:
+        """The scheme of the layer `name` where its width allows it."""
+        covering = [number for number, override in enumerate(self.overrides, start=1) if override.covers(name)]
+        return self.schemes[covering[-1] if covering else 0]
 
     def scheme_for(self, name: str, width: int) -> Scheme | None:
         """The scheme of the layer `name` with `width` input channels, None if it is left alone."""
         if any(fnmatchcase(name, pattern) for pattern in self.ignore):
             return None
-        size = self.wanted.group_size
-        if size == -1 or width % size == 0:
-            return self.wanted
-        if self.uneven == "refuse":
-            return self.wanted  # refused by name in `plan`, before any work
+        wanted = self.wanted(name)
+        size = wanted.group_size
+        if size == -1 or width % size == 0 or self.uneven == "refuse":  # refused by name in `plan`, before any work
+            return wanted
         smaller = max((s for s in range(8, size) if width % s == 0), default=-1) if self.uneven == "smaller" else -1
-        return Scheme(self.wanted.bits, smaller, self.symmetric)
+        return replace(wanted, group_size=smaller)
 
     def chosen(self, group: Group) -> list[tuple[Site, Scheme]]:
         """The layers of a group that are not left alone, with their schemes."""
@@ -140,7 +121,12 @@ class WeightQuantization(Pass):
         self._refuse_ragged(layers)
         if not any(layer.scheme for layer in layers):
             raise UsageError("every layer is ignored: there is nothing to quantize", hint="shorten `ignore`")
-        unused = [p for p in self.ignore if not any(fnmatchcase(layer.name, p) for layer in layers)]
+        unused = [
+            f"{word} pattern {pattern!r} matches no layer"
+            for word, patterns in (("ignore", self.ignore), ("overrides", [each.layers for each in self.overrides]))
+            for pattern in patterns
+            if not any(fnmatchcase(layer.name, pattern) for layer in layers)
+        ]
         added_bytes = sum(info.bytes for info in checkpoint.tensors.values()) - source_bytes
         bytes_out = source_bytes + added_bytes + sum(layer.bytes_out - layer.bytes_in for layer in layers)
         cost = estimate(checkpoint, calibration if self.calibrated else None, true_sequential=self.sequential)
@@ -150,7 +136,7 @@ class WeightQuantization(Pass):
             peak_memory_bytes=cost.memory_bytes + prepared_bytes(checkpoint, self.first_steps),
             disk_bytes=bytes_out + cost.spill_bytes,
             minutes=cost.minutes,
-            notices=(*(f"ignore pattern {pattern!r} matches no layer" for pattern in unused), *_untied(added_bytes)),
+            notices=(*unused, *_untied(added_bytes)),
         )
 
     @property
@@ -196,11 +182,13 @@ class WeightQuantization(Pass):
         return [(name, (shape[0], shape[1])) for name, shape in zip(names, shapes, strict=True)]
 
     def _refuse_ragged(self, layers: list[LayerPlan]) -> None:
-        size = self.wanted.group_size
-        ragged = [layer for layer in layers if layer.scheme and size != -1 and layer.shape[1] % size]
-        ragged = [layer for layer in ragged if layer.scheme == self.wanted]
+        ragged = [
+            layer for layer in layers if layer.scheme and layer.shape[1] % layer.scheme.group_width(layer.shape[1])
+        ]
         if not ragged:
             return
+        size = ragged[0].scheme.group_size if ragged[0].scheme else -1
+        ragged = [layer for layer in ragged if layer.scheme and layer.scheme.group_size == size]
         widths = sorted({layer.shape[1] for layer in layers})
         working = [s for s in (256, 128, 96, 64, 48, 32, 16, 8) if all(width % s == 0 for width in widths)]
         raise UsageError(

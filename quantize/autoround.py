@@ -82,7 +82,7 @@ class AutoRound(WeightQuantization):
                 clip=self.clip,
                 cubed=False,  # learning is after the block's own error
             )
-            solve_group(group, [site for site, _ in chosen], chosen[0][1], start, job)
+            solve_group(group, chosen, start, job)
             return
         reason = too_few_tokens(group, self.tokens_per_channel)
         for site, scheme in chosen:

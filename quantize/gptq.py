@@ -7,9 +7,6 @@ from pydantic import Field
 from compress.core.passes import Job
 from quantize._settings import WeightQuantization
 
-_FEW_BITS = 3
-_REFITS_OF_FEW_BITS = 2
-
 
 class GPTQ(WeightQuantization):
     """GPTQ with static activation order, searched spans and one factorisation per common input."""
@@ -35,21 +32,14 @@ class GPTQ(WeightQuantization):
     def sequential(self) -> bool:
         return self.order == "groups"
 
-    @property
-    def refits(self) -> int:
-        """Rounds of `refit`: where bits are few they are worth their time."""
-        if self.refit != "auto":
-            return self.refit
-        return _REFITS_OF_FEW_BITS if self.wanted.bits <= _FEW_BITS else 0
-
     def run(self, job: Job) -> None:
         from compress.core.statistics import Hessian
         from quantize._gptq import Settings, solve_group
 
-        settings = Settings(self.damping, self.activation_order, self.tokens_per_channel, self.clip, self.refits)
+        settings = Settings(self.damping, self.activation_order, self.tokens_per_channel, self.clip, self.refit)
         for block in self.blocks(job, frozenset({Hessian}), self.order):
             for group in block.groups:
-                sites = self.chosen(group)
-                if sites:
-                    solve_group(group, [site for site, _ in sites], sites[0][1], settings, job)
+                chosen = self.chosen(group)
+                if chosen:
+                    solve_group(group, chosen, settings, job)
                 group.release()

@@ -98,7 +98,10 @@ def _stage_words(stage: Mapping[str, Any]) -> str:
     size = settings.get("group_size")
     if size:
         text += ", one group per channel" if size == -1 else f", groups of {size}"
-    return f"{text}, asymmetric" if settings.get("symmetric") is False else text
+    if settings.get("symmetric") is False:
+        text += ", asymmetric"
+    others = len(settings.get("overrides") or ())
+    return text if not others else f"{text}, {'an override' if others == 1 else f'{others} overrides'}"
 
 
 def as_yaml(data: Any) -> str:

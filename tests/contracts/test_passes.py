@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from compress.core.errors import UsageError
 from compress.core.formats import compressed_tensors
 from compress.core.methods import available_kinds, find_pass
 from compress.core.passes import Job, Pass
+from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 from compress.core.walk import BlockRecord
 from tests.conftest import TinyModel
@@ -29,7 +31,7 @@ QUICK: dict[str, dict[str, object]] = {"autoround": {"steps": 3, "tokens_per_ste
 
 def settings_of(method: str, **asked: object) -> Pass:
     """A quantizer's settings as asked, without the repetitions that only make it better."""
-    return find_pass("quantize", method)(**QUICK.get(method, {}), **asked)
+    return find_pass("quantize", method).model_validate_json(json.dumps(QUICK.get(method, {}) | asked))
 
 
 class Shelf:
@@ -129,10 +131,29 @@ def test_every_family_is_quantized_as_planned(tiny_model: TinyModel, method: str
 def test_every_width_of_code(tiny_model: TinyModel, method: str, bits: int, symmetric: bool) -> None:
     settings = settings_of(method, scheme=f"w{bits}a16", group_size=-1, symmetric=symmetric)
     tensors = quantized(run(tiny_model("llama"), settings, Shelf()))
-    assert all(tensor.scheme == settings.wanted for tensor in tensors.values())  # type: ignore[attr-defined]
+    assert all(tensor.scheme == settings.schemes[0] for tensor in tensors.values())  # type: ignore[attr-defined]
     used = torch.cat([tensor.codes().flatten() for tensor in tensors.values()])
     assert int(used.min()) >= -(1 << (bits - 1)) and int(used.max()) <= (1 << (bits - 1)) - 1
     assert len(used.unique()) > (1 << bits) * 0.9
+
+
+@methods
+def test_layers_get_the_schemes_of_their_overrides(tiny_model: TinyModel, method: str) -> None:
+    overrides = [
+        {"layers": "*.v_proj", "scheme": "w8a16"},
+        {"layers": "model.layers.1.*", "scheme": "w3a16", "group_size": 32},
+        {"layers": "*.1.mlp.down_proj", "symmetric": False},
+    ]
+    settings = settings_of(method, scheme="w4a16", group_size=16, overrides=overrides, ignore=["*.0.mlp.down_proj"])
+    done = quantized(run(tiny_model("llama"), settings, Shelf()))
+    assert {name: tensor.scheme for name, tensor in done.items() if "layers.2" not in name or "v_proj" in name} == {
+        **{f"model.layers.0.self_attn.{kind}_proj": Scheme(4, 16) for kind in "qko"},
+        **{f"model.layers.0.mlp.{kind}_proj": Scheme(4, 16) for kind in ("gate", "up")},
+        **{f"model.layers.1.self_attn.{kind}_proj": Scheme(3, 32) for kind in "qkvo"},
+        **{f"model.layers.1.mlp.{kind}_proj": Scheme(3, 32) for kind in ("gate", "up")},
+        **{f"model.layers.{block}.self_attn.v_proj": Scheme(8, 16) for block in (0, 2)},
+        "model.layers.1.mlp.down_proj": Scheme(4, 16, symmetric=False),
+    }
 
 
 @methods
