@@ -74,12 +74,11 @@ def _loaders(facts: Mapping[str, Any]) -> list[str]:
 
     schemes, shapes = {}, {}
     for stage in facts.get("stages") or []:
-        symmetric = (stage.get("settings") or {}).get("symmetric", True)
         for layer in stage.get("layers") or []:
             if layer.get("bits") is not None:
-                parsed = Scheme.parse(layer["scheme"])
-                schemes[layer["name"]] = Scheme(
-                    parsed.bits, layer["group_size"], symmetric, activation_bits=parsed.activation_bits
+                symmetric = layer["symmetric"]
+                schemes[layer["name"]] = Scheme.parse(
+                    layer["scheme"], group_size=layer["group_size"], symmetric=symmetric
                 )
                 shapes[layer["name"]] = tuple(layer["shape"])
     format = facts["artifact"].get("format") or "compressed-tensors"

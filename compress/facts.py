@@ -89,6 +89,7 @@ def layer_facts(layer: LayerPlan) -> dict[str, Any]:
         "name": layer.name,
         "bits": layer.scheme.bits if layer.scheme else None,
         "group_size": layer.scheme.group_size if layer.scheme else None,
+        "symmetric": layer.scheme.symmetric if layer.scheme else None,
         "scheme": layer.scheme.name if layer.scheme else None,
         "shape": list(layer.shape),
         "bytes_in": layer.bytes_in,

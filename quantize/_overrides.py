@@ -53,7 +53,7 @@ class Override(BaseModel):
         name = self.scheme or name
         if self.group_size is not None:
             group_size = self.group_size
-        elif Scheme.parse(name).activation_bits == 8:
+        elif needs_channels(Scheme.parse(name)):
             group_size = None
         return make_scheme(name, group_size, symmetric if self.symmetric is None else self.symmetric)
 
@@ -64,9 +64,16 @@ class Override(BaseModel):
 
 def make_scheme(name: str, group_size: int | None, symmetric: bool) -> Scheme:
     """The scheme of these settings; a group size that is left out is the usual one. ValueError: it makes no sense."""
-    parsed = Scheme.parse(name)
-    usual = -1 if parsed.activation_bits == 8 else DEFAULT_GROUP_SIZE
-    scheme = Scheme(parsed.bits, group_size or usual, symmetric, activation_bits=parsed.activation_bits)
-    if scheme.activation_bits == 8 and (scheme.group_size != -1 or not scheme.symmetric or scheme.bits != 8):
+    whole = needs_channels(Scheme.parse(name))
+    try:
+        scheme = Scheme.parse(name, group_size=group_size or (-1 if whole else DEFAULT_GROUP_SIZE), symmetric=symmetric)
+    except UsageError as error:
+        raise ValueError(error.message) from None
+    if whole and (scheme.group_size != -1 or not scheme.symmetric or scheme.bits != 8):
         raise ValueError(f"{name} needs 8-bit symmetric weights with one scale per channel (group_size: -1)")
     return scheme
+
+
+def needs_channels(scheme: Scheme) -> bool:
+    """Whether a scheme is defined with one scale per output channel only."""
+    return scheme.activation_bits == 8 or scheme.dtype == "fp8"

@@ -27,17 +27,21 @@ if TYPE_CHECKING:
 
 
 class WeightQuantization(Pass):
-    """Settings shared by the methods that give every linear layer of the blocks integer codes."""
+    """Settings shared by the methods that give every linear layer of the blocks codes."""
 
     kind: ClassVar = "quantize"
     takes: ClassVar = frozenset({"dense"})
     gives: ClassVar = "quantized"
     prepares: ClassVar[bool] = False
     """Whether the method takes its blocks from `blocks`, so that transforms of `prepare` reach it."""
+    dtypes: ClassVar[tuple[str, ...]] = ("int",)
+    """Of the codes that it can make."""
 
-    scheme: SchemeName = Field("w4a16", description="weight and activation bits: w2a16 … w8a16, w8a8")
+    scheme: SchemeName = Field(
+        "w4a16", description="weight and activation bits: w2a16 … w8a16, w8a8; fp8, fp8a16 (rtn)"
+    )
     group_size: GroupSize | None = Field(
-        None, description="input channels that share a scale; -1: one scale per output channel. Default 128, w8a8: -1"
+        None, description="input channels that share a scale; -1: per output channel. Default 128, w8a8 and fp8: -1"
     )
     symmetric: bool = Field(
         True, description="no zero points; asymmetric artifacts need dequantize=True in transformers"
@@ -67,6 +71,8 @@ class WeightQuantization(Pass):
 
     def model_post_init(self, context: object) -> None:
         for scheme in self.schemes:
+            if scheme.dtype not in self.dtypes:
+                raise ValueError(f"this method makes whole numbers; methods for {scheme.name} are rtn and fp8")
             problem = scheme_problem(self.prepare, scheme)
             if problem:
                 raise ValueError(problem)

@@ -12,6 +12,7 @@ class RTN(WeightQuantization):
     paper: ClassVar = "baseline; span search as in Nagel et al., 2021, arXiv:2106.08295, section 3.1"
     needs_calibration: ClassVar = False
     prepares: ClassVar = True
+    dtypes: ClassVar = ("int", "fp8")
 
     def run(self, job: Job) -> None:
         from quantize._rounding import round_site

@@ -429,7 +429,8 @@ def test_the_card_names_base_model_licence_figures_protocol_and_loaders():
 
 def test_the_card_of_an_asymmetric_artifact_says_how_it_loads_and_holds_no_time_or_memory():
     run = sample_run()
-    run["stages"][0]["settings"]["symmetric"] = False
+    for layer in run["stages"][0]["layers"]:
+        layer["symmetric"] = False
     card = model_card(run)
     assert "CompressedTensorsConfig(dequantize=True)" in card
     assert "7 min" not in card

@@ -289,6 +289,7 @@ def markdown() -> str:
         Scheme(4, 128, symmetric=False),
         Scheme(8, 128),
         Scheme(8, -1, activation_bits=8),
+        Scheme(8, -1, dtype="fp8", activation_bits=8),
         Scheme(4, 16),
         Scheme(3, 128),
         Scheme(2, 64),

@@ -11,6 +11,8 @@ from compress.core import native
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor, spread
 
+FP8_LARGEST = 448.0
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -24,6 +26,9 @@ class Grid:
         """Nearest codes: round-to-nearest (RTN)."""
         width, size = weight_OK.shape[1], self.scheme.group_size
         codes = weight_OK.float() / spread(self.scale.float(), size, width)
+        if self.scheme.dtype == "fp8":
+            stored = codes.clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+            return QuantTensor.from_stored(stored, self.scale, None, self.scheme)
         codes.round_()
         if self.zero is not None:
             codes += spread(self.zero.float(), size, width)
@@ -61,8 +66,12 @@ def fit_grid(
 
     Without `clip` the grid spans minimum to maximum. With it each group takes the span with the least rounding error,
     squared or cubed, weighted by `importance_K` (the mean square of each input channel, say). Scales are rounded to
-    `scale_dtype` before they are judged: what is chosen is what is stored.
+    `scale_dtype` before they are judged: what is chosen is what is stored. Spans of fp8 are not searched: its steps
+    grow with the numbers, so that clipping some gains the others nothing.
     """
+    if scheme.dtype == "fp8":
+        largest_OG = _grouped(weight_OK, scheme).abs().amax(-1)
+        return Grid(_nonzero((largest_OG / FP8_LARGEST).to(scale_dtype)), None, scheme)
     rows_at_once = max(1, _CACHED_WEIGHTS // weight_OK.shape[1]) if clip else len(weight_OK)
     parts = [
         _fit(_grouped(rows_OK, scheme), scheme, scale_dtype, clip, importance_K)
@@ -157,14 +166,18 @@ def _grouped(weight_OK: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return padded.reshape(rows, -1, size)
 
 
+def _nonzero(scale: torch.Tensor) -> torch.Tensor:
+    """For a group of zeros any scale will do."""
+    return torch.where(scale.abs() > 0, scale, torch.ones_like(scale))
+
+
 def _span(
     low_OG: torch.Tensor, high_OG: torch.Tensor, shrink: torch.Tensor | float, scheme: Scheme, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale (fp32, rounded to its storage dtype) and zero point of the grid that spans `shrink` of low … high."""
     steps = scheme.highest - scheme.lowest
     reach = torch.maximum(-low_OG, high_OG) * 2 if scheme.symmetric else high_OG - low_OG
-    scale = (reach * shrink / steps).to(scale_dtype).float()
-    scale = torch.where(scale.abs() > 0, scale, torch.ones_like(scale))  # an all-zero group: any scale will do
+    scale = _nonzero((reach * shrink / steps).to(scale_dtype).float())
     if scheme.symmetric:
         return scale, None
     return scale, (scheme.lowest - low_OG * shrink / scale).round_().clamp_(scheme.lowest, scheme.highest)

@@ -69,8 +69,10 @@ class Scheme:
 
     @classmethod
     def parse(cls, name: str, *, group_size: int = -1, symmetric: bool = True) -> "Scheme":
-        """Scheme from its name: w4a16, w8a8 …"""
+        """Scheme from its name: w4a16, w8a8, fp8, fp8a16 …"""
+        if name in ("fp8", "fp8a16"):
+            return cls(8, group_size, symmetric, "fp8", 8 if name == "fp8" else 16)
         match = _NAME.fullmatch(name)
         if match is None:
-            raise UsageError(f"unknown scheme {name!r}: a scheme is written like w4a16 or w8a8")
+            raise UsageError(f"unknown scheme {name!r}: a scheme is written like w4a16, w8a8, fp8 or fp8a16")
         return cls(int(match["weight"]), group_size, symmetric, activation_bits=int(match["activation"]))

@@ -29,6 +29,8 @@ class SmoothQuant(Transform):
     def refusal(self, wanted: Scheme) -> str | None:
         if wanted.activation_bits == 16:
             return f"moves outliers of activations, which {wanted.name} does not round: awq_scale is for weights alone"
+        if wanted.dtype == "fp8":
+            return "looks for whole numbers: outliers cost floats (fp8) little"
         if self.alpha != "auto" and not 0 <= self.alpha <= 1:
             return f"takes an alpha from 0 to 1, not {self.alpha:g}"
         return None

@@ -138,7 +138,7 @@ def test_the_page_of_formats_shows_its_table() -> None:
         (Scheme(8, -1, activation_bits=8), (64, 64), ["compressed-tensors"]),
         (Scheme(4, 64, dtype="nf4"), (64, 64), ["bitsandbytes"]),
         (Scheme(4, 64, dtype="nf4"), (64, 96), []),
-        (Scheme(8, -1, dtype="fp8"), (64, 64), []),
+        (Scheme(8, -1, dtype="fp8"), (64, 64), ["compressed-tensors"]),
         (W4, (64, 192), []),
     ],
 )

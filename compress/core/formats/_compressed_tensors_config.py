@@ -72,9 +72,10 @@ def format_of(scheme: Scheme) -> str:
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    kind = "float" if scheme.dtype == "fp8" else "int"
     weights: dict[str, Any] = {
         "num_bits": scheme.bits,
-        "type": "int",
+        "type": kind,
         "symmetric": scheme.symmetric,
         "strategy": scheme.strategy,
         "dynamic": False,
@@ -85,7 +86,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     if scheme.activation_bits == 8:
         group["input_activations"] = {
             "num_bits": 8,
-            "type": "int",
+            "type": kind,
             "symmetric": True,
             "strategy": "token",
             "dynamic": True,

@@ -1,5 +1,5 @@
-"""compressed-tensors on disk: pack-quantized (2 to 8 bits), int-quantized (8-bit weights, dynamic 8-bit inputs) and,
-read only, float-quantized (fp8).
+"""compressed-tensors on disk: pack-quantized (2 to 8 bits), int-quantized (8-bit weights, dynamic 8-bit inputs) and
+float-quantized (fp8).
 
 Format: https://github.com/neuralmagic/compressed-tensors. O output channels, K input channels, G groups, b bits.
 
@@ -11,7 +11,7 @@ int-quantized    weight            int8 [O, K]
                  weight_scale      [O, G]
                  weight_zero_point int8 [O, G]               asymmetric only
 float-quantized  weight            float8_e4m3fn [O, K]
-                 weight_scale      [O, 1], or [1] for the whole tensor
+                 weight_scale      [O, 1], or, read only, [1] for the whole tensor
 
 weight = (code - zero) * scale, code and zero both in the signed domain -2^(b-1) … 2^(b-1)-1.
 """
@@ -50,9 +50,11 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
     """The tensors that hold `tensor` on disk, by disk name."""
     scheme = tensor.scheme
-    if scheme.dtype != "int":
-        raise UsageError(f"{scheme.name} weights are read, but not written")
-    if is_int_quantized(scheme):
+    if scheme.dtype not in ("int", "fp8"):
+        raise UsageError(f"{scheme.name} weights are not written")
+    if scheme.dtype == "fp8":
+        parts = {"weight": tensor.stored().view(torch.float8_e4m3fn), "weight_scale": tensor.scale}
+    elif is_int_quantized(scheme):
         parts = {"weight": tensor.codes(), "weight_scale": tensor.scale}
         if tensor.zero is not None:
             parts["weight_zero_point"] = tensor.zero
@@ -104,7 +106,7 @@ def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dty
     rows, width = shape
     groups = scheme.groups_in(width)
     total = rows * groups * scale_dtype.itemsize
-    if is_int_quantized(scheme):
+    if is_int_quantized(scheme) or scheme.dtype == "fp8":
         return total + rows * width + (0 if scheme.symmetric else rows * groups)
     total += rows * words_in(width, scheme.bits) * 4 + _SHAPE_BYTES
     return total + (0 if scheme.symmetric else words_in(rows, scheme.bits) * groups * 4)

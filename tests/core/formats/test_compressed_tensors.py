@@ -303,6 +303,9 @@ def more_bits(module: str) -> Scheme:
 LOGITS_BOUND = 1e-5
 
 
+FP8 = Scheme(8, -1, dtype="fp8", activation_bits=8)
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize(
     ("schemes", "shape"),
@@ -313,10 +316,12 @@ LOGITS_BOUND = 1e-5
         (Scheme(3, -1), {"ffn": 70}),
         (Scheme(2, 32), {}),
         (Scheme(8, -1, activation_bits=8), {}),
+        (FP8, {}),
+        (Scheme(8, -1, dtype="fp8"), {"tied": True}),
         (uneven, {}),
         (lambda module: None if module.endswith("o_proj") else W4, {}),
     ],
-    ids=["w4", "tied", "asymmetric", "w3-odd", "w2", "w8a8", "uneven", "some-kept"],
+    ids=["w4", "tied", "asymmetric", "w3-odd", "w2", "w8a8", "fp8", "fp8a16", "uneven", "some-kept"],
 )
 def test_transformers_computes_the_same_logits(tmp_path: Path, schemes, shape: dict[str, object]) -> None:
     pytest.importorskip("compressed_tensors")

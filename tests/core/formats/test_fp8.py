@@ -9,12 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.core.checkpoint import Checkpoint
-from compress.core.errors import ArtifactError, InputError
+from compress.core.errors import ArtifactError, InputError, RecipeError
 from compress.core.formats import _reference, reader_for
 from compress.core.formats import compressed_tensors as ct
+from compress.core.grid import fit_grid
+from compress.core.recipe import parse_recipe
 from compress.core.safetensors_io import read_header
 from compress.core.scheme import Scheme
 from compress.core.verify import verify
+from compress.pipeline import RunOptions, plan, run
+from runtime.llm import LLM
 from tests.quantized_folders import SITES, tiny_llama
 
 FP8 = Scheme(8, dtype="fp8", activation_bits=8)
@@ -149,3 +153,66 @@ def test_inputs_may_stay_as_they_are_but_not_be_static() -> None:
 def test_the_preset() -> None:
     settings = config() | {"config_groups": {"FP8_DYNAMIC": ["Linear"]}}
     assert ct.scheme_of("a", settings) == FP8
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = fit_grid(weight, FP8, scale_dtype=dtype).round(weight)
+        parts = ct.encode("m", tensor)
+        assert set(parts) == set(ct.stored_names("m", FP8))
+        assert sum(part.nbytes for part in parts.values()) == ct.encoded_bytes((24, 40), FP8, dtype)
+        assert parts["m.weight"].dtype is torch.float8_e4m3fn and tuple(parts["m.weight_scale"].shape) == (24, 1)
+        assert torch.equal(ct.decode("m", parts.__getitem__, FP8).dequantize(), tensor.dequantize())
+        worst = (tensor.dequantize() - weight).abs() / weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-9)
+        assert float(worst.max()) < 1.05 / 28  # half a step of the largest numbers, a little more where scales are bf16
+        assert not tensor.dequantize()[3].any()
+
+
+def test_codes_are_the_nearest_ones() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    grid = fit_grid(weight, FP8, scale_dtype=torch.float32)
+    levels = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    levels = levels[levels.isfinite()]
+    exact = weight / grid.scale
+    nearest = (exact[..., None] - levels).abs().amin(-1)
+    found = (grid.round(weight).dequantize() / grid.scale - exact).abs()
+    torch.testing.assert_close(found, nearest, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8a16"])
+def test_a_run_writes_what_readers_take(tmp_path: Path, scheme: str) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    stage = {"quantize": {"method": "fp8", "scheme": scheme}}
+    recipe = parse_recipe({"model": "model", "stages": [stage]}, base_folder=tmp_path)
+    planned = plan(recipe, RunOptions(output=tmp_path / "out"))
+    run(recipe, RunOptions(output=tmp_path / "out"))
+    files = (tmp_path / "out").glob("*.safetensors")
+    assert sum(info.bytes for file in files for info in read_header(file).values()) == planned.bytes_out
+    assert verify(tmp_path / "out", source=tmp_path / "model", library=True).ok
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    [group] = settings["config_groups"].values()
+    assert settings["format"] == "float-quantized" and group["weights"]["type"] == "float"
+    assert ("input_activations" in group) == (scheme == "fp8")
+    with LLM(tmp_path / "out") as llm:
+        assert llm.generate([[5, 6, 7]], max_tokens=3, ignore_eos=True)[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "gptq", "scheme": "fp8"}, "whole numbers; methods for fp8 are rtn and fp8"),
+        ({"method": "hqq", "scheme": "fp8a16"}, "whole numbers"),
+        ({"method": "fp8", "group_size": 64}, "one scale per channel"),
+        ({"method": "fp8", "symmetric": False}, "no zero points"),
+        ({"method": "rtn", "scheme": "fp4"}, "unknown scheme 'fp4'"),
+        ({"method": "fp8", "prepare": [{"smoothquant": {}}]}, "outliers cost floats"),
+        ({"method": "awq", "overrides": [{"layers": "x", "scheme": "fp8"}]}, "whole numbers"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], said: str) -> None:
+    data = {"model": "m", "calibration": {"dataset": "demo"}, "stages": [{"quantize": settings}]}
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(data)
