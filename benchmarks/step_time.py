@@ -21,10 +21,10 @@ import tools
 import torch
 
 from runtime.cache import KVCache
-from runtime.decode_step import DecodeStep
 from runtime.loader import load
 from runtime.runner import Runner
 from runtime.simulator import StepTime
+from runtime.small_steps import SmallSteps
 from runtime.step import Row, Step
 
 PAGE_TOKENS = 16
@@ -49,7 +49,7 @@ def main() -> None:
     model = load(asked.model, numerics=asked.numerics, device=asked.device)
     pages = max(decodes * pages_for(stored + 1) + pages_for(stored + chunk) for decodes, chunk, stored in SHAPES)
     cache = KVCache(model.config, pages, PAGE_TOKENS, model.dtype, asked.device)
-    runner = Runner(model, cache, asked.device, whole=DecodeStep.of(model, cache))
+    runner = Runner(model, cache, asked.device, whole=SmallSteps.of(model, cache))
     steps = [make_step(*shape) for shape in SHAPES]
     spent: list[list[float]] = [[] for _ in steps]
     for turn in range(asked.rounds + 1):  # the first one warms up

@@ -130,7 +130,8 @@ def require_held(schemes: Mapping[str, Scheme], shapes: Mapping[str, Shape], for
     module, reason = next(iter(found.items()))
     more = f" (and {len(found) - 1} more layers)" if len(found) > 1 else ""
     others = [name for name in formats_for(schemes, shapes) if name != format]
-    hint = f"as they are, these weights can be written as {', '.join(others)}" if others else None
+    names = [f"{name} (where its fp16 scales hold theirs)" if name == "gguf" else name for name in others]
+    hint = f"as they are, these weights can be written as {', '.join(names)}" if names else None
     raise InputError(f"{module} cannot be written as {format}: {reason}{more}", where=where, hint=hint)
 
 

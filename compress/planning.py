@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,11 +51,12 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> 
     stages = tuple(stage.settings.plan(checkpoint, tokens) for stage in recipe.stages)
     bytes_in = sum(info.bytes for info in checkpoint.tensors.values())
     bytes_out = stages[-1].bytes_out + _rewritten(recipe, checkpoint, stages)
-    extra_bytes = _files_beside_tensors(checkpoint, stages[-1])
+    extra_bytes = bytes_beside_tensors(checkpoint, [layer.name for layer in stages[-1].layers if layer.scheme])
     notices = [
         *_unknown(checkpoint),
         *_speechless(checkpoint),
         *(notice for stage in stages for notice in stage.notices),
+        *_too_large(recipe, bytes_out + extra_bytes),
     ]
     return RunPlan(
         stages=stages,
@@ -95,6 +97,14 @@ def _unknown(checkpoint: Checkpoint) -> list[str]:
         return []
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return [f"{names[0]}{others}: not a tensor of {checkpoint.model_type} models, carried over as it is"]
+
+
+def _too_large(recipe: Recipe, artifact_bytes: int) -> list[str]:
+    bound = recipe.gate.max_size if recipe.gate else None
+    if bound is None or artifact_bytes <= bound:
+        return []
+    taken, allowed = format_bytes(artifact_bytes), format_bytes(bound)
+    return [f"gate.max_size will be missed: all files take about {taken}, {allowed} are allowed"]
 
 
 def _speechless(checkpoint: Checkpoint) -> list[str]:
@@ -138,10 +148,10 @@ def require_room(plan: RunPlan, output: Path, *, used_bytes: int, memory_bytes: 
         )
 
 
-def _files_beside_tensors(checkpoint: Checkpoint, last: Plan) -> int:
-    """Headers, index and auxiliary files: close, not exact."""
-    quantized = {f"{layer.name}.weight": 3 for layer in last.layers if layer.scheme}
-    headers = sum((2 * len(name) + 2 * _HEADER_BYTES) * quantized.get(name, 1) for name in checkpoint.tensors)
+def bytes_beside_tensors(checkpoint: Checkpoint, quantized: Iterable[str]) -> int:
+    """Headers, index and auxiliary files of an artifact in which these layers are quantized: close, not exact."""
+    parts = {f"{name}.weight": 3 for name in quantized}
+    headers = sum((2 * len(name) + 2 * _HEADER_BYTES) * parts.get(name, 1) for name in checkpoint.tensors)
     aux = sum((checkpoint.folder / path).stat().st_size for path in checkpoint.aux_files)
     return headers + aux + _EXTRA_FILES_BYTES
 

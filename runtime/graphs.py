@@ -116,10 +116,11 @@ class DecodeGraphs:
         rows, pages = batch.table_SP.shape
         return batch.max_query == 1 and rows <= max(self._graphs) and pages <= self._pages
 
-    def run(self, ids_N: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Logits [N, V] of a batch that is covered; valid until the next call."""
-        rows = len(batch.kv_len)
-        size = min(captured for captured in self._graphs if captured >= rows)
+    def run(self, ids_N: torch.Tensor, batch: AttentionBatch, rows: torch.Tensor) -> torch.Tensor:
+        """Logits of some rows of a batch that is covered; valid until the next call."""
+        count = len(batch.kv_len)
+        size = min(captured for captured in self._graphs if captured >= count)
         self._inputs[size].fill(ids_N, batch)
         self._graphs[size].replay()
-        return self._logits[size][:rows]
+        logits_NV = self._logits[size][:count]
+        return logits_NV if len(rows) == count else logits_NV[rows]

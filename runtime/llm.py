@@ -21,7 +21,6 @@ import torch
 from compress.core._model_folder import TOKENIZER_FILES, read_json
 from compress.core.errors import EnvironmentRefused, InputError, UsageError
 from runtime.completion import Completion, Drafts
-from runtime.decode_step import DecodeStep
 from runtime.engine import Engine, EngineSettings, EngineStats
 from runtime.graphs import DecodeGraphs
 from runtime.loader import load
@@ -31,6 +30,7 @@ from runtime.runner import Runner
 from runtime.sample import Update
 from runtime.scheduler import QueueFull, SchedulerSettings
 from runtime.settings import require_whole
+from runtime.small_steps import SmallSteps
 from runtime.trace import Recorder
 
 __all__ = ["LLM", "Completion", "Prompt", "SchedulerKeywords"]
@@ -98,7 +98,7 @@ class LLM:
         cache, pool, ledger = allocate(
             model, block_size, self.max_length, settings, _bytes("memory", memory), _bytes("kv_bytes", kv_bytes)
         )
-        whole: DecodeGraphs | DecodeStep | None = DecodeStep.of(model, cache)
+        whole: DecodeGraphs | SmallSteps | None = SmallSteps.of(model, cache)
         if cuda_graphs and model.capturable and cache.pages > pool.pages:
             whole = DecodeGraphs.of(model, cache, pool.pages_for(self.max_length), settings.max_sequences)
         self.ledger = replace(ledger, graphs_bytes=0 if whole is None else whole.bytes)

@@ -50,7 +50,8 @@ class SamplingParams:
         for each occurrence.
     stop: texts that end the request; they are cut off, also where they run across tokens. stop_token_ids: tokens that
         end it; they stay in `token_ids` and are left out of `text`. ignore_eos: the model's own do not end it.
-    seed: the same seed gives the same tokens whatever else is in the batch; None draws one.
+    seed: the same seed gives the same tokens; in `exact` numerics whatever else is in the batch, in `fast` as far as
+        the batch does not change a logit's last bits. None draws one.
     logprobs, prompt_logprobs: None for none, else how many of the likeliest tokens to report beside the token itself;
         of the model's own distribution, before penalties and temperature.
     prompt_logprobs_start: first prompt position that is reported; what lies before may come from the prefix cache.

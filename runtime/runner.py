@@ -29,19 +29,19 @@ class StepLogits:
 
 
 class WholeSteps(Protocol):
-    """A way to do some batches of decodes at once, faster than layer by layer (runtime.graphs, runtime.decode_step)."""
+    """A way to do some batches at once, faster than layer by layer (runtime.graphs, runtime.small_steps)."""
 
     def covers(self, batch: AttentionBatch) -> bool:
         """Whether a batch can be done so."""
         ...
 
-    def run(self, ids_N: Tensor, batch: AttentionBatch) -> Tensor:
-        """Logits [N, V] of a batch that is covered."""
+    def run(self, ids_T: Tensor, batch: AttentionBatch, rows: Tensor) -> Tensor:
+        """Logits of some rows of a batch that is covered."""
         ...
 
 
 class Runner:
-    """Runs steps on a model and its cache, decodes that `whole` covers through it."""
+    """Runs steps on a model and its cache, those that `whole` covers through it."""
 
     def __init__(self, model: Any, cache: Any, device: str = "cpu", *, whole: WholeSteps | None = None) -> None:
         self.model = model
@@ -86,6 +86,5 @@ class Runner:
 
     def _logits(self, ids_T: Tensor, batch: AttentionBatch, index_N: Tensor) -> Tensor:
         if self.whole is not None and self.whole.covers(batch):
-            logits_TV = self.whole.run(ids_T, batch)
-            return logits_TV if len(index_N) == len(logits_TV) else logits_TV[index_N]
+            return self.whole.run(ids_T, batch, index_N)
         return self.model(ids_T, batch, self.cache, index_N)

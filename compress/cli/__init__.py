@@ -11,6 +11,9 @@ def main() -> None:
     gc.disable()  # the imports leave no garbage, only objects that stay: looking for some takes a tenth of the start
     from compress.cli.app import run_command
 
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # a terminal of another encoding shows marks instead of what it cannot
+            stream.reconfigure(errors="replace")
     gc.freeze()
     gc.enable()
     sys.exit(run_command(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """The command `compress`: its sub-commands and its outermost frame, where every error becomes an exit code."""
 
+import errno
 import os
 import sys
 import traceback
@@ -10,11 +11,13 @@ import typer
 from compress.cli import artifacts, bench, doctor, evaluation, export, generate, recipes, run, tokens
 from compress.cli import options as opt
 from compress.cli.console import last_output, speak
-from compress.core.errors import CompressError, UsageError
+from compress.core.errors import CompressError, ResourceError, UsageError
 
 PURPOSE = "Compress Hugging Face causal language models: one recipe, one verified artifact."
 
 INTERRUPTED = 130
+_TRACEBACK = "COMPRESS_TRACEBACK"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class _Commands(typer.core.TyperGroup):
@@ -87,6 +90,8 @@ def run_command(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more: no noise at exit
         return 0
+    except OSError as error:
+        return _no_room(error) if error.errno in _FULL else _bug(error)
     except Exception as error:  # noqa: BLE001  the outermost frame
         return _bug(error)
 
@@ -99,14 +104,20 @@ def _usage(error: typer.exceptions.TyperException) -> int:
     return error.exit_code if error.exit_code != 1 else UsageError.exit_code
 
 
+def _no_room(error: OSError) -> int:
+    """What is printed goes to a file whose disk is full: our own files are written with care, and say their names."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be said there
+    refused = ResourceError(f"the output cannot be written: {error.strerror}")
+    last_output().fail(refused)
+    return refused.exit_code
+
+
 def _bug(error: Exception) -> int:
     output = last_output()
-    if output.verbose:
+    shown = output.verbose or bool(os.environ.get(_TRACEBACK))
+    if shown:
         traceback.print_exception(error, file=sys.stderr)
-    hint = (
-        "please report it with the traceback"
-        if output.verbose
-        else "run again with -v for the traceback, and report it"
-    )
+    report = "please report it with the traceback"
+    hint = report if shown else f"run again with {_TRACEBACK}=1 in the environment, and {report}"
     output.fail(CompressError(f"this is a bug in compress: {type(error).__name__}: {error}", hint=hint))
     return CompressError.exit_code

@@ -34,7 +34,7 @@ def inspect(
     from compress.core.quantities import format_bytes
 
     output = speak(json=json, quiet=quiet, verbose=verbose)
-    found = look(folder)
+    found = look(opt.model_folder(folder))
     _show(found, output)
     if quiet:
         stored = found.method or "not quantized"

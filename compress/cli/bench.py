@@ -59,17 +59,20 @@ def bench(
         require_writable(folder)
     with LiveProgress(output) as listener:
         result = benchmark(
-            artifact, asked, against=against, numerics=numerics, device=opt.choose_device(device), rounds=rounds,
-            events=listener,
+            opt.model_name(artifact), asked, against=against and opt.model_name(against), numerics=numerics,
+            device=opt.choose_device(device), rounds=rounds, events=listener,
         )  # fmt: skip
-    _show(output, result)
-    files = _write(output, result, folder)
+    files = _write(result, folder)
+    _show(output, result, files)
+    for path in files:
+        output.answer(path)
     output.finish("bench", **_without_series(result), files=files)
 
 
-def _show(output: Output, result: dict[str, Any]) -> None:
+def _show(output: Output, result: dict[str, Any], files: list[str]) -> None:
     from compress.benchmark.fallbacks import sentence
     from compress.cli.tables import add_row, grid
+    from compress.core.quantities import format_bytes
     from compress.report.speed import speed_tables
 
     models = result["models"]
@@ -80,20 +83,21 @@ def _show(output: Output, result: dict[str, Any]) -> None:
         for row in table.rows:
             add_row(shown, *row)
         output.show(shown)
+    if output.quiet and not files:
+        for model in models:
+            speed, held = model["figures"]["generated_tokens_per_second"], model["memory"]["total_bytes"]
+            output.answer(f"{model['role']}\t{speed:.1f} tokens/s\t{format_bytes(held)}")
     for model in models:
         for item in model["fallbacks"]:
             output.tell(f"{model['role']}: {sentence(item['reason'], item['layers'])}", style="yellow")
 
 
-def _write(output: Output, result: dict[str, Any], folder: Path | None) -> list[str]:
+def _write(result: dict[str, Any], folder: Path | None) -> list[str]:
     if folder is None:
         return []
     from compress.report.speed import write_speed_report
 
-    paths = [str(path) for path in write_speed_report(result, folder)]
-    for path in paths:
-        output.answer(path)
-    return paths
+    return [str(path) for path in write_speed_report(result, folder)]
 
 
 def _without_series(result: dict[str, Any]) -> dict[str, Any]:

@@ -39,10 +39,11 @@ gate:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements of the linear layers in the blocks (by input width), bytes of all else, parameters in all."""
+    """Linear layers in the blocks by shape, bytes of all other tensors and of the files beside them, parameters."""
 
     layers: dict[tuple[int, int], int]
     other_bytes: int
+    beside_bytes: int
     parameters: int
     positions: int
 
@@ -54,6 +55,10 @@ class Sizes:
 
         quantized = sum(count * encoded_bytes(shape, scheme, torch.bfloat16) for shape, count in self.layers.items())
         return quantized + self.other_bytes
+
+    def all_bytes_under(self, scheme: Scheme) -> int:
+        """Bytes of all files of an artifact."""
+        return self.bytes_under(scheme) + self.beside_bytes
 
     def fits(self, scheme: Scheme) -> bool:
         """Whether the group size divides every width."""
@@ -74,10 +79,12 @@ def read_sizes(model: str, *, offline: bool) -> Sizes:
     """Sizes from the headers of a checkpoint."""
     from compress.core._verify_shapes import require_shapes
     from compress.core.checkpoint import Checkpoint
+    from compress.planning import bytes_beside_tensors
 
     checkpoint = Checkpoint.open(locate(model, "model", Path.cwd()), offline=offline)
     require_shapes(checkpoint)
     layers: dict[tuple[int, int], int] = {}
+    names: list[str] = []
     quantized_bytes = 0
     for index in range(checkpoint.num_blocks):
         for name in checkpoint.sites(index):
@@ -85,10 +92,14 @@ def read_sizes(model: str, *, offline: bool) -> Sizes:
             shape = (info.shape[0], info.shape[1])
             layers[shape] = layers.get(shape, 0) + 1
             quantized_bytes += info.bytes
+            names.append(name)
     total = sum(info.bytes for info in checkpoint.tensors.values())
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     positions = checkpoint.config.get("max_position_embeddings")
-    return Sizes(layers, total - quantized_bytes, parameters, positions if isinstance(positions, int) else _LENGTH)
+    beside = bytes_beside_tensors(checkpoint, names)
+    return Sizes(
+        layers, total - quantized_bytes, beside, parameters, positions if isinstance(positions, int) else _LENGTH
+    )
 
 
 def choose(sizes: Sizes, budget_bytes: int | None) -> Scheme:
@@ -99,13 +110,13 @@ def choose(sizes: Sizes, budget_bytes: int | None) -> Scheme:
         raise UsageError(f"no usual group size divides the widths of this model ({widths})", hint="group_size: -1")
     if budget_bytes is None:
         return max((scheme for scheme in possible if scheme.bits == 4), key=lambda scheme: scheme.group_size)
-    fitting = [scheme for scheme in possible if sizes.bytes_under(scheme) <= budget_bytes]
+    fitting = [scheme for scheme in possible if sizes.all_bytes_under(scheme) <= budget_bytes]
     if not fitting:
-        least = sizes.bytes_under(possible[-1])
+        least = sizes.all_bytes_under(possible[-1])
         raise UsageError(
             f"even {possible[-1].name} needs {format_bytes(least)}, more than the budget of "
-            f"{format_bytes(budget_bytes)}; {format_bytes(sizes.other_bytes)} of that stay as they are "
-            "(embedding, head, norms)",
+            f"{format_bytes(budget_bytes)}; {format_bytes(sizes.other_bytes + sizes.beside_bytes)} of that "
+            "stay as they are (embedding, head, norms, tokenizer)",
             hint="raise --budget, or choose a smaller model",
         )
     return fitting[0]

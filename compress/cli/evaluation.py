@@ -9,6 +9,8 @@ import typer
 from compress.cli import options as opt
 from compress.cli.console import Output, speak
 
+_USUAL_WINDOW = 2048
+
 Against = Annotated[
     str | None, typer.Option("--against", help="Original to compare with: hub id or folder.", show_default=False)
 ]
@@ -26,12 +28,14 @@ def evaluate(
     against: Against = None,
     recipe: RecipeOption = None,
     text: Annotated[str | None, typer.Option("--text", help="Data set for perplexity.", show_default=False)] = None,
-    window: Annotated[int, typer.Option("--window", help="Tokens per window of perplexity.")] = 2048,
+    window: Annotated[
+        int | None, typer.Option("--window", help="Tokens per window of perplexity. [default: 2048, or the recipe's]")
+    ] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks: a,b,c.", show_default=False)] = None,
     task_folder: Annotated[
         str | None, typer.Option("--task-folder", help="Tasks from files.", show_default=False)
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Requests per task.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Documents per task.", show_default=False)] = None,
     through: Annotated[
         str | None, typer.Option("--through", help="runtime or transformers; as the recipe says.", show_default=False)
     ] = None,
@@ -83,7 +87,7 @@ def _what_to_measure(
     artifact: str,
     recipe: str | None,
     text: str | None,
-    window: int,
+    window: int | None,
     tasks: str | None,
     task_folder: str | None,
     limit: int | None,
@@ -96,15 +100,45 @@ def _what_to_measure(
     if text or tasks:
         data: dict[str, Any] = {"tasks": tasks.split(",") if tasks else [], "task_folder": task_folder, "limit": limit}
         if text:
-            data["perplexity"] = {"dataset": text, "window": window}
+            data["perplexity"] = {"dataset": text, "window": window or _USUAL_WINDOW}
         return parse_evaluation(data).located(Path.cwd()), Path.cwd()
     own = Path(artifact) / "recipe.yaml"
     if recipe is None and not own.is_file():
         raise UsageError("nothing says what to measure", hint="give --text DATASET, --tasks a,b or --recipe FILE")
-    loaded = load_recipe(find_recipe(recipe) if recipe else own).located()
+    loaded = load_recipe(find_recipe(recipe) if recipe else own)
     if loaded.evaluate is None:
         raise UsageError("the recipe has no evaluate section", hint="give --text DATASET or --tasks a,b")
-    return loaded.evaluate, loaded.base_folder
+    places = [loaded.base_folder] if recipe else [loaded.base_folder, Path.cwd()]
+    asked, folder = _located(loaded.evaluate, places, None if recipe else own)
+    return _changed(asked, window, limit), folder
+
+
+def _located(evaluate: Any, places: list[Path], own: Path | None) -> tuple[Any, Path]:
+    """The Evaluation with its paths found in the first place that has them all: an artifact's own recipe names data as
+    they lay beside the recipe that was run. UsageError if that is `own` and they lie nowhere."""
+    from compress.core.errors import UsageError
+
+    for place in places:
+        asked = evaluate.located(place)
+        names = [name for name in (asked.perplexity and asked.perplexity.dataset,) if name and Path(name).suffix]
+        names += [asked.task_folder] if asked.task_folder else []
+        missing = next((name for name in names if not Path(name).is_absolute()), None)
+        if missing is None or own is None:
+            return asked, place
+    raise UsageError(
+        f"its recipe names data by a path that leads nowhere from here: {missing}",
+        where=str(own),
+        hint="give --recipe with the recipe that was run, or --text FILE",
+    )
+
+
+def _changed(asked: Any, window: int | None, limit: int | None) -> Any:
+    """A recipe's Evaluation with what the command line says beside it."""
+    if window is not None and asked.perplexity is not None:
+        asked = asked.model_copy(
+            update={"perplexity": asked.perplexity.model_copy(update={"window": window, "stride": None})}
+        )
+    return asked if limit is None else asked.model_copy(update={"limit": limit})
 
 
 def _run_by(asked: Any, through: str | None, numerics: str | None) -> Any:

@@ -59,6 +59,7 @@ def generate(
     )  # fmt: skip
     if params.greedy and (n > 1 or (top_k, top_p, min_p, seed) != (0, 1.0, 0.0, None)):
         output.tell("temperature 0 always takes the likeliest token: give --temperature to sample", style="yellow")
+    artifact = opt.model_folder(artifact)
     _require_tokenizer(artifact)
     if chat:
         text = _chat_prompt(artifact, text)
@@ -85,6 +86,8 @@ def _require_tokenizer(folder: Path) -> None:
     from compress.core._model_folder import TOKENIZER_FILES
     from compress.core.errors import InputError
 
+    if any(folder.glob("*.gguf")) and not (folder / "config.json").exists():
+        raise InputError("holds a GGUF file, which the runtime does not read", where=str(folder), hint="llama.cpp does")
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(
             "the folder has no tokenizer: a text cannot become tokens",

@@ -51,6 +51,18 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail; tra
 ArtifactFolder = Annotated[Path, typer.Argument(help="Folder of an artifact.", show_default=False)]
 
 
+def model_name(text: str) -> str:
+    """A model as the command line names it: `demo` is the bundled one, as in a recipe."""
+    from compress.core.places import locate
+
+    return text if Path(text).exists() else locate(text, "model", Path())
+
+
+def model_folder(path: Path) -> Path:
+    """Likewise, of a folder."""
+    return Path(model_name(str(path)))
+
+
 def help_without_command(context: typer.Context) -> None:
     """Show the help of a group that was called without a command."""
     if context.invoked_subcommand is None and not context.resilient_parsing:

@@ -162,6 +162,8 @@ def init(
         budget_bytes = parse_size(budget) if budget else None
     except ValueError as error:
         raise UsageError(str(error), where="--budget") from None
+    if Path(model).is_dir() and output.absolute().parent != Path.cwd():
+        model = str(Path(model).absolute())  # from there the name would lead elsewhere
     text, choice = draft_recipe(model, budget_bytes, offline=offline)
     atomic_write(output, text)
     _say_choice(say, output, choice)

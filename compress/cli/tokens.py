@@ -34,6 +34,7 @@ def calibrate(
         raise UsageError("the recipe has no calibration", hint="--set calibration.dataset=…")
     if output.suffix != ".safetensors":
         raise UsageError("token ids are written as .safetensors", where=str(output))
+    _require_place(output)
     from compress.core.calibration import load_tokens, save_tokens, tokenizer_sha256
     from compress.core.checkpoint import Checkpoint
 
@@ -45,6 +46,23 @@ def calibrate(
     say.line(f"{samples} samples of {length} tokens, {tokens.count:,} in all, sha256 {tokens.sha256}")
     say.answer(output)
     say.finish("calibrate", path=str(output), samples=samples, length=length, tokens=tokens.count, sha256=tokens.sha256)
+
+
+def _require_place(output: Path) -> None:
+    """UsageError where a file lies that is no file of token ids, or where no file can lie."""
+    from compress.core.errors import InputError, UsageError
+    from compress.core.safetensors_io import read_header
+
+    if not output.absolute().parent.is_dir():
+        raise UsageError("there is no such folder", where=str(output.parent))
+    if not output.exists():
+        return
+    try:
+        holds_ids = "input_ids" in read_header(output)
+    except InputError:
+        holds_ids = False
+    if not holds_ids:
+        raise UsageError("is there already, and holds no token ids", where=str(output), hint="choose another --output")
 
 
 def register(app: typer.Typer) -> None:

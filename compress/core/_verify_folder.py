@@ -13,6 +13,7 @@ from compress.core.errors import ArtifactError, InputError
 from compress.core.manifest import MANIFEST_NAME, Manifest
 from compress.core.safetensors_io import TensorInfo, read_header
 
+_NAMED = 3  # of several files with the same fault
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLES = frozenset({".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
@@ -112,19 +113,29 @@ def check_listing(contents: Contents, manifest: Manifest) -> str:
     """Every file that the manifest lists is there with its size, and there is no other."""
     found = {path.relative_to(contents.folder).as_posix(): path for path in files_of(contents.folder)}
     listed: set[str] = set()
+    missing: list[str] = []
     for record in manifest.files:
         if record.path in listed:
             raise ArtifactError(f"lists {record.path} twice", where=MANIFEST_NAME)
         listed.add(record.path)
         if record.path not in found:
-            raise ArtifactError("is missing", where=record.path)
+            missing.append(record.path)
+            continue
         size = found[record.path].stat().st_size
         if size != record.size:
             raise ArtifactError(f"has {size} bytes, the manifest says {record.size}", where=record.path)
+    if missing:
+        raise ArtifactError(f"{'is' if len(missing) == 1 else 'are'} missing", where=_named(missing))
     extra = sorted(found.keys() - listed - {MANIFEST_NAME})
     if extra:
-        raise ArtifactError("is not listed in the manifest", where=extra[0])
+        raise ArtifactError(f"{'is' if len(extra) == 1 else 'are'} not listed in the manifest", where=_named(extra))
     return f"{len(listed)} files with their sizes"
+
+
+def _named(names: list[str]) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def read_weights(contents: Contents) -> str:

@@ -13,7 +13,8 @@ from compress.core.manifest import MANIFEST_NAME, Manifest
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published folder: where it is, its manifest and its config.json. Weights are read through a Checkpoint."""
+    """A published folder: where it is, its manifest and its config.json, empty beside a GGUF file, which has all that
+    in it. Weights are read through a Checkpoint."""
 
     folder: Path
     manifest: Manifest
@@ -26,7 +27,11 @@ def open_artifact(path: str | Path) -> Artifact:
     manifest = folder / MANIFEST_NAME
     if not manifest.is_file():
         raise ArtifactError(f"there is no {MANIFEST_NAME}, so this is no artifact of ours", where=str(folder))
-    return Artifact(folder, Manifest.parse(_read(manifest), where=str(manifest)), _read_config(folder))
+    return Artifact(
+        folder,
+        Manifest.parse(_read(manifest), where=str(manifest)),
+        {} if any(folder.glob("*.gguf")) else _read_config(folder),
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compress.core._model_folder import aux_files, load_tokenizer, read_config, read_tensors
 from compress.core.architectures import Architecture, lookup
-from compress.core.errors import InputError
+from compress.core.errors import InputError, UsageError
 from compress.core.lazy import lazy_module
 from compress.core.places import recorded_name
 from compress.core.safetensors_io import TensorInfo, load_rows, load_tensor, torch_dtype
@@ -61,6 +61,8 @@ class Checkpoint:
         """
         folder = Path(model)
         source = Source(recorded_name(folder))
+        if folder.is_dir() and revision is not None:
+            raise UsageError(f"revision {revision!r} is of a model of the hub, and this is a folder", where=str(folder))
         if not folder.is_dir():
             from compress.core.hub import snapshot
 

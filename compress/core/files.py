@@ -143,6 +143,18 @@ def truncate(path: Path, length_bytes: int) -> None:
         os.fsync(stream.fileno())
 
 
+def report_folder(path: Path) -> Path:
+    """Make folder `path` for a report. UsageError for a model's: with other files in it, it no longer verifies."""
+    held = next((name for name in ("compress.json", "config.json") if (path / name).exists()), None)
+    if held:
+        raise UsageError(
+            f"is a model's folder (it holds {held}): a report would not belong in it",
+            where=str(path),
+            hint="choose another --output",
+        )
+    return make_folder(path)
+
+
 def make_folder(path: Path) -> Path:
     """Make folder `path` and its parents, durably; an existing folder is fine."""
     with io_errors("make the folder", path):

@@ -70,6 +70,10 @@ def inspect(folder: str | Path) -> Inspection:
     path = Path(folder)
     if not path.is_dir():
         raise UsageError("there is no such folder", where=str(folder))
+    if any(path.glob("*.gguf")) and not (path / "config.json").exists():
+        raise InputError(
+            "holds a GGUF file, of which only verify knows more", where=str(folder), hint="compress verify"
+        )
     if not (path / "config.json").is_file():
         raise InputError("not a model folder: config.json is missing", where=str(folder))
     contents = Contents(path, config=read_json(path / "config.json"))

@@ -5,6 +5,7 @@ transformers; each stage's settings are checked by the Pass of its method.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,7 +134,7 @@ def build_recipe(
 
 
 def _folder(model: str | None) -> Path | None:
-    path = Path(model).expanduser().resolve() if model else None
+    path = Path(os.path.abspath(Path(model).expanduser())) if model else None  # a link keeps its own name
     return path if path is not None and path.is_dir() else None
 
 

@@ -68,6 +68,10 @@ def verify(
         run.coverage(None if source is None else Path(source))
     if run.report.level == "parity":
         run.parity()
+    elif run.contents.manifest is not None and run.gguf is None and run.contents.manifest.parity is None:
+        run.report.notices.append(
+            "parity: there is no record of a comparison with our runtime; scoring through it makes one"
+        )
     return run.report
 
 
@@ -265,6 +269,9 @@ class _Run:
     def parity(self) -> None:
         manifest = self.contents.manifest
         record = None if manifest is None else manifest.parity
+        if manifest is None and (self.report.folder / MANIFEST_NAME).exists():
+            self.report.notices.append("parity: not checked, since the manifest is not sound")
+            return
         if manifest is None:
             self.report.notices.append("parity: the folder has no manifest to hold a record of the runtime's agreement")
             return

@@ -88,7 +88,8 @@ def require_window(window: int, checkpoint: Checkpoint) -> None:
     if isinstance(limit, int) and window > limit:
         raise UsageError(
             f"evaluate.perplexity.window {window} is more than the model's {limit} positions",
-            hint=f"at most {limit}, e.g. --set evaluate.perplexity.window={limit}",
+            hint=f"compress eval takes --window {limit}, a recipe evaluate.perplexity.window={limit} and "
+            f"evaluate.perplexity.stride={limit // 2}",
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from compress.core.files import atomic_write, make_folder
+from compress.core.files import atomic_write, report_folder
 from compress.report.data import SCHEMA_VERSION, ReportData, report_data
 from compress.report.escape import fenced, html_finalize, markdown_finalize
 
@@ -32,7 +32,7 @@ def write_report(run: Mapping[str, Any], folder: Path | str) -> tuple[Path, Path
 
 def write_files(folder: Path | str, name: str, *, html: str, text: str, data: Any) -> tuple[Path, Path, Path]:
     """NAME.html, NAME.md and NAME.json."""
-    folder = make_folder(Path(folder))
+    folder = report_folder(Path(folder))
     content = {"html": html, "md": text, "json": json.dumps(data, indent=1, sort_keys=True) + "\n"}
     for ending, value in content.items():
         atomic_write(folder / f"{name}.{ending}", value)

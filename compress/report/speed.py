@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.core.files import io_errors, make_folder
+from compress.core.files import io_errors, report_folder
 from compress.core.quantities import format_bytes
 from compress.report import words
 from compress.report.figures import Row
@@ -82,7 +82,7 @@ def require_writable(folder: Path | str) -> None:
 
     Raises what the operating system says, as `write_speed_report` would.
     """
-    folder = make_folder(Path(folder))
+    folder = report_folder(Path(folder))
     with io_errors("write the report", folder), tempfile.TemporaryFile(dir=folder):
         pass
 

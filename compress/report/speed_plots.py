@@ -25,6 +25,8 @@ _SMALL = (
     ("gap", "Gap between tokens", "Every token after the first of its request."),
 )
 
+_OF_ONE_PASS = "Of the pass with the median throughput; tables have medians of all passes."
+
 _FAR = 8
 """Largest over median from which on an axis is logarithmic."""
 
@@ -63,7 +65,7 @@ def _latencies(models: Sequence[Mapping[str, Any]], key: str, title: str, note: 
         axes.set_ylabel("% of tokens" if key == "gap" else "% of requests")
         _scale(axes, every)
         _name(axes, models)
-        return Plot(key, title, note, inline_svg(figure, key, title))
+        return Plot(key, title, f"{note} {_OF_ONE_PASS}".strip(), inline_svg(figure, key, title))
 
 
 def _scale(axes, values: Sequence[float]) -> None:

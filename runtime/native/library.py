@@ -13,7 +13,7 @@ from compress.core.errors import CompressError
 
 _POINTER, _INTEGER = c_void_p, c_int64
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # result, arguments
-    "decode_step": (c_int, [_POINTER] * 2),
+    "decoder_step": (c_int, [_POINTER] * 2),
     "linear_product": (c_int, [_POINTER, _INTEGER, _POINTER, _POINTER, c_int]),
     "low_bit_dequantize": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER, c_int]),
     "paged_decode": (c_int, [_POINTER, c_int]),

@@ -1,7 +1,8 @@
-/* One decode step of a whole decoder, fp32 on a CPU: the operations of the other files, called from C.
+/* A step of few tokens through a whole decoder, fp32 on a CPU: the operations of the other files, called from C.
 
-   With few rows, what lies between two operations in Python takes as long as the operations do. Shapes: M rows, one
-   token each, D hidden channels, H query heads and G key-value heads of W channels, R of them rotated, F inner channels
+   With few rows, what lies between two operations in Python takes as long as the operations do. A token of a prompt is
+   a row like any other: all keys and values of a layer are stored before its attention, and each row says how many
+   slots it sees. Shapes: M rows, one token each, N of which want logits, D hidden channels, H query heads and G key-value heads of W channels, R of them rotated, F inner channels
    of the feed-forward, V vocabulary, B slots of a page. The result of a row does not depend on the other rows. */
 
 #include <math.h>
@@ -46,10 +47,11 @@ typedef struct {
 
 typedef struct {
     float *x;      /* [M][D], overwritten */
-    float *logits; /* [M][V] */
+    float *logits; /* [N][V] */
     const int64_t *position, *slot; /* [M] */
     const int32_t *end, *table;     /* [M], [M][table_stride] */
-    int64_t rows, table_stride;
+    const int64_t *wanted;          /* [N], rising */
+    int64_t rows, table_stride, wanted_rows;
     int32_t threads;
 } step;
 
@@ -182,8 +184,10 @@ static int feed_forward(const decoder *model, const layer *l, const step *now, s
     return product(&l->down, now, at->q, at->normal);
 }
 
-/* Logits of one token of each sequence; its keys and values are stored. 0, or 1 if there is no memory. */
-int decode_step(const decoder *model, const step *now) {
+/* Logits of the wanted rows; keys and values of all are stored. 0, or 1 if there is no memory. */
+int decoder_step(const decoder *model, const step *asked) {
+    step known = *asked;
+    const step *now = &known;
     scratch at;
     void *memory = allocate(model, now->rows, &at);
     if (!memory) return 1;
@@ -201,6 +205,11 @@ int decode_step(const decoder *model, const step *now) {
         if (!failed) add(model, now, at.normal, l->after_ffn);
     }
     if (!failed) {
+        for (int64_t n = 0; n < known.wanted_rows; n++)
+            memmove(known.x + n * model->hidden, known.x + known.wanted[n] * model->hidden, (size_t)model->hidden * sizeof(float));
+        known.rows = known.wanted_rows;
+    }
+    if (!failed && known.rows) {
         norm(model, now, now->x, model->norm, at.normal);
         failed = product(&model->head, now, at.normal, now->logits);
     }

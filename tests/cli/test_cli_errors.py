@@ -49,14 +49,16 @@ def test_each_kind_of_error_has_its_exit_code(kind: type[errors.CompressError], 
     ]  # fmt: skip
 
 
-def test_a_bug_is_called_a_bug_and_shows_its_traceback_only_if_asked(failing, call) -> None:
+def test_a_bug_is_called_a_bug_and_shows_its_traceback_only_if_asked(failing, call, monkeypatch) -> None:
     failing(ValueError("surprise"))
     called = call("doctor")
     assert called.code == 1
     assert "this is a bug in compress: ValueError: surprise" in called.err
     assert "Traceback" not in called.err
-    assert "-v" in called.err
+    assert "COMPRESS_TRACEBACK=1" in called.err
     assert "Traceback" in call("doctor", "-v").err
+    monkeypatch.setenv("COMPRESS_TRACEBACK", "1")
+    assert "Traceback" in call("doctor").err
 
 
 def test_an_interruption_is_130(failing, call) -> None:

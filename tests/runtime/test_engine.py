@@ -132,7 +132,7 @@ def test_preemption_happens_and_changes_nothing() -> None:
 
 
 class ReplayedDecodes:
-    """Stands in for runtime.graphs and runtime.decode_step: logits of every row of a batch of decodes."""
+    """Stands in for runtime.graphs and runtime.small_steps: logits of every row of a batch of decodes."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
@@ -141,9 +141,9 @@ class ReplayedDecodes:
     def covers(self, batch: AttentionBatch) -> bool:
         return batch.max_query == 1 and len(batch.kv_len) <= 4
 
-    def run(self, ids_T: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+    def run(self, ids_T: torch.Tensor, batch: AttentionBatch, rows: torch.Tensor) -> torch.Tensor:
         self.replays += 1
-        return self.runner.model(ids_T, batch, self.runner.cache, torch.arange(len(ids_T)))
+        return self.runner.model(ids_T, batch, self.runner.cache, rows)
 
 
 @pytest.mark.parametrize("budget", [1, 3, 100])

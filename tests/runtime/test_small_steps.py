@@ -1,4 +1,4 @@
-"""Decode steps in one call of C: every dense family and scheme against the layers, rows, and what they leave alone."""
+"""Small steps in one call of C: every dense family and scheme against the layers, rows, and what they leave alone."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from compress.core.scheme import Scheme
-from runtime.decode_step import DecodeStep
 from runtime.llm import LLM
 from runtime.loader import load
 from runtime.models.decoder import Decoder
 from runtime.native.library import library
 from runtime.ops.backend import torch_only
 from runtime.ops.batch import AttentionBatch
+from runtime.small_steps import SmallSteps
 from tests.conftest import TinyModel
 from tests.quantized_folders import write_quantized
 from tests.runtime._folders import edited, quantized_copy, rewritten
@@ -31,12 +31,12 @@ pytestmark = needs_kernels
 
 
 class WholeSteps(NaiveRunner):
-    """Decodes through DecodeStep, everything else through the layers."""
+    """What SmallSteps covers through it, everything else through the layers."""
 
     def __init__(self, model: Decoder, **settings: int) -> None:
         super().__init__(model, **settings)
         self.layers = self.model
-        self.whole = DecodeStep.of(model, self.cache)
+        self.whole = SmallSteps.of(model, self.cache)
         self.taken = 0
         self.model = self._forward
 
@@ -44,7 +44,7 @@ class WholeSteps(NaiveRunner):
         if self.whole is None or not self.whole.covers(batch):
             return self.layers(ids_T, batch, cache, rows)
         self.taken += 1
-        return self.whole.run(ids_T, batch)
+        return self.whole.run(ids_T, batch, torch.arange(len(ids_T)))
 
 
 def decoded(runner: NaiveRunner, vocabulary: int, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
@@ -53,6 +53,27 @@ def decoded(runner: NaiveRunner, vocabulary: int, lengths: tuple[int, ...] = LEN
     schedule: list[dict[int, int]] = [dict(enumerate(lengths))]
     schedule += [dict.fromkeys(range(max(1, len(lengths) - step // 2)), 1) for step in range(STEPS)]
     return runner.feed(prompts, schedule)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_parts_of_prompts_beside_decodes(tiny_model: TinyModel, family: str) -> None:
+    folder = tiny_model(family)
+    runner = WholeSteps(load(folder, numerics="fast", dtype=torch.float32))
+    prompts = prompts_of((30, 25, 9), 320)
+    schedule = [{0: 7}, {0: 1, 1: 12}, {1: 6, 0: 1, 2: 4}, {0: 9, 1: 1, 2: 1}, {2: 3, 0: 12, 1: 6}, {1: 1}]
+    assert worst(runner.feed(prompts, schedule), exact(folder).feed(prompts, schedule)) < 1e-4
+    assert runner.taken == len(schedule)
+
+
+def test_only_wanted_rows_get_logits(tiny_model: TinyModel) -> None:
+    runner = WholeSteps(load(tiny_model("llama"), numerics="fast", dtype=torch.float32))
+    assert runner.whole is not None
+    batch = AttentionBatch.build([0, 0, 0], [4, 1, 3], [0, 0, 0], [[0], [1], [2]], block_size=4)
+    ids_T = torch.arange(8)
+    every_TV = runner.whole.run(ids_T, batch, torch.arange(8))
+    for wanted in ([], [3], [3, 4, 7], [0, 7]):
+        rows = torch.tensor(wanted, dtype=torch.int64)
+        assert torch.equal(runner.whole.run(ids_T, batch, rows), every_TV[rows])
 
 
 @pytest.mark.parametrize("family", DENSE_FAMILIES)
@@ -119,7 +140,7 @@ def test_threads_change_nothing(tiny_model: TinyModel) -> None:
 
 
 def test_what_it_does_not_do_goes_through_the_layers(tiny_model: TinyModel, tmp_path: Path) -> None:
-    def of(folder: Path, **settings: object) -> DecodeStep | None:
+    def of(folder: Path, **settings: object) -> SmallSteps | None:
         return WholeSteps(load(folder, **{"numerics": "fast", "dtype": torch.float32} | settings)).whole
 
     assert of(tiny_model("llama")) is not None
@@ -163,11 +184,11 @@ def test_the_engine_takes_whole_steps(tiny_model: TinyModel) -> None:
     prompts = prompts_of((9, 4), config_of("llama", False)["vocab_size"])
     with LLM(folder, dtype=torch.float32) as llm:
         whole = llm.engine.runner.whole
-        assert isinstance(whole, DecodeStep)
+        assert isinstance(whole, SmallSteps)
         taken = []
         run = whole.run
-        whole.run = lambda ids_N, batch: taken.append(len(ids_N)) or run(ids_N, batch)  # type: ignore[method-assign]
+        whole.run = lambda *asked: taken.append(len(asked[0])) or run(*asked)  # type: ignore[method-assign]
         found = [completion.token_ids for completion in llm.generate(prompts, max_tokens=8)]
-    assert set(taken) == {2}
+    assert set(taken) == {13, 2}, "both prompts, then a token of each"
     with torch_only(), LLM(folder, dtype=torch.float32) as llm:
         assert found == [completion.token_ids for completion in llm.generate(prompts, max_tokens=8)]

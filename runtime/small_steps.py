@@ -1,9 +1,9 @@
-"""Decode steps of a whole model in one call of step.c, for CPUs: what graphs are to a GPU.
+"""Steps of few tokens through a whole model in one call of step.c, for CPUs: what graphs are to a GPU.
 
 A token of a small model takes hundreds of short operations, and with few rows what lies between two of them in Python
-takes as long as they do. The layers stay as they are and keep their memory: prefill and larger batches go through them.
+takes as long as they do. The layers stay as they are and keep their memory: larger batches go through them.
 
-Shape suffixes: N rows (sequences, one token each), V vocabulary.
+Shape suffixes: T tokens of the flat batch, P pages of a table, N rows whose logits are wanted, V vocabulary.
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ class _Decoder(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, c_size_t) for name in ("x", "logits", "position", "slot", "end", "table")),
-        ("rows", c_int64),
-        ("table_stride", c_int64),
+        *((name, c_size_t) for name in ("x", "logits", "position", "slot", "end", "table", "wanted")),
+        *((name, c_int64) for name in ("rows", "table_stride", "wanted_rows")),
         ("threads", c_int32),
     ]
 
@@ -72,8 +71,8 @@ class _Unfit(Exception):
     """Something in the model that step.c does not do."""
 
 
-class DecodeStep:
-    """Steps of fewer than `many_rows` decodes through a model and its cache, which must stay where they are."""
+class SmallSteps:
+    """Steps of fewer than `many_rows` tokens through a model and its cache, which must stay where they are."""
 
     bytes = 0  # of its own, for the memory ledger
 
@@ -109,7 +108,7 @@ class DecodeStep:
         )
 
     @classmethod
-    def of(cls, model: Decoder, cache: KVCache) -> DecodeStep | None:
+    def of(cls, model: Decoder, cache: KVCache) -> SmallSteps | None:
         """None where something in the model or on this machine has to go through the layers."""
         plain = model.numerics == "fast" and model.dtype is torch.float32 and uses_native(model.norm.weight_D)
         if not plain or library().loaded is None:
@@ -120,21 +119,24 @@ class DecodeStep:
             return None
 
     def covers(self, batch: AttentionBatch) -> bool:
-        """Whether a batch is all decodes, and few enough."""
-        return batch.max_query == 1 and len(batch.kv_len) < self.many_rows and uses_native(batch.position_T)
+        """Whether a batch has few enough tokens."""
+        return batch.starts[-1] < self.many_rows and uses_native(batch.position_T)
 
-    def run(self, ids_N: Tensor, batch: AttentionBatch) -> Tensor:
-        """fp32 logits [N, V] of a batch that is covered; its keys and values are stored."""
+    def run(self, ids_T: Tensor, batch: AttentionBatch, rows_N: Tensor) -> Tensor:
+        """fp32 logits [N, V] of rows (rising) of a batch that is covered; keys and values of all are stored."""
         model = self._model
-        x_NK = model.embedding(ids_N).contiguous()
-        logits_NV = torch.empty(len(ids_N), model.config.vocab)
-        step = _Step(
-            *(x.data_ptr() for x in (x_NK, logits_NV, batch.position_T, batch.slot_T, batch.kv_len_S, batch.table_SP)),
-            *batch.table_SP.shape,
-            torch.get_num_threads(),
-        )
-        if library().loaded.decode_step(ctypes.byref(self._decoder), ctypes.byref(step)):
-            raise MemoryError(f"no memory for a step of {len(ids_N)} rows")
+        x_TK = model.embedding(ids_T).contiguous()
+        logits_NV = torch.empty(len(rows_N), model.config.vocab)
+        end_T, table_TP = batch.kv_len_S, batch.table_SP
+        if batch.max_query > 1:  # every token of a prompt is a row that sees those before it
+            count_S = batch.starts_S1.diff().long()
+            behind_T = batch.starts_S1[1:].repeat_interleave(count_S) - torch.arange(1, len(ids_T) + 1)
+            end_T = (end_T.repeat_interleave(count_S) - behind_T).int()
+            table_TP = table_TP.repeat_interleave(count_S, dim=0)
+        tensors = (x_TK, logits_NV, batch.position_T, batch.slot_T, end_T, table_TP, rows_N)
+        step = _Step(*(x.data_ptr() for x in tensors), *table_TP.shape, len(rows_N), torch.get_num_threads())
+        if library().loaded.decoder_step(ctypes.byref(self._decoder), ctypes.byref(step)):
+            raise MemoryError(f"no memory for a step of {len(ids_T)} rows")
         return model.capped(logits_NV)
 
     def _layer(self, block: nn.Module, layer: LayerConfig, pages: tuple[Tensor, Tensor], rope: int) -> _Layer:
