@@ -160,7 +160,7 @@ def steps(bandwidth: float) -> Iterator[Row]:
             batch = AttentionBatch.build(lengths, ones, lengths, tables, block_size=BLOCK, device=DEVICE)
             ids = torch.zeros(sequences, dtype=torch.int64, device=DEVICE)
             eager = milliseconds(partial(toy.forward, ids, batch))
-            graph = milliseconds(partial(graphs.run, ids, batch))
+            graph = milliseconds(partial(graphs.run, ids, batch, torch.arange(len(ids), device=ids.device)))
             yield {
                 "weights": "w4 g128" if packed else "bf16", "sequences": sequences, "eager_ms": eager,
                 "graph_ms": graph, "tokens_per_s": sequences / graph * 1e3, "graph_pool_bytes": graphs.bytes,
