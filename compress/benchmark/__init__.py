@@ -114,11 +114,12 @@ def _in_turns(
 
 def _warm_up() -> None:
     """What a process does once: imports and kernels are not part of the time to load."""
-    import transformers.models.auto.tokenization_auto
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    from runtime.llm import LLM
     from runtime.native.library import library
 
-    _ = transformers.models.auto.tokenization_auto, library()
+    _ = AutoTokenizer, PreTrainedTokenizerFast, LLM, library()
 
 
 def _summed_up(model: _Model, rounds: Sequence[Measurement]) -> dict[str, Any]:

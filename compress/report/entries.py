@@ -62,6 +62,8 @@ def _bytes(path: Path) -> int:
 
 
 def _json(path: Path, if_missing: str) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise InputError("there is no such folder", where=str(path.parent))
     if not path.is_file():
         raise InputError(if_missing, where=str(path.parent))
     try:

@@ -1,9 +1,9 @@
 """Fast paged attention where there is no Triton: gather a sequence's slots, then `scaled_dot_product_attention`.
 
-Decodes in fp32 on a CPU go through a C kernel, if there is a compiler. Else those of similar length are padded and done
-together, the heads of a group as the query rows of one product: without that a CPU spends its time on starting
-operations, and on reading keys once per head. Prefill chunks are done one sequence at a time and, where a mask is
-needed, in tiles of queries, so that memory stays linear in length.
+Decodes and short chunks in fp32 on a CPU go through a C kernel, if there is a compiler. Else decodes of similar length
+are padded and done together, the heads of a group as the query rows of one product: without that a CPU spends its time
+on starting operations, and on reading keys once per head. Long chunks are done one sequence at a time and, where a mask
+is needed, in tiles of queries, so that memory stays linear in length.
 
 Shape suffixes: T tokens, H query heads, G key-value heads, R heads per group (H / G), D head width, P pages, B slots of
 a page, N sequences that decode together, Q queries of a tile, K keys.
@@ -19,6 +19,7 @@ from runtime.native import attention as native
 from runtime.ops.backend import uses_native
 from runtime.ops.batch import AttentionBatch
 
+_FEW_SCORES = 1 << 16  # queries times keys up to which a chunk goes through the kernel, one query at a time
 _MASKED_QUERIES = 512  # rows of a tile that needs a mask
 _SCORES = 1 << 22  # scores held at once where a soft-cap forbids the fused product
 _GATHERED = 3 << 18  # numbers of keys of decodes that are gathered at once: they should stay in a cache
@@ -61,10 +62,15 @@ def attend_gathered(
     compiled = uses_native(q_THD) and native.takes(q_THD, k_PBGD, v_PBGD)
     key = "gathered", block, groups * width, window, compiled
     if key not in batch.plans:
+        single = [s for s in range(len(batch.kv_len)) if _queries(batch, s) == 1]
+        direct = [s for s in range(len(batch.kv_len)) if compiled and _is_short(batch, s, window)]
         decodes = (
-            _compiled_decodes(batch, window) if compiled else _padded_decodes(batch, block, groups * width, window)
+            _compiled_rows(batch, direct, window)
+            if compiled
+            else _padded_decodes(batch, single, block, groups * width, window)
         )
-        batch.plans[key] = [*decodes, *_chunks(batch, block, window)]
+        rest = set(range(len(batch.kv_len))) - set(direct or single)
+        batch.plans[key] = [*decodes, *_chunks(batch, sorted(rest), block, window)]
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     for part in batch.plans[key]:
         if isinstance(part, native.Decodes):
@@ -83,30 +89,37 @@ def _visible(batch: AttentionBatch, sequence: int, window: int | None) -> tuple[
     return first, min(batch.kv_len[sequence], batch.positions[end - 1] + 1)
 
 
-def _single(batch: AttentionBatch) -> list[int]:
-    return [s for s in range(len(batch.kv_len)) if batch.starts[s + 1] - batch.starts[s] == 1]
+def _queries(batch: AttentionBatch, sequence: int) -> int:
+    return batch.starts[sequence + 1] - batch.starts[sequence]
 
 
-def _compiled_decodes(batch: AttentionBatch, window: int | None) -> Iterator[native.Decodes]:
-    single = _single(batch)
-    if single:
-        first_N, end_N = torch.tensor([_visible(batch, s, window) for s in single], dtype=torch.int32).T.contiguous()
-        sequence_N = torch.tensor(single)
+def _is_short(batch: AttentionBatch, sequence: int, window: int | None) -> bool:
+    first, end = _visible(batch, sequence, window)
+    return _queries(batch, sequence) == 1 or _queries(batch, sequence) * (end - first) <= _FEW_SCORES
+
+
+def _compiled_rows(batch: AttentionBatch, direct: list[int], window: int | None) -> Iterator[native.Decodes]:
+    """Every query of these sequences as one of a decode: its own row, and the slots that it sees."""
+    rows = [(s, row, batch.positions[row]) for s in direct for row in range(*batch.starts[s : s + 2])]
+    if rows:
+        first = [0 if window is None else max(0, position - window + 1) for _, _, position in rows]
+        end = [min(batch.kv_len[s], position + 1) for s, _, position in rows]
         yield native.Decodes(
-            row_N=batch.starts_S1[sequence_N].long(),
-            first_N=first_N,
-            end_N=end_N,
-            table_NP=batch.table_SP[sequence_N],
-            slots=int((end_N - first_N).sum()),
+            row_N=torch.tensor([row for _, row, _ in rows]),
+            first_N=torch.tensor(first, dtype=torch.int32),
+            end_N=torch.tensor(end, dtype=torch.int32),
+            table_NP=batch.table_SP[torch.tensor([s for s, _, _ in rows])],
+            slots=sum(end) - sum(first),
         )
 
 
-def _padded_decodes(batch: AttentionBatch, block: int, width: int, window: int | None) -> Iterator[_Padded]:
+def _padded_decodes(
+    batch: AttentionBatch, single: list[int], block: int, width: int, window: int | None
+) -> Iterator[_Padded]:
     """Decodes of similar length together; a key is `width` numbers of all heads."""
-    single = _single(batch)
     ranges = {s: _visible(batch, s, window) for s in single}
     keys = {s: end - first for s, (first, end) in ranges.items()}
-    single.sort(key=lambda s: -keys[s])
+    single = sorted(single, key=lambda s: -keys[s])
     while single:
         most = keys[single[0]]
         least = min(most * _SIMILAR, most - _SHORT)
@@ -133,14 +146,13 @@ def _padded(batch: AttentionBatch, together: list[int], ranges: list[tuple[int, 
     )
 
 
-def _chunks(batch: AttentionBatch, block: int, window: int | None) -> Iterator[_Chunk]:
-    for sequence in range(len(batch.kv_len)):
+def _chunks(batch: AttentionBatch, sequences: list[int], block: int, window: int | None) -> Iterator[_Chunk]:
+    for sequence in sequences:
         start, end = batch.starts[sequence : sequence + 2]
-        if end - start > 1:
-            first, stop = _visible(batch, sequence, window)
-            index_K = torch.arange(first, stop, device=batch.table_SP.device)
-            slot_K = batch.table_SP[sequence].long()[index_K // block] * block + index_K % block
-            yield _Chunk(start, end, batch.positions[start], first, slot_K)
+        first, stop = _visible(batch, sequence, window)
+        index_K = torch.arange(first, stop, device=batch.table_SP.device)
+        slot_K = batch.table_SP[sequence].long()[index_K // block] * block + index_K % block
+        yield _Chunk(start, end, batch.positions[start], first, slot_K)
 
 
 def _gather(pool_PBGD: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from compress.core.compiling import load
 from compress.core.errors import EnvironmentRefused
 from runtime.native.library import Library, library
+from runtime.ops import attention_gathered
 from runtime.ops.attention import AttentionBatch, paged_attention
 from runtime.ops.backend import torch_only
 from runtime.ops.kv_store import store_kv
@@ -48,10 +49,12 @@ KINDS = {
 SHAPES = [(4, 4, 16, 16), (6, 2, 24, 16), (9, 3, 64, 16), (8, 1, 80, 32), (5, 5, 8, 1)]  # heads, groups, width, block
 
 
-@pytest.fixture(params=["tiled", "gathered", "compiled"])
-def route(request: pytest.FixtureRequest) -> Iterator[Route]:
+@pytest.fixture(params=["tiled", "gathered", "compiled", "compiled decodes"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Route]:
     """paged_attention by each of its ways on a CPU."""
-    if request.param == "compiled":
+    if request.param == "compiled decodes":
+        monkeypatch.setattr(attention_gathered, "_FEW_SCORES", 0)  # all chunks are long
+    if request.param.startswith("compiled"):
         if shutil.which("gcc") is None:
             pytest.skip("needs a C compiler")
         assert library().loaded is not None, library().reason
