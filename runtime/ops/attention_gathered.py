@@ -19,7 +19,8 @@ from runtime.native import attention as native
 from runtime.ops.backend import uses_native
 from runtime.ops.batch import AttentionBatch
 
-_FEW_SCORES = 1 << 16  # queries times keys up to which a chunk goes through the kernel, one query at a time
+_FEW_QUERIES = 8  # of a chunk that goes through the kernel, one query at a time …
+_FEW_SCORES = 1 << 13  # … or queries times keys
 _MASKED_QUERIES = 512  # rows of a tile that needs a mask
 _SCORES = 1 << 22  # scores held at once where a soft-cap forbids the fused product
 _GATHERED = 3 << 18  # numbers of keys of decodes that are gathered at once: they should stay in a cache
@@ -95,7 +96,8 @@ def _queries(batch: AttentionBatch, sequence: int) -> int:
 
 def _is_short(batch: AttentionBatch, sequence: int, window: int | None) -> bool:
     first, end = _visible(batch, sequence, window)
-    return _queries(batch, sequence) == 1 or _queries(batch, sequence) * (end - first) <= _FEW_SCORES
+    queries = _queries(batch, sequence)
+    return queries <= _FEW_QUERIES or queries * (end - first) <= _FEW_SCORES
 
 
 def _compiled_rows(batch: AttentionBatch, direct: list[int], window: int | None) -> Iterator[native.Decodes]:
