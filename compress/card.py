@@ -76,9 +76,8 @@ def _loaders(facts: Mapping[str, Any]) -> list[str]:
     for stage in facts.get("stages") or []:
         for layer in stage.get("layers") or []:
             if layer.get("bits") is not None:
-                symmetric = layer["symmetric"]
                 schemes[layer["name"]] = Scheme.parse(
-                    layer["scheme"], group_size=layer["group_size"], symmetric=symmetric
+                    layer["scheme"], group_size=layer["group_size"], symmetric=layer["symmetric"]
                 )
                 shapes[layer["name"]] = tuple(layer["shape"])
     format = facts["artifact"].get("format") or "compressed-tensors"

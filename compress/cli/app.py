@@ -88,7 +88,7 @@ def run_command(arguments: Sequence[str]) -> int:
     except SystemExit:  # typer's way to say that nobody reads standard output any more
         return 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more: no noise at exit
+        _end_output()  # nobody reads any more
         return 0
     except OSError as error:
         return _no_room(error) if error.errno in _FULL else _bug(error)
@@ -104,9 +104,14 @@ def _usage(error: typer.exceptions.TyperException) -> int:
     return error.exit_code if error.exit_code != 1 else UsageError.exit_code
 
 
+def _end_output() -> None:
+    """What is still to be written to standard output goes nowhere: no noise at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _no_room(error: OSError) -> int:
     """What is printed goes to a file whose disk is full: our own files are written with care, and say their names."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be said there
+    _end_output()
     refused = ResourceError(f"the output cannot be written: {error.strerror}")
     last_output().fail(refused)
     return refused.exit_code

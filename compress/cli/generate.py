@@ -84,9 +84,10 @@ def _load(output: Output, artifact: Path, numerics: str, device: str) -> "LLM":
 def _require_tokenizer(folder: Path) -> None:
     """InputError for a model that no text can be given to, before it is loaded."""
     from compress.core._model_folder import TOKENIZER_FILES
+    from compress.core._verify_gguf import gguf_file
     from compress.core.errors import InputError
 
-    if any(folder.glob("*.gguf")) and not (folder / "config.json").exists():
+    if gguf_file(folder) is not None:
         raise InputError("holds a GGUF file, which the runtime does not read", where=str(folder), hint="llama.cpp does")
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.core._verify_gguf import gguf_file
 from compress.core.errors import ArtifactError
 from compress.core.manifest import MANIFEST_NAME, Manifest
 
@@ -30,7 +31,7 @@ def open_artifact(path: str | Path) -> Artifact:
     return Artifact(
         folder,
         Manifest.parse(_read(manifest), where=str(manifest)),
-        {} if any(folder.glob("*.gguf")) else _read_config(folder),
+        _read_config(folder) if gguf_file(folder) is None else {},
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.core._verify_folder import Contents, read_json, read_manifest, read_weights
+from compress.core._verify_gguf import gguf_file
 from compress.core.architectures import ARCHITECTURES
 from compress.core.compatibility import Verdict, preflight
 from compress.core.errors import InputError, UsageError
@@ -70,7 +71,7 @@ def inspect(folder: str | Path) -> Inspection:
     path = Path(folder)
     if not path.is_dir():
         raise UsageError("there is no such folder", where=str(folder))
-    if any(path.glob("*.gguf")) and not (path / "config.json").exists():
+    if gguf_file(path) is not None:
         raise InputError(
             "holds a GGUF file, of which only verify knows more", where=str(folder), hint="compress verify"
         )

@@ -193,24 +193,14 @@ def _original_row(entries: Sequence[Entry], columns: Sequence[_Column]) -> list[
     """The common original, where the artifacts have one."""
     if len({entry.source for entry in entries}) > 1:
         return None
-    size, parameters = entries[0].source_bytes, entries[0].parameters
-    bits = words.number(8 * size / parameters) if size and parameters else words.NONE
+    held, parameters = entries[0].source_bytes, entries[0].parameters
+    size = format_bytes(held) if held else words.NONE
+    bits = words.number(8 * held / parameters) if held and parameters else words.NONE
     figures = []
     for column in columns:
         values = {each["original"] for each in column.of if each and each.get("original") is not None}
         figures.append(words.number(values.pop()) if len(values) == 1 else words.NONE)
-    return [
-        Cell(text)
-        for text in (
-            entries[0].source,
-            "original",
-            format_bytes(size) if size else words.NONE,
-            bits,
-            *figures,
-            words.NONE,
-            words.NONE,
-        )
-    ]
+    return [Cell(text) for text in (entries[0].source, "original", size, bits, *figures, words.NONE, words.NONE)]
 
 
 def _plots(entries: Sequence[Entry], columns: Sequence[_Column]) -> list[Plot]:

@@ -27,15 +27,8 @@ class Weight(ctypes.Structure):
     """The struct `weight` of linear.h; pointers are plain numbers, so that it can be copied."""
 
     _fields_ = [
-        ("codes", ctypes.c_size_t),
-        ("scale", ctypes.c_size_t),
-        ("zero", ctypes.c_size_t),
-        ("table", ctypes.c_size_t),
-        ("rows", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("row_bytes", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("group_bytes", ctypes.c_int64),
+        *((name, ctypes.c_size_t) for name in ("codes", "scale", "zero", "table")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "row_bytes", "groups", "group_bytes")),
         ("middle", ctypes.c_float),
         ("bits", ctypes.c_int32),
         ("kind", ctypes.c_int32),

@@ -2,8 +2,9 @@
 
    With few rows, what lies between two operations in Python takes as long as the operations do. A token of a prompt is
    a row like any other: all keys and values of a layer are stored before its attention, and each row says how many
-   slots it sees. Shapes: M rows, one token each, N of which want logits, D hidden channels, H query heads and G key-value heads of W channels, R of them rotated, F inner channels
-   of the feed-forward, V vocabulary, B slots of a page. The result of a row does not depend on the other rows. */
+   slots it sees. Shapes: M rows, one token each, N of which want logits, D hidden channels, H query heads and G
+   key-value heads of W channels, R of them rotated, F inner channels of the feed-forward, V vocabulary, B slots of a
+   page. The result of a row does not depend on the other rows. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -12,11 +13,11 @@
 #include "linear.h"
 #include "operations.h"
 
-#define SERIAL_WORK (1 << 16) /* less is not worth waking a second thread */
+#define SERIAL_WORK (1 << 16) /* as in compress.core.compiling */
 
 enum activation { SILU, GELU, GELU_TANH, RELU };
 
-typedef struct { /* ctypes mirrors these in step.py */
+typedef struct { /* ctypes mirrors these in small_steps.py */
     const weight *weight;
     const float *bias; /* or NULL */
 } linear;
@@ -206,7 +207,8 @@ int decoder_step(const decoder *model, const step *asked) {
     }
     if (!failed) {
         for (int64_t n = 0; n < known.wanted_rows; n++)
-            memmove(known.x + n * model->hidden, known.x + known.wanted[n] * model->hidden, (size_t)model->hidden * sizeof(float));
+            memmove(known.x + n * model->hidden, known.x + known.wanted[n] * model->hidden,
+                (size_t)model->hidden * sizeof(float));
         known.rows = known.wanted_rows;
     }
     if (!failed && known.rows) {
