@@ -38,7 +38,7 @@ SHAPES = {
     "135m-4": Shape(layers=4, hidden=576, ffn=1536, heads=9, kv_heads=3, vocabulary=49152, layers_per_shard=4),
     "0.5b": Shape(layers=24, hidden=896, ffn=4864, heads=14, kv_heads=2, vocabulary=32000, layers_per_shard=12),
     "1b": Shape(layers=16, hidden=2048, ffn=8192, heads=32, kv_heads=8, vocabulary=32000, layers_per_shard=2),
-    "1b-4": Shape(layers=4, hidden=2048, ffn=8192, heads=32, kv_heads=8, vocabulary=32000, layers_per_shard=2),
+    "1b-2": Shape(layers=2, hidden=2048, ffn=8192, heads=32, kv_heads=8, vocabulary=32000, layers_per_shard=2),
     "tiny": Shape(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, vocabulary=512, layers_per_shard=1),
 }
 
