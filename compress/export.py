@@ -183,9 +183,11 @@ def coverage(
     `transforms` are what changed the weights before."""
     after = f" after {', '.join(transforms)}" if transforms else ""
     fates = [_fate(name, original, artifact, quantized, after) for name in original.tensors]
-    head = f"{original.architecture.head}.weight"
-    if after and head in artifact.tensors and head not in original.tensors:
-        fates.append(Coverage(head, "added", f"no longer the embedding's{after}"))
+    for module in (original.architecture.embedding, original.architecture.head):
+        name = f"{module}.weight"
+        if name not in original.tensors and (name in artifact.tensors or module in artifact.schemes):
+            stored = f", {quantized[module]}" if module in artifact.schemes else ""
+            fates.append(Coverage(name, "added", f"embedding and head are two tensors now{stored}{after}"))
     return tuple(fates)
 
 

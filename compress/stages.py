@@ -77,6 +77,6 @@ def _run_stage(
             events=events,
         )
         stage.settings.run(job)
-        sink.finish()
+        sink.finish(stage.settings.outside(source))
     journal.add("memory", {"stage": number, "peak_memory_bytes": memory.peak_bytes})
     events(Finished(name, f"{source.num_blocks} blocks"))

@@ -1,5 +1,7 @@
 """Round-to-nearest of one layer: the whole of RTN, and what the other methods fall back to."""
 
+from collections.abc import Callable
+
 import torch
 
 from compress.core.events import Notice
@@ -15,17 +17,25 @@ _ROUNDED_AT_ONCE = 4 << 20  # weights; a search and its rounding hold five numbe
 
 def round_site(site: Site, scheme: Scheme, scale_dtype: torch.dtype, clip: str, fallback: str = "") -> None:
     """Replace a site's weight by its nearest codes; `fallback` says why the method proper was not used."""
-    outputs, width = site.shape
+    tensor, error = round_rows(site.rows, site.shape, scheme, scale_dtype, clip)
+    site.replace(tensor)
+    site.note(method="rtn", bits=scheme.bits, group_size=scheme.group_size, error=error, fallback=fallback)
+
+
+def round_rows(
+    read: Callable[[slice], torch.Tensor], shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype, clip: str
+) -> tuple[QuantTensor, float]:
+    """Nearest codes of a weight [out, in] whose rows `read` gives in fp32, some at a time; and their relative error."""
+    outputs, width = shape
     rows = max(1, _ROUNDED_AT_ONCE // width)
     parts, error, power = [], 0.0, 1e-30
     for start in range(0, outputs, rows):
-        weight_OK = site.rows(slice(start, start + rows))
+        weight_OK = read(slice(start, start + rows))
         tensor = fit_grid(weight_OK, scheme, scale_dtype=scale_dtype, clip=CLIPS[clip]).round(weight_OK)
         power += float(weight_OK.square().sum())
         error += float(tensor.dequantize().sub_(weight_OK).square_().sum())
         parts.append(tensor)
-    site.replace(QuantTensor.stack(parts))
-    site.note(method="rtn", bits=scheme.bits, group_size=scheme.group_size, error=error / power, fallback=fallback)
+    return QuantTensor.stack(parts), error / power
 
 
 def too_few_tokens(group: Group, per_channel: float) -> str:

@@ -18,11 +18,12 @@ from quantize._prepare import Prepare, order_problem, preparation, prepared_byte
 from quantize.prepare._transform import Target, Transform
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
     from compress.core.statistics import Statistic
+    from compress.core.tensors import QuantTensor
     from compress.core.walk import Block, Group, Site
 
 
@@ -55,6 +56,12 @@ class WeightQuantization(Pass):
     )
     overrides: tuple[Override, ...] = Field(
         (), description="other schemes for some layers, the last match counts: - {layers: '*.v_proj', scheme: w8a16}"
+    )
+    head: SchemeName | None = Field(
+        None, description="quantize the output head, too (w8a16 …), in groups as the layers; a tied one becomes its own"
+    )
+    embedding: SchemeName | None = Field(
+        None, description="quantize the embedding, too (w8a16 …): stock loaders do not take it, llama.cpp and we do"
     )
     prepare: tuple[Prepare, ...] = Field(  # pyright: ignore[reportInvalidTypeForm]
         (), description="what is done to the weights first: - rotate: {}, - smoothquant: {alpha: 0.5}, - awq_scale: {}"
@@ -99,7 +106,26 @@ class WeightQuantization(Pass):
         """The scheme of the layer `name` with `width` input channels, None if it is left alone."""
         if any(fnmatchcase(name, pattern) for pattern in self.ignore):
             return None
-        wanted = self.wanted(name)
+        return self._fitted(self.wanted(name), width)
+
+    def outside_schemes(self, checkpoint: Checkpoint) -> dict[str, Scheme]:
+        """Schemes of embedding and head, as far as they are asked for."""
+        asked = {checkpoint.architecture.embedding: self.embedding, checkpoint.architecture.head: self.head}
+        found = {}
+        for module, name in asked.items():
+            if name is not None:
+                scheme = Override(layers=module, scheme=name).scheme_in(self.scheme, self.group_size, self.symmetric)
+                found[module] = self._fitted(scheme, checkpoint.config["hidden_size"])
+        return found
+
+    def outside(self, checkpoint: Checkpoint) -> dict[str, QuantTensor]:
+        from quantize._outside import round_outside
+
+        schemes = self.outside_schemes(checkpoint)
+        return {module: round_outside(checkpoint, module, scheme, self.clip) for module, scheme in schemes.items()}
+
+    def _fitted(self, wanted: Scheme, width: int) -> Scheme:
+        """The scheme wanted, with the groups that `uneven` allows for this width."""
         size = wanted.group_size
         if size == -1 or width % size == 0 or self.uneven == "refuse":  # refused by name in `plan`, before any work
             return wanted
@@ -114,14 +140,15 @@ class WeightQuantization(Pass):
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         """Exact bytes from headers; memory and minutes from the shapes."""
         from compress.core.formats.compressed_tensors import encoded_bytes
-        from compress.core.memory import estimate
+        from compress.core.memory import estimate, rounding_bytes
 
         source_bytes = sum(info.bytes for info in checkpoint.tensors.values())
         checkpoint = self.view(checkpoint)
         layers = []
-        for name, shape in self._layers(checkpoint):
+        outside = self.outside_schemes(checkpoint)
+        for name, shape in self._layers(checkpoint, outside):
             info = checkpoint.info(f"{name}.weight")
-            scheme = self.scheme_for(name, shape[1])
+            scheme = outside.get(name) or self.scheme_for(name, shape[1])
             size = info.bytes if scheme is None else encoded_bytes(shape, scheme, checkpoint.dtype)
             layers.append(LayerPlan(name, shape, info.bytes, size, scheme, "" if scheme else "ignored by the recipe"))
         self._refuse_ragged(layers)
@@ -139,7 +166,10 @@ class WeightQuantization(Pass):
         return Plan(
             layers=tuple(layers),
             bytes_out=bytes_out,
-            peak_memory_bytes=cost.memory_bytes + prepared_bytes(checkpoint, self.first_steps),
+            peak_memory_bytes=max(
+                cost.memory_bytes + prepared_bytes(checkpoint, self.first_steps),
+                rounding_bytes(sum(layer.bytes_out for layer in layers if layer.name in outside)),
+            ),
             disk_bytes=bytes_out + cost.spill_bytes,
             minutes=cost.minutes,
             notices=(*unused, *_untied(added_bytes)),
@@ -159,6 +189,10 @@ class WeightQuantization(Pass):
         return self.needs_calibration or any(not step.reads for step in self.first_steps)
 
     def view(self, checkpoint: Checkpoint) -> Checkpoint:
+        from compress.core.untied import UntiedCheckpoint
+
+        if checkpoint.tied and (self.head or self.embedding):
+            checkpoint = UntiedCheckpoint(checkpoint)
         for step in self.first_steps:
             checkpoint = step.view(checkpoint)
         return checkpoint
@@ -182,10 +216,9 @@ class WeightQuantization(Pass):
         """Whether statistics are gathered group by group (true-sequential) instead of once a block."""
         return False
 
-    def _layers(self, checkpoint: Checkpoint) -> list[tuple[str, tuple[int, int]]]:
-        names = [name for index in range(checkpoint.num_blocks) for name in checkpoint.sites(index)]
-        shapes = [checkpoint.info(f"{name}.weight").shape for name in names]
-        return [(name, (shape[0], shape[1])) for name, shape in zip(names, shapes, strict=True)]
+    def _layers(self, checkpoint: Checkpoint, outside: Iterable[str]) -> list[tuple[str, tuple[int, int]]]:
+        inside = (name for index in range(checkpoint.num_blocks) for name in checkpoint.sites(index))
+        return [(name, checkpoint.matrix_shape(name)) for name in (*inside, *outside)]
 
     def _refuse_ragged(self, layers: list[LayerPlan]) -> None:
         ragged = [

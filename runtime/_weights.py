@@ -72,9 +72,12 @@ class Weights:
     def embedding(self) -> Tensor:
         """The embedding [vocabulary, hidden], as stored; a tied file may hold it under the head's name."""
         name = self.checkpoint.embedding_tensor if self.config.tied else f"{self._names.embedding}.weight"
-        if name.removesuffix(".weight") in self.checkpoint.schemes:
-            raise InputError(f"{name} is quantized: the runtime reads rows of dense embeddings", where=self._where())
-        value = self._dense(name)
+        module = name.removesuffix(".weight")
+        if self._reader is not None and module in self.checkpoint.schemes:
+            self._taken.update(self._reader.stored_names(module, self.checkpoint.schemes[module]))
+            value = self.checkpoint.weight(module, self.dtype)  # rows are looked up in a dense table
+        else:
+            value = self._dense(name)
         wanted = (self.config.vocab, self.config.hidden)
         if tuple(value.shape) != wanted:
             raise self.misfit(name, value, str(list(wanted)))

@@ -27,16 +27,17 @@ LOGITS_BYTES = 64 << 20
 @torch.no_grad()
 def embed(checkpoint: Checkpoint, ids_NT: Tensor, stream: Activations, dtype: torch.dtype) -> None:
     """Fill the stream's inputs with embeddings. Only the rows of tokens that occur are read."""
-    info = checkpoint.info(checkpoint.embedding_tensor)
+    name = checkpoint.embedding_tensor
     module = checkpoint.skeleton.module(checkpoint.architecture.embedding)
     vars(module)["padding_idx"] = None  # rows are renumbered below
     largest = int(ids_NT.max())
-    if largest >= info.shape[0] or int(ids_NT.min()) < 0:
-        raise InputError(f"token {largest} is outside of the vocabulary of {info.shape[0]} rows", where=info.name)
+    rows = checkpoint.matrix_shape(name.removesuffix(".weight"))[0]
+    if largest >= rows or int(ids_NT.min()) < 0:
+        raise InputError(f"token {largest} is outside of the vocabulary of {rows} rows", where=name)
     for batch in stream.batches():
         ids_BT = ids_NT[batch]
         occurring, places = torch.unique(ids_BT, return_inverse=True)
-        fill(module, "weight", checkpoint.rows(info.name, occurring), dtype, "cpu")
+        fill(module, "weight", checkpoint.rows(name, occurring), dtype, "cpu")
         stream.inputs[batch] = module(places)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from compress.core._verify_folder import Contents, read_json
+from compress.core._verify_shapes import architecture_of
 from compress.core._verify_weights import quantized_names, sampled_weight
 from compress.core.errors import ArtifactError, InputError
 from compress.core.formats import Reader, method_of, reader_for
@@ -40,7 +41,7 @@ def check_coverage(
         if status == "quantized" and module not in schemes:
             raise ArtifactError("is said to be quantized, but is not", where=tensor)
         if status in ("kept", "changed", "added"):
-            if tensor not in contents.tensors:
+            if tensor not in contents.tensors and not (status == "added" and module in schemes):
                 raise ArtifactError(f"is said to be {status}, but is missing", where=tensor)
             expected.add(tensor)
         if status == "dropped" and not reason:
@@ -81,6 +82,10 @@ def _fates(
                 fates[name] = ("quantized", "")
             else:
                 fates[name] = ("kept" if name in contents.tensors else "dropped", "")
+        if contents.config.get("tie_word_embeddings") is False:  # embedding and head may have been one tensor
+            for module in _vocabulary(contents):
+                if module in schemes or f"{module}.weight" in contents.tensors:
+                    fates.setdefault(f"{module}.weight", ("added", ""))
         return fates
     fates = {}
     for entry in manifest.coverage:
@@ -136,7 +141,7 @@ def check_closeness(contents: Contents, source: Contents, reader: Reader, scheme
     files = MappedFiles()
     for module, scheme in schemes.items():
         rows, ours = sampled_weight(reader, module, scheme, contents.tensors, files)
-        info = source.tensors.get(f"{module}.weight")
+        info = _tensor_of(source, module)
         if info is None or len(info.shape) != 2 or info.shape[1] != ours.shape[1] or int(rows[-1]) >= info.shape[0]:
             raise ArtifactError("the source has no weight of this shape", where=module)
         before = files.tensor(info)[torch.from_numpy(rows)].float()
@@ -146,6 +151,19 @@ def check_closeness(contents: Contents, source: Contents, reader: Reader, scheme
         if error >= worst:
             worst, where = error, module
     return f"largest relative error {worst:.1%} ({where})" if where else "no layer to compare"
+
+
+def _tensor_of(source: Contents, module: str) -> TensorInfo | None:
+    """The tensor that a module's weight was made from; embedding and head may have been one."""
+    names = (module, *sorted(_vocabulary(source))) if module in _vocabulary(source) else (module,)
+    found = (source.tensors.get(f"{name}.weight") for name in names)
+    return next((info for info in found if info is not None), None)
+
+
+def _vocabulary(contents: Contents) -> set[str]:
+    """Embedding and head."""
+    architecture = architecture_of(contents.config)
+    return set() if architecture is None else {architecture.embedding, architecture.head}
 
 
 def check_lineage(manifest: Manifest, source: Contents) -> str:

@@ -81,14 +81,18 @@ class Checkpoint:
     @cached_property
     def tied(self) -> bool:
         """Whether head and embedding are one tensor. Files may hold it under either name."""
-        names = {f"{self.architecture.head}.weight", f"{self.architecture.embedding}.weight"}
-        return not names <= set(self.tensors) or bool(self.config.get("tie_word_embeddings"))
+        both = all(self._holds(module) for module in (self.architecture.head, self.architecture.embedding))
+        return not both or bool(self.config.get("tie_word_embeddings"))
+
+    def _holds(self, module: str) -> bool:
+        """Whether a weight of its own is stored for `module`, dense or quantized."""
+        return f"{module}.weight" in self.tensors or module in self.schemes
 
     @property
     def embedding_tensor(self) -> str:
         """Disk name of the embedding."""
-        names = f"{self.architecture.embedding}.weight", f"{self.architecture.head}.weight"
-        return names[1] if names[0] not in self.tensors and names[1] in self.tensors else names[0]
+        embedding, head = self.architecture.embedding, self.architecture.head
+        return f"{head}.weight" if self._holds(head) and not self._holds(embedding) else f"{embedding}.weight"
 
     @property
     def head_tensor(self) -> str:
@@ -191,8 +195,13 @@ class Checkpoint:
         return load_tensor(self.info(name))
 
     def rows(self, name: str, row_ids: Tensor) -> Tensor:
-        """Rows `row_ids` of a matrix; only these are read."""
-        return load_rows(self.info(name), row_ids)
+        """Rows `row_ids` of a matrix; only these are read. Of a quantized one: dequantized."""
+        module = name.removesuffix(".weight")
+        return (
+            self.weight(module, torch.float32)[row_ids]
+            if module in self.schemes
+            else load_rows(self.info(name), row_ids)
+        )
 
     def alters(self, name: str) -> bool:
         """Whether `tensor` gives something else than lies in the file: so in a view that transforms what it reads."""
@@ -205,6 +214,14 @@ class Checkpoint:
             return self._reader.dequantize(module, self.tensor, scheme, dtype or self.dtype)
         weight = self.tensor(f"{module}.weight")
         return weight if dtype is None else weight.to(dtype)
+
+    def matrix_shape(self, module: str) -> tuple[int, int]:
+        """Shape [out, in] of a module's weight, dense or quantized, from headers."""
+        scheme = self.schemes.get(module)
+        if scheme is not None:
+            return self._reader.shape_of(module, scheme, self.tensors)
+        rows, width = self.info(f"{module}.weight").shape
+        return rows, width
 
     def quant_tensor(self, module: str) -> QuantTensor | None:
         """The packed weight of a module, None if it is stored dense."""

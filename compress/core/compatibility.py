@@ -67,10 +67,18 @@ class MixedRule(_Data):
         return differs and any(self.any.fits(scheme) for scheme in schemes)
 
 
+class Outside(_Data):
+    """What a reader does with a quantized module outside the blocks: the head or the embedding."""
+
+    ok: Ok
+    because: str
+
+
 class Reader(_Data):
-    """How one engine reads one format. Multiples are per tensor-parallel shard."""
+    """How one engine reads one format. Multiples are per tensor-parallel shard; `outside` goes by a module's name."""
 
     rules: list[Rule]
+    outside: dict[str, Outside] = {}
     mixed: list[MixedRule] = []
     group_divides_shard: bool = False
     fused_agree: bool = False
@@ -94,7 +102,8 @@ class Engine(_Data):
 
 
 class Written(_Data):
-    """What of a format this version writes, and why no more. Codes of `whole_words` fill 32-bit words both ways."""
+    """What of a format this version writes, and why no more. Codes of `whole_words` fill 32-bit words both ways;
+    modules named in `dense` (head, embedding) cannot be quantized."""
 
     when: When
     because: str
@@ -102,7 +111,7 @@ class Written(_Data):
     whole_groups: bool = False
     group_multiple: int = 1
     one_group_size: bool = False
-    dense_head: bool = False
+    dense: list[str] = []
     always_asymmetric: bool = False
 
 
@@ -176,8 +185,8 @@ def _unwritten(writes: Written, module: str, scheme: Scheme, shape: Shape) -> st
         return f"groups of {size} do not divide its {width} input channels"
     if size % writes.group_multiple:
         return f"groups of {size} are no multiple of its blocks of {writes.group_multiple}"
-    if writes.dense_head and module.rpartition(".")[2] == "lm_head":
-        return "its readers expect a head that is not quantized"
+    if module.rpartition(".")[2] in writes.dense:
+        return "its readers expect one that is not quantized"
     return None
 
 
@@ -244,6 +253,9 @@ def _layer(
     """Verdict, reason, and whether the reason is the layer's shape rather than its scheme."""
     if shape is not None and (reason := unwritable(scheme, shape, format)) is not None:
         return "no", reason, True
+    outside = reader.outside.get(module.rpartition(".")[2])
+    if outside is not None:
+        return outside.ok, outside.because, True
     rule = next((rule for rule in reader.rules if rule.when.fits(scheme)), None)
     if rule is None:
         return "no", f"{scheme.name} is not read", False

@@ -93,6 +93,11 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
     return Cost(held, spill_bytes, seconds / 60)
 
 
+def rounding_bytes(codes_bytes: int) -> int:
+    """Memory of rounding matrices to nearest that are held, as codes, until they are written together."""
+    return IMPORTS_BYTES + ROUNDING_BYTES + 2 * codes_bytes
+
+
 def _played_widths(checkpoint: Checkpoint) -> list[int]:
     """Widths of what group order keeps of a forward: attention's inner and outer output, the feed-forward's input."""
     widths = {name: checkpoint.info(f"{sites[0]}.weight").shape for name, sites in checkpoint.groups(0)}

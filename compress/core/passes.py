@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compress.core.scheme import Scheme
     from compress.core.services import Latency, Sampler, TeacherWriter
     from compress.core.statistics import Statistic
+    from compress.core.tensors import QuantTensor
     from compress.core.walk import Block, BlockSink, Preparation
 
 WeightKind = Literal["dense", "masked", "quantized"]
@@ -124,6 +125,10 @@ class Pass(BaseModel, ABC):
     def view(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint as this pass reads it: itself, or a view that transforms tensors as they are read."""
         return checkpoint
+
+    def outside(self, checkpoint: Checkpoint) -> Mapping[str, QuantTensor]:
+        """What becomes of modules outside the blocks, embedding and head; those left out stay as they are."""
+        return {}
 
     @abstractmethod
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import ArtifactError
@@ -57,6 +58,7 @@ class StageWriter:
         self._after_commit = after_commit
         self._since = time.monotonic()
         self._blocks = [data for data in journal.of("block") if data["stage"] == stage]
+        self._outside: dict[str, Scheme] = {}
         for index, data in enumerate(self._blocks):
             self._require_intact(index, data)
 
@@ -109,13 +111,18 @@ class StageWriter:
         self._after_commit()
 
     # ------------------------------------------------------------------ the rest of the folder
-    def finish(self) -> dict[str, Written]:
-        """Write what lies outside the blocks, config, index and auxiliary files; record the stage. Gives all files."""
+    def finish(self, outside: Mapping[str, QuantTensor] = MappingProxyType({})) -> dict[str, Written]:
+        """Write what lies outside the blocks, config, index and auxiliary files; record the stage. Gives all files.
+
+        `outside` replaces weights of modules there; the rest is the source's.
+        """
         if len(self._blocks) != self._source.num_blocks:
             raise ArtifactError(f"{len(self._blocks)} of {self._source.num_blocks} blocks are written")
         files = {data["file"]: Written(data["bytes"], data["sha256"]) for data in self._blocks}
         rest = shard_name(self._source.num_blocks, self._source.num_blocks)
-        files[rest] = write_entries(self.folder / rest, self._kept(self._source.rest_tensors(), {}), SHARD_METADATA)
+        entries = [*self._changed(outside), *self._kept(self._source.rest_tensors(), outside)]
+        files[rest] = write_entries(self.folder / rest, entries, SHARD_METADATA)
+        self._outside = {module: tensor.scheme for module, tensor in outside.items()}
         for relative in self._source.aux_files:
             make_folder((self.folder / relative).parent)
             copy_file(self._source.folder / relative, self.folder / relative)
@@ -128,7 +135,8 @@ class StageWriter:
 
     def schemes(self) -> dict[str, Scheme]:
         """Module -> scheme of everything this stage quantized so far."""
-        return {module: Scheme(**fields) for data in self._blocks for module, fields in sorted(data["schemes"].items())}
+        blocks = (sorted(data["schemes"].items()) for data in self._blocks)
+        return {module: Scheme(**fields) for block in blocks for module, fields in block} | self._outside
 
     # ------------------------------------------------------------------ entries
     def _changed(self, tensors: Mapping[str, torch.Tensor | QuantTensor]) -> Iterator[Entry]:

@@ -8,7 +8,6 @@ Shape suffixes: O output channels, K input channels, D stream, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,11 +17,11 @@ from torch import Tensor
 from compress.core.architectures import FEED_FORWARD_DEPTH
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import UsageError
+from compress.core.untied import UntiedCheckpoint
 from quantize.prepare._hadamard import Rotation
 
 if TYPE_CHECKING:
     from compress.core._skeleton import Skeleton
-    from compress.core.safetensors_io import TensorInfo
 
 _WHERE = "quantize.prepare"
 Change = Callable[[Tensor], Tensor]
@@ -32,29 +31,18 @@ class RotatedCheckpoint(Checkpoint):
     """`source`, turned by rotations that `seed` decides; `heads`: the values inside each head, too."""
 
     def __init__(self, source: Checkpoint, seed: int, *, heads: bool) -> None:
+        final_norm = f"{source.architecture.final_norm}.weight"
+        gain_D = source.tensor(final_norm).float() + source.architecture.norm_plus_one
+        if source.tied and bool((gain_D != 1).any()):  # it folds into the head, and not the rest
+            source = UntiedCheckpoint(source)
         super().__init__(source.folder, source.source, source.config, source.tensors)
         _refuse(self)
-        self._source_tied = source.tied
         self._head = f"{self.architecture.head}.weight"
-        self._final_norm = f"{self.architecture.final_norm}.weight"
-        if source.tied and not self.tied:
-            self._untie(source.info(source.embedding_tensor))
+        self._final_norm = final_norm
         generator = torch.Generator().manual_seed(seed)
         self._turn = _rotation(self, generator)
         self._head_size = self._width("o") // self.config["num_attention_heads"]
         self._turn_head = Rotation.of(self._head_size, generator) if heads else None
-
-    def _untie(self, stored: TensorInfo) -> None:
-        """Embedding and head under names of their own, both read from the one tensor there is."""
-        names = (f"{self.architecture.embedding}.weight", self._head)
-        others = {name: info for name, info in self.tensors.items() if name not in names}
-        self.tensors = {**others, **{name: replace(stored, name=name) for name in names}}
-        self.config = {**self.config, "tie_word_embeddings": False}
-
-    @cached_property
-    def tied(self) -> bool:
-        """Head and embedding stay one tensor only if the final norm, which folds into the head, is all ones."""
-        return self._source_tied and bool((self._gain(self._final_norm) == 1).all())
 
     @cached_property
     def skeleton(self) -> Skeleton:
@@ -134,7 +122,7 @@ class RotatedCheckpoint(Checkpoint):
         return turned
 
     def _gain(self, norm: str) -> Tensor:
-        """What a norm multiplies by, fp32."""
+        """What a norm of the source multiplies by, fp32."""
         return super().tensor(norm).float() + self.architecture.norm_plus_one
 
     def _one(self, weight_D: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str
     formats = {format_of(scheme) for scheme in ordered}
     groups = {}
     for index, scheme in enumerate(ordered):
-        targets = [_LINEAR] if len(ordered) == 1 else sorted(by_scheme[scheme], key=_natural)
+        targets = sorted(by_scheme[scheme], key=_natural)
+        if len(ordered) == 1:  # the class, and by name what is not of that class, or not in all engines
+            targets = [_LINEAR, *(name for name in targets if not _in_block(name))]
         groups[f"group_{index}"] = _group(scheme, targets)
         if len(formats) > 1:
             groups[f"group_{index}"]["format"] = format_of(scheme)
@@ -92,6 +94,10 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
             "dynamic": True,
         }
     return group
+
+
+def _in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
