@@ -3,7 +3,8 @@
     python benchmarks/recipes.py --work DIR [--only NAME ...] [--out FILE]
 
 Calibration and evaluation are the bundled stories, so that no recipe needs the hub; all else is as shipped. Minutes and
-memory are those of the stages, without start-up and evaluation, as in the plan.
+memory are those of the stages, without start-up and evaluation, as in the plan. Recipes that are not asked for keep the
+figures that they have in FILE.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import tools
@@ -25,14 +27,17 @@ EVALUATED = [
 ]
 
 
-def measure(name: str, work: Path, threads: int) -> dict[str, object]:
-    output = work / name
+def measure(
+    name: str, work: Path, threads: int, *, model: str = "demo", settings: Sequence[str] = (), label: str = ""
+) -> dict[str, object]:
+    """One recipe's figures, calibrated and scored on the bundled stories; `settings` change it."""
+    output = work / (label or name)
     for leftover in (output, Path(f"{output}.report"), Path(f"{output}.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
-    changes = list(EVALUATED)
+    changes = [*EVALUATED, *settings]
     if "\ncalibration:" in (RECIPES / f"{name}.yaml").read_text():
         changes += STORIES
-    command = [sys.executable, "-m", "compress", "run", "--recipe", name, "--model", "demo", "--output", str(output)]
+    command = [sys.executable, "-m", "compress", "run", "--recipe", name, "--model", model, "--output", str(output)]
     for change in changes:
         command += ["--set", change]
     done = subprocess.run([*command, "--quiet"], env=tools.quiet_environment(threads), check=False)
@@ -63,12 +68,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=tools.HERE / "results" / "recipes.json")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
-    found = []
-    for name in asked.only:
-        found.append(measure(name, asked.work.resolve(), asked.threads))
-        print(json.dumps(found[-1]), flush=True)
+    known = json.loads(asked.out.read_text())["recipes"] if asked.out.exists() else []
+    found = {entry["recipe"]: entry for entry in known if (RECIPES / f"{entry['recipe']}.yaml").exists()}
     environment = tools.describe_machine() | {"threads": asked.threads}
-    asked.out.write_text(json.dumps({"environment": environment, "model": "demo", "recipes": found}, indent=2) + "\n")
+    for name in asked.only:
+        found[name] = measure(name, asked.work.resolve(), asked.threads)
+        print(json.dumps(found[name]), flush=True)
+        results = {"environment": environment, "model": "demo", "recipes": [found[key] for key in sorted(found)]}
+        asked.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

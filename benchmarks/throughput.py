@@ -33,36 +33,41 @@ OURS = ("many", "stream", "decode-1", "decode-8", "decode-16", "prefill")
 CONTESTANTS = {
     "ours/original": OURS,
     "ours/w4": OURS,
+    "ours/w4-head8": ("stream", "decode-16"),
     "transformers/float32": ("many", "stream", "prefill"),
     "transformers/bfloat16": ("stream",),
     "transformers/continuous": ("many",),
     "llamacpp/q4_0": ("stream", "prefill"),
 }
 FIRST_RUN_ONLY = {("transformers/bfloat16", "demo"): ("many",), ("transformers/bfloat16", "135m"): ("many",)}
-RECIPE = "model: {model}\nstages: [{{quantize: {{method: rtn, group_size: 64}}}}]\n"
+RECIPE = "model: {model}\nstages: [{{quantize: {{method: rtn, group_size: 64{more}}}}}]\n"
+ARTIFACTS = {"w4": "", "w4-head8": ", head: w8a16"}
 
 Line = dict[str, object]
 
 
 def prepare(shape: str, work: Path, peers: tools.Peers | None) -> dict[str, Path]:
-    """The original, its W4 artifact (GPTQ's codes are no faster than rounded ones), and a GGUF of the original."""
-    original, artifact, gguf = work / shape, work / f"{shape}-w4", work / f"{shape}-q4_0.gguf"
+    """The original, its W4 artifacts (GPTQ's codes are no faster than rounded ones), and a GGUF of the original, whose
+    head has 8 bits."""
+    original, gguf = work / shape, work / f"{shape}-q4_0.gguf"
     if shape == "demo":
         original = tools.REPOSITORY / "compress" / "demo" / "model"
     elif not (original / "tokenizer_config.json").exists():
         make_model(SHAPES[shape], original, seed=0)
-    if not (artifact / "compress.json").exists():
-        recipe = work / f"{shape}.yaml"
-        recipe.write_text(RECIPE.format(model=json.dumps(str(original))))
-        shutil.rmtree(artifact, ignore_errors=True)
-        asked = ["--recipe", str(recipe), "--output", str(artifact), "--quiet", "--fresh"]
-        subprocess.run([sys.executable, "-m", "compress", "run", *asked], check=True, stdout=subprocess.DEVNULL)
+    artifacts = {name: work / f"{shape}-{name}" for name in ARTIFACTS}
+    for name, artifact in artifacts.items():
+        if not (artifact / "compress.json").exists():
+            recipe = work / f"{shape}-{name}.yaml"
+            recipe.write_text(RECIPE.format(model=json.dumps(str(original)), more=ARTIFACTS[name]))
+            shutil.rmtree(artifact, ignore_errors=True)
+            asked = ["--recipe", str(recipe), "--output", str(artifact), "--quiet", "--fresh"]
+            subprocess.run([sys.executable, "-m", "compress", "run", *asked], check=True, stdout=subprocess.DEVNULL)
     if peers and not gguf.exists():
         partial = gguf.with_suffix(".partial")
         maker = [str(peers.python("llamacpp")), str(HERE / "make_gguf.py"), str(original), str(partial)]
         subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
         partial.rename(gguf)
-    return {"original": original, "w4": artifact, "q4_0": gguf}
+    return {"original": original, "q4_0": gguf, **artifacts}
 
 
 def command_of(contestant: str, models: dict[str, Path], peers: tools.Peers | None) -> list[str]:
@@ -118,6 +123,7 @@ def ratios(summary: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[st
         "stream: w4 / transformers bfloat16": ("stream", "ours/w4", "transformers/bfloat16"),
         "stream: w4 / transformers float32": ("stream", "ours/w4", "transformers/float32"),
         "stream: w4 / llama.cpp q4_0": ("stream", "ours/w4", "llamacpp/q4_0"),
+        "stream: w4 with an 8-bit head / llama.cpp q4_0": ("stream", "ours/w4-head8", "llamacpp/q4_0"),
         **{f"{work}: w4 / original": (work, "ours/w4", "ours/original") for work in OURS[1:]},
     }
     return {
@@ -155,6 +161,11 @@ def results_of(runs: list[Line], threads: int) -> dict[str, object]:
     }
 
 
+def _known(file: Path) -> list[Line]:
+    """Runs that the results have already; of other shapes or contestants than asked for now they are kept."""
+    return json.loads(file.read_text())["runs"] if file.exists() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="for models and artifacts, kept for the next time")
@@ -170,7 +181,9 @@ def main() -> None:
     contestants = [one for one in asked.contestants if peers or not one.startswith("llamacpp")]
     asked.work.mkdir(parents=True, exist_ok=True)
     models = {shape: prepare(shape, asked.work.resolve(), peers) for shape in asked.shapes}
-    runs: list[Line] = []
+    runs = [
+        run for run in _known(asked.out) if run["shape"] not in asked.shapes or run["contestant"] not in contestants
+    ]
     for shape in asked.shapes:
         for number in range(asked.runs):
             for contestant in contestants:

@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def artifact_facts(inputs: Inputs, artifact: Checkpoint, journal: Journal) -> di
                 "method": stage.method,
                 "settings": stage.settings.model_dump(mode="json"),
                 "blocks": blocks[number],
-                "layers": [layer_facts(layer) for layer in plan.stages[number].layers],
+                "layers": [layer_facts(_as_done(layer, artifact)) for layer in plan.stages[number].layers],
             }
             for number, stage in enumerate(recipe.stages)
         ],
@@ -81,6 +82,15 @@ def artifact_facts(inputs: Inputs, artifact: Checkpoint, journal: Journal) -> di
         "fallbacks": list(_fallbacks(block for stage in blocks for block in stage)),
         "lineage": origin,
     }
+
+
+def _as_done(layer: LayerPlan, artifact: Checkpoint) -> LayerPlan:
+    """A planned layer whose scheme was open, as the artifact has it."""
+    scheme = artifact.schemes.get(layer.name) if layer.alternatives else None
+    if scheme is None:
+        return layer
+    size = sum(artifact.tensors[name].bytes for name in artifact.stored_names(layer.name))
+    return replace(layer, scheme=scheme, bytes_out=size, reason="")
 
 
 def layer_facts(layer: LayerPlan) -> dict[str, Any]:

@@ -80,7 +80,11 @@ def _rewritten(recipe: Recipe, checkpoint: Checkpoint, stages: tuple[Plan, ...])
         return 0
     layers = {layer.name: layer for stage in stages for layer in stage.layers if layer.scheme}
     schemes = {name: layer.scheme for name, layer in layers.items() if layer.scheme}
-    require_held(schemes, {name: layer.shape for name, layer in layers.items()}, format, where="export.format")
+    shapes = {name: layer.shape for name, layer in layers.items()}
+    require_held(schemes, shapes, format, where="export.format")
+    for name, layer in layers.items():
+        for scheme in layer.alternatives:
+            require_held({name: scheme}, shapes, format, where="export.format")
     held, asked = writer_for(STAGE_FORMAT), writer_for(format)
     return sum(
         asked.encoded_bytes(layers[name].shape, scheme, checkpoint.dtype)

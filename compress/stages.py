@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from compress.core.events import Finished, Listener, Notice, Started
 from compress.core.files import make_folder, remove_tree
@@ -75,8 +77,19 @@ def _run_stage(
             micro_batch=inputs.micro_batch,
             spill_folder=str(make_folder(workspace.spill)),
             events=events,
+            remember=partial(_remembered, journal, number),
         )
         stage.settings.run(job)
-        sink.finish(stage.settings.outside(source))
+        sink.finish(stage.settings.outside(job))
     journal.add("memory", {"stage": number, "peak_memory_bytes": memory.peak_bytes})
     events(Finished(name, f"{source.num_blocks} blocks"))
+
+
+def _remembered(journal: Journal, stage: int, name: str, compute: Callable[[], Any]) -> Any:
+    """What a stage has found out, once for all processes that work on it."""
+    for data in journal.of("finding"):
+        if (data["stage"], data["name"]) == (stage, name):
+            return data["value"]
+    value = compute()
+    journal.add("finding", {"stage": stage, "name": name, "value": value})
+    return value

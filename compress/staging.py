@@ -143,9 +143,7 @@ def _manifest(
     files: Mapping[str, Written],
     parity: dict[str, Any] | None,
 ) -> Manifest:
-    quantized = {
-        layer.name: layer.scheme.name for stage in inputs.plan.stages for layer in stage.layers if layer.scheme
-    }
+    quantized = {module: scheme.name for module, scheme in artifact.schemes.items()}
     transforms = [name for stage in inputs.recipe.stages for name in stage.settings.transforms]
     return Manifest(
         version=compress.__version__,

@@ -106,7 +106,7 @@ class WeightQuantization(Pass):
         """The scheme of the layer `name` with `width` input channels, None if it is left alone."""
         if any(fnmatchcase(name, pattern) for pattern in self.ignore):
             return None
-        return self._fitted(self.wanted(name), width)
+        return self.fitted(self.wanted(name), width)
 
     def outside_schemes(self, checkpoint: Checkpoint) -> dict[str, Scheme]:
         """Schemes of embedding and head, as far as they are asked for."""
@@ -115,16 +115,16 @@ class WeightQuantization(Pass):
         for module, name in asked.items():
             if name is not None:
                 scheme = Override(layers=module, scheme=name).scheme_in(self.scheme, self.group_size, self.symmetric)
-                found[module] = self._fitted(scheme, checkpoint.config["hidden_size"])
+                found[module] = self.fitted(scheme, checkpoint.config["hidden_size"])
         return found
 
-    def outside(self, checkpoint: Checkpoint) -> dict[str, QuantTensor]:
+    def outside(self, job: Job) -> dict[str, QuantTensor]:
         from quantize._outside import round_outside
 
-        schemes = self.outside_schemes(checkpoint)
-        return {module: round_outside(checkpoint, module, scheme, self.clip) for module, scheme in schemes.items()}
+        schemes = self.outside_schemes(job.checkpoint)
+        return {module: round_outside(job.checkpoint, module, scheme, self.clip) for module, scheme in schemes.items()}
 
-    def _fitted(self, wanted: Scheme, width: int) -> Scheme:
+    def fitted(self, wanted: Scheme, width: int) -> Scheme:
         """The scheme wanted, with the groups that `uneven` allows for this width."""
         size = wanted.group_size
         if size == -1 or width % size == 0 or self.uneven == "refuse":  # refused by name in `plan`, before any work

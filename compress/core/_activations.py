@@ -83,6 +83,12 @@ class Activations:
         self.inputs, self._targets = self.targets, self.inputs
 
 
+def room(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path | None, *, above_bytes: int) -> Tensor:
+    """A buffer: in memory, or if it is larger than `above_bytes`, in a file under `folder` that vanishes."""
+    large = math.prod(shape) * dtype.itemsize > above_bytes
+    return _buffer(shape, dtype, folder if large else None)
+
+
 def _buffer(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path | None) -> Tensor:
     if folder is None:
         return torch.empty(shape, dtype=dtype)

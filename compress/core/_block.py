@@ -249,11 +249,11 @@ class Block:
         self.inputs: list[Tensor] = []
         self.targets: list[Tensor] = []
         self._arguments = arguments
-        self._dtype = dtype
+        self.dtype = dtype
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """The block's output for `x_BTD`, with this layer's own masks and rotary embeddings; differentiable."""
-        return self.module(x_BTD.to(self._dtype), **self._arguments)
+        return self.module(x_BTD.to(self.dtype), **self._arguments)
 
     @property
     def sites(self) -> Iterator[Site]:

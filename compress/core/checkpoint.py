@@ -223,6 +223,12 @@ class Checkpoint:
         rows, width = self.info(f"{module}.weight").shape
         return rows, width
 
+    def stored_names(self, module: str) -> list[str]:
+        """Disk names of the tensors that hold a module's weight."""
+        scheme = self.schemes.get(module)
+        names = (f"{module}.weight",) if scheme is None else self._reader.stored_names(module, scheme)
+        return [name for name in names if name in self.tensors]
+
     def quant_tensor(self, module: str) -> QuantTensor | None:
         """The packed weight of a module, None if it is stored dense."""
         scheme = self.schemes.get(module)

@@ -25,6 +25,7 @@ IMPORT_SECONDS = 2.5  # transformers; where there are tokens, their tokenizer br
 BLOCK_SECONDS = 0.25  # an empty block, its shard, fsync, the journal
 COLUMN_SECONDS = 15e-6  # what one column of a sweep costs beside its arithmetic
 ROUNDING_BYTES = 32 * (4 << 20)  # of one piece of a layer while it is rounded to nearest: search, quotients, codes
+SENSED_CHOICES = 6  # schemes whose rounding is judged for each layer
 CODES_BYTES = 1  # of each weight: what a block was replaced by, and what of it is being written
 SOLVER_BYTES = 3 * (64 << 20)  # weights, errors and codes of one chunk of rows
 
@@ -91,6 +92,28 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
     start = START_SECONDS + (IMPORT_SECONDS if tokens is None else 0)
     seconds = start + sum(_seconds(groups, count, speed, true_sequential) for groups in blocks)
     return Cost(held, spill_bytes, seconds / 60)
+
+
+def sensing_cost(checkpoint: Checkpoint, tokens: Tokens | None) -> Cost:
+    """Cost of one forward and one backward pass with a block in memory, and of judging some roundings of each layer."""
+    from compress.core._activations import MICRO_BATCH_TOKENS
+    from compress.core.walk import SPILL_ABOVE_BYTES
+
+    blocks = [groups_of(checkpoint, index) for index in range(checkpoint.num_blocks)]
+    count = 0 if tokens is None else tokens.ids.numel()
+    width = checkpoint.config["hidden_size"]
+    largest = max(blocks, key=lambda groups: sum(group.rows * group.width for group in groups))
+    weights = sum(group.rows * group.width for group in largest)
+    moments = sum(4 * group.width ** (2 if group.share == 1 else 1) for group in largest)
+    passing = 8 * MICRO_BATCH_TOKENS * sum(group.width + group.rows for group in largest)
+    kept = count * width * checkpoint.dtype.itemsize * (len(blocks) + 1) + 4 * count * width
+    spilled = kept if kept > SPILL_ABOVE_BYTES else 0
+    held = IMPORTS_BYTES + 4 * weights + moments + passing + ROUNDING_BYTES + (0 if spilled else kept)
+    speed = machine_speed()
+    every = sum(group.rows * group.width * group.share for groups in blocks for group in groups)
+    products = 8 * count * every / FORWARD_EFFICIENCY / speed.matmul
+    rounding = SENSED_CHOICES * GRID_CANDIDATES * GRID_PASSES * every / speed.elements
+    return Cost(held, spilled, (products + rounding) / 60)
 
 
 def rounding_bytes(codes_bytes: int) -> int:

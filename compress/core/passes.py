@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,7 +25,8 @@ WeightKind = Literal["dense", "masked", "quantized"]
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What happens to one linear layer: its scheme, or the reason why it stays as it is."""
+    """What happens to one linear layer: its scheme, or the reason why it stays as it is. With `alternatives` it gets
+    one of these, found out while the stage runs; scheme and bytes are then those of a uniform choice."""
 
     name: str
     shape: tuple[int, int]
@@ -33,6 +34,7 @@ class LayerPlan:
     bytes_out: int
     scheme: Scheme | None = None
     reason: str = ""
+    alternatives: tuple[Scheme, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class Job:
     latency: Latency | None = None
     teacher_writer: TeacherWriter | None = None
     notes: list[str] = field(default_factory=list)
+    remember: Callable[[str, Callable[[], Any]], Any] = lambda name, compute: compute()
+    """remember(name, compute): what `compute` gives as plain data; a resumed run gets it without computing again."""
 
     def walk(
         self,
@@ -126,7 +130,7 @@ class Pass(BaseModel, ABC):
         """The checkpoint as this pass reads it: itself, or a view that transforms tensors as they are read."""
         return checkpoint
 
-    def outside(self, checkpoint: Checkpoint) -> Mapping[str, QuantTensor]:
+    def outside(self, job: Job) -> Mapping[str, QuantTensor]:
         """What becomes of modules outside the blocks, embedding and head; those left out stay as they are."""
         return {}
 

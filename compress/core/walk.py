@@ -103,8 +103,8 @@ def walk(
     arguments: Sequence[Mapping[str, Any]] = [{}] * checkpoint.num_blocks
     if batches is not None:
         kept = stream_dtype(checkpoint, dtype, device)
-        stream = _stream(checkpoint, batches, kept, micro_batch, spill_folder, spill_above_bytes)
-        arguments = _start(checkpoint, batches, stream, compute, device)
+        stream = fresh_stream(checkpoint, batches, kept, micro_batch, spill_folder, spill_above_bytes)
+        arguments = fill_stream(checkpoint, batches, stream, compute, device)
     gathering = Gathering(stream, tuple(collect), order, device, preparation)
     stored = partial(_stored_dtype, stored_like or checkpoint)
     read_only = sink is None
@@ -112,7 +112,8 @@ def walk(
     for index in range(checkpoint.num_blocks):
         if index < done and stream is None:
             continue
-        block = _build(checkpoint, index, compute, device, arguments[index], gathering, stored)
+        block = open_block(checkpoint, index, compute, device, arguments[index], gathering.read)
+        block.parameters = {found.name: found for found in _parameters(checkpoint, block, stored)}
         last = index == checkpoint.num_blocks - 1
         if sink is not None and index < done:
             block.install(sink.load(index))
@@ -201,10 +202,10 @@ def stream_logits(
     """Yield logits [B, T, V] of all samples in order, with one block in memory at a time (models larger than RAM)."""
     compute = compute_dtype(checkpoint, dtype, device)
     kept = stream_dtype(checkpoint, dtype, device)
-    stream = _stream(checkpoint, tokens, kept, micro_batch, spill_folder, spill_above_bytes)
-    arguments = _start(checkpoint, tokens, stream, compute, device)
+    stream = fresh_stream(checkpoint, tokens, kept, micro_batch, spill_folder, spill_above_bytes)
+    arguments = fill_stream(checkpoint, tokens, stream, compute, device)
     for index in range(checkpoint.num_blocks):
-        block = _build(checkpoint, index, compute, device, arguments[index], None, partial(_stored_dtype, checkpoint))
+        block = open_block(checkpoint, index, compute, device, arguments[index])
         advance(block, stream, device)
         block.close()
         trim_memory()
@@ -227,7 +228,7 @@ def stream_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype, device: str) 
     return torch.bfloat16 if automatic else compute_dtype(checkpoint, dtype, device)
 
 
-def _stream(
+def fresh_stream(
     checkpoint: Checkpoint,
     tokens: Tokens,
     kept: torch.dtype,
@@ -235,6 +236,7 @@ def _stream(
     spill_folder: str | Path | None,
     spill_above_bytes: int,
 ) -> Activations:
+    """Room for the hidden states of all samples."""
     samples, length = tokens.ids.shape
     return Activations(
         (samples, length, checkpoint.config["hidden_size"]),
@@ -246,7 +248,7 @@ def _stream(
     )
 
 
-def _start(
+def fill_stream(
     checkpoint: Checkpoint, tokens: Tokens, stream: Activations, compute: torch.dtype, device: str
 ) -> Sequence[Mapping[str, Any]]:
     """Fill the stream with embeddings; return each layer's own keyword arguments."""
@@ -254,23 +256,22 @@ def _start(
     return layer_arguments(checkpoint, tokens.ids.shape[1], compute, device)
 
 
-def _build(
+def open_block(
     checkpoint: Checkpoint,
     index: int,
     compute: torch.dtype,
     device: str,
     arguments: Mapping[str, Any],
-    gathering: Gathering | None,
-    stored: Callable[[str], torch.dtype],
+    gather: Callable[[Block, Group], None] | None = None,
 ) -> Block:
+    """Block `index` with its weights; with `gather`, which reads a group's statistics, also with its groups."""
     module = checkpoint.build_block(index, compute, device)
     block = Block(index, checkpoint.block_name(index), module, arguments, compute)
-    if gathering is not None:
+    if gather is not None:
         block.groups = tuple(
-            Group(name, _sites(checkpoint, block, sites), depth, partial(gathering.read, block))
+            Group(name, _sites(checkpoint, block, sites), depth, partial(gather, block))
             for name, sites, depth in checkpoint.groups_by_depth(index)
         )
-        block.parameters = {found.name: found for found in _parameters(checkpoint, block, stored)}
     return block
 
 

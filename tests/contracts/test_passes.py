@@ -34,6 +34,8 @@ def settings_of(method: str, **asked: object) -> Pass:
     """A quantizer's settings as asked, without the repetitions that only make it better. A scheme that the method has
     of itself may know no groups."""
     settings = QUICK.get(method, {}) | asked
+    if method == "mixed":  # one choice: what it does with several is in tests/quantize/test_mixed.py
+        settings |= {"choices": [settings.get("scheme", "w4a16")]}
     if method in CHANNELS_ONLY and "scheme" not in asked:
         settings.pop("group_size", None)
     return find_pass("quantize", method).model_validate_json(json.dumps(settings))

@@ -43,7 +43,7 @@ __all__ = [
 ]
 OPTIONAL: tuple[str, ...] = ()
 
-_SHAPE_BYTES = 16
+SHAPE_BYTES = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -108,7 +108,7 @@ def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dty
     total = rows * groups * scale_dtype.itemsize
     if is_int_quantized(scheme) or scheme.dtype == "fp8":
         return total + rows * width + (0 if scheme.symmetric else rows * groups)
-    total += rows * words_in(width, scheme.bits) * 4 + _SHAPE_BYTES
+    total += rows * words_in(width, scheme.bits) * 4 + SHAPE_BYTES
     return total + (0 if scheme.symmetric else words_in(rows, scheme.bits) * groups * 4)
 
 

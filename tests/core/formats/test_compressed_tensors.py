@@ -84,7 +84,7 @@ def test_the_config_says_the_scheme(scheme: Scheme) -> None:
 
 
 def test_the_config_is_minimal() -> None:
-    config = ct.quantization_config({"a": Scheme(4, 64)}, ["lm_head"])
+    config = ct.quantization_config({"model.layers.0.a": Scheme(4, 64)}, ["lm_head"])
     assert config == {
         "quant_method": "compressed-tensors",
         "version": "0.18.0",
