@@ -1,7 +1,7 @@
 """Export: the last stage's folder becomes the artifact's files, in the format that is asked for.
 
-Stages keep quantized weights in compressed-tensors. `rewrite` puts codes and scales into another format, one block at a
-time; nothing is rounded, so that every weight means the same number to the bit.
+Stages keep quantized weights in the format that their method names (Pass.formats). `rewrite` puts codes and scales into
+another, one block at a time; nothing is rounded, so that every weight means the same number to the bit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from compress.core.safetensors_io import TensorInfo
     from compress.core.scheme import Scheme
 
-STAGE_FORMAT = "compressed-tensors"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _SETTINGS_OF_OTHERS = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
 

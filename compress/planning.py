@@ -73,11 +73,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> 
 def _rewritten(recipe: Recipe, checkpoint: Checkpoint, stages: tuple[Plan, ...]) -> int:
     """Bytes by which the format asked for exceeds that of stages; InputError if it cannot hold a layer."""
     from compress.core.formats import writer_for
-    from compress.export import STAGE_FORMAT, require_held
+    from compress.export import require_held
 
     format = recipe.export.format
-    if format == STAGE_FORMAT:
-        return 0
     layers = {layer.name: layer for stage in stages for layer in stage.layers if layer.scheme}
     schemes = {name: layer.scheme for name, layer in layers.items() if layer.scheme}
     shapes = {name: layer.shape for name, layer in layers.items()}
@@ -85,7 +83,7 @@ def _rewritten(recipe: Recipe, checkpoint: Checkpoint, stages: tuple[Plan, ...])
     for name, layer in layers.items():
         for scheme in layer.alternatives:
             require_held({name: scheme}, shapes, format, where="export.format")
-    held, asked = writer_for(STAGE_FORMAT), writer_for(format)
+    held, asked = writer_for(recipe.stage_format), writer_for(format)
     return sum(
         asked.encoded_bytes(layers[name].shape, scheme, checkpoint.dtype)
         - held.encoded_bytes(layers[name].shape, scheme, checkpoint.dtype)
@@ -167,5 +165,5 @@ def _disk_bytes(recipe: Recipe, stages: tuple[Plan, ...]) -> int:
     """
     before = [0, *(stage.bytes_out for stage in stages[:-1])]
     most = max(left + stage.disk_bytes for left, stage in zip(before, stages, strict=True))
-    is_copied = recipe.stages[-1].settings.gives != "quantized" or recipe.export.format != "compressed-tensors"
+    is_copied = recipe.stages[-1].settings.gives != "quantized" or recipe.export.format != recipe.stage_format
     return max(most, stages[-1].disk_bytes + stages[-1].bytes_out) if is_copied else most

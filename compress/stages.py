@@ -62,6 +62,7 @@ def _run_stage(
             source=source,
             original=inputs.original,
             rounds=stage.settings.gives == "quantized",
+            format=stage.settings.formats[0],
             after_commit=after_block,
         )
         if sink.finished():

@@ -13,7 +13,7 @@ from compress.core.events import Finished, Listener, Started
 from compress.core.files import Written, atomic_write, sha256_file, written_file
 from compress.core.journal import Journal
 from compress.core.manifest import MANIFEST_NAME, FileRecord, Manifest
-from compress.export import STAGE_FORMAT, coverage, export, rewrite
+from compress.export import coverage, export, rewrite
 from compress.facts import artifact_facts, lineage
 from compress.inputs import Inputs, RunOptions
 from compress.peak_memory import PeakMemory
@@ -32,7 +32,7 @@ def stage_artifact(
 
     recorded = {name: Written(**written) for name, written in (journal.last("stage") or {})["files"].items()}
     format = inputs.recipe.export.format
-    if format == STAGE_FORMAT:
+    if format == inputs.recipe.stage_format:
         files = export(last.folder, recorded, workspace.staged, inputs.original, rounds=last.kind != "quantized")
     else:
         files = rewrite(last, workspace.staged, format)

@@ -11,6 +11,7 @@ from compress.core.errors import UsageError
 from compress.core.scheme import Scheme
 
 DEFAULT_GROUP_SIZE = 128
+NF4_BLOCK = 64
 
 
 def _shell_pattern(pattern: str) -> str:
@@ -64,9 +65,11 @@ class Override(BaseModel):
 
 def make_scheme(name: str, group_size: int | None, symmetric: bool) -> Scheme:
     """The scheme of these settings; a group size that is left out is the usual one. ValueError: it makes no sense."""
-    whole = needs_channels(Scheme.parse(name))
+    plain = Scheme.parse(name)
+    whole = needs_channels(plain)
+    usual = -1 if whole else NF4_BLOCK if plain.dtype == "nf4" else DEFAULT_GROUP_SIZE
     try:
-        scheme = Scheme.parse(name, group_size=group_size or (-1 if whole else DEFAULT_GROUP_SIZE), symmetric=symmetric)
+        scheme = Scheme.parse(name, group_size=group_size or usual, symmetric=symmetric)
     except UsageError as error:
         raise ValueError(error.message) from None
     if whole and (scheme.group_size != -1 or not scheme.symmetric or scheme.bits != 8):

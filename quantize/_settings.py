@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from compress.core.walk import Block, Group, Site
 
 
+_MADE = {"int": "whole numbers", "nf4": "nf4 alone"}
+
+
 class WeightQuantization(Pass):
     """Settings shared by the methods that give every linear layer of the blocks codes."""
 
@@ -37,6 +40,8 @@ class WeightQuantization(Pass):
     """Whether the method takes its blocks from `blocks`, so that transforms of `prepare` reach it."""
     dtypes: ClassVar[tuple[str, ...]] = ("int",)
     """Of the codes that it can make."""
+    usual_sizes: ClassVar[tuple[int, ...]] = (256, 128, 96, 64, 48, 32, 16, 8)
+    """Group sizes to propose."""
 
     scheme: SchemeName = Field(
         "w4a16", description="weight and activation bits: w2a16 … w8a16, w8a8; fp8, fp8a16 (rtn)"
@@ -79,7 +84,7 @@ class WeightQuantization(Pass):
     def model_post_init(self, context: object) -> None:
         for scheme in self.schemes:
             if scheme.dtype not in self.dtypes:
-                raise ValueError(f"this method makes whole numbers; methods for {scheme.name} are rtn and fp8")
+                raise ValueError(f"this method makes {_MADE[self.dtypes[0]]}; {_method_for(scheme)}")
             problem = scheme_problem(self.prepare, scheme)
             if problem:
                 raise ValueError(problem)
@@ -139,8 +144,10 @@ class WeightQuantization(Pass):
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         """Exact bytes from headers; memory and minutes from the shapes."""
-        from compress.core.formats.compressed_tensors import encoded_bytes
+        from compress.core.formats import writer_for
         from compress.core.memory import estimate, rounding_bytes
+
+        encoded_bytes = writer_for(self.formats[0]).encoded_bytes
 
         source_bytes = sum(info.bytes for info in checkpoint.tensors.values())
         checkpoint = self.view(checkpoint)
@@ -229,13 +236,23 @@ class WeightQuantization(Pass):
         size = ragged[0].scheme.group_size if ragged[0].scheme else -1
         ragged = [layer for layer in ragged if layer.scheme and layer.scheme.group_size == size]
         widths = sorted({layer.shape[1] for layer in layers})
-        working = [s for s in (256, 128, 96, 64, 48, 32, 16, 8) if all(width % s == 0 for width in widths)]
+        working = [s for s in self.usual_sizes if all(width % s == 0 for width in widths)]
         raise UsageError(
             f"group_size {size} does not divide the width of {len(ragged)} layers, e.g. {ragged[0].name} "
             f"({ragged[0].shape[1]} input channels)",
             where="quantize.group_size",
-            hint=f"sizes that work: {', '.join(map(str, [*working, -1]))}; or set uneven: channel or smaller",
+            hint=self.ragged_hint(working),
         )
+
+    def ragged_hint(self, working: list[int]) -> str:
+        """What to do about groups that do not divide a width; `working` are the usual sizes that divide every one."""
+        return f"sizes that work: {', '.join(map(str, [*working, -1]))}; or set uneven: channel or smaller"
+
+
+def _method_for(scheme: Scheme) -> str:
+    if scheme.dtype == "int":
+        return f"others make {scheme.name}"
+    return f"methods for {scheme.name} are {'nf4' if scheme.dtype == 'nf4' else 'rtn and fp8'}"
 
 
 def _untied(added_bytes: int) -> list[str]:

@@ -131,4 +131,5 @@ def fate(layer: "LayerPlan") -> str:
         return f"unchanged: {layer.reason}" if layer.reason else "unchanged"
     groups = "one scale per channel" if layer.scheme.group_size == -1 else f"groups of {layer.scheme.group_size}"
     kind = "" if layer.scheme.symmetric else ", asymmetric"
+    kind += ", double quantization" if layer.scheme.double_quantization else ""
     return f"{layer.scheme.name}, {groups}{kind}{f' ({layer.reason})' if layer.reason else ''}"

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from compress.core import native
+from compress.core.levels import nearest, table
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor, spread
 
 FP8_LARGEST = 448.0
+_LEAST = 1e-38  # of a block of nf4: its reciprocal is still a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,10 @@ class Grid:
     def round(self, weight_OK: torch.Tensor) -> QuantTensor:
         """Nearest codes: round-to-nearest (RTN)."""
         width, size = weight_OK.shape[1], self.scheme.group_size
+        if self.scheme.dtype == "nf4":
+            shrink = spread(1 / self.scale.float().clamp(min=_LEAST), size, width)
+            stored = nearest(weight_OK.float() * shrink, table("nf4"))
+            return QuantTensor.from_stored(stored, self.scale, None, self.scheme)
         codes = weight_OK.float() / spread(self.scale.float(), size, width)
         if self.scheme.dtype == "fp8":
             stored = codes.clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -67,8 +73,11 @@ def fit_grid(
     Without `clip` the grid spans minimum to maximum. With it each group takes the span with the least rounding error,
     squared or cubed, weighted by `importance_K` (the mean square of each input channel, say). Scales are rounded to
     `scale_dtype` before they are judged: what is chosen is what is stored. Spans of fp8 are not searched: its steps
-    grow with the numbers, so that clipping some gains the others nothing.
+    grow with the numbers, so that clipping some gains the others nothing. Neither are those of nf4: its levels are
+    made for blocks whose largest number is 1, and its scales are that number, as bitsandbytes has it.
     """
+    if scheme.dtype == "nf4":
+        return Grid(_grouped(weight_OK, scheme).abs().amax(-1).to(scale_dtype), None, scheme)
     if scheme.dtype == "fp8":
         largest_OG = _grouped(weight_OK, scheme).abs().amax(-1)
         return Grid(_nonzero((largest_OG / FP8_LARGEST).to(scale_dtype)), None, scheme)

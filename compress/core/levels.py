@@ -3,6 +3,9 @@
 nf4: the 16 quantiles of a normal distribution of QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), in
 ascending order. fp4: sign, two bits of exponent, one of mantissa, in the order of its bit patterns. Both are scaled to
 [-1, 1] and are the tables that bitsandbytes stores beside the weights.
+
+dynamic: 8 bits for positive and negative numbers of very different size (Dettmers 2015, https://arxiv.org/abs/1511.04561):
+each decade from 1e-7 to 1 has twice as many levels as the one below. Scales are stored in it by double quantization.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ _NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+_DECADES = 7
 
 
 @cache
@@ -37,3 +41,20 @@ def levels(stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     if scheme.dtype == "fp8":
         return stored.view(torch.float8_e4m3fn).float()
     return table(scheme.dtype).to(stored.device)[stored.int()]
+
+
+@cache
+def dynamic() -> torch.Tensor:
+    """The 256 levels of the dynamic type, fp32 on the CPU, ascending. Not to be changed in place."""
+    found = [torch.zeros(1), torch.ones(1)]
+    for decade in range(_DECADES):
+        borders = torch.linspace(0.1, 1, 2**decade + 1)
+        levels = (borders[:-1] + borders[1:]) / 2 * 10 ** (decade + 1 - _DECADES)
+        found += [levels, -levels]
+    return torch.cat(found).sort().values
+
+
+def nearest(numbers: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """uint8 places of the levels (ascending) that are closest to fp32 numbers of any shape; of two, the lower one."""
+    middles = (levels[:-1] + levels[1:]) / 2
+    return torch.bucketize(numbers, middles.to(numbers.device), out_int32=True).to(torch.uint8)

@@ -105,7 +105,8 @@ class Job:
 class Pass(BaseModel, ABC):
     """One method. Its fields are its settings (the words of the recipe); unknown keys are refused.
 
-    `takes` are the kinds of checkpoint it accepts, `gives` the kind it leaves (None: the kind it took).
+    `takes` are the kinds of checkpoint it accepts, `gives` the kind it leaves (None: the kind it took). `formats` can
+    hold what it gives: its stage keeps it in the first.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", defer_build=True)
@@ -115,6 +116,7 @@ class Pass(BaseModel, ABC):
     gives: ClassVar[WeightKind | None]
     paper: ClassVar[str]
     needs_calibration: ClassVar[bool]
+    formats: ClassVar[tuple[str, ...]] = ("compressed-tensors", "gptq", "awq")
 
     @property
     def calibrated(self) -> bool:

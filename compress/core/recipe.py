@@ -67,6 +67,12 @@ class Recipe(_WithoutStages):
     _model_folder: str | None = PrivateAttr(default=None)
 
     @property
+    def stage_format(self) -> str:
+        """The format that the last stage keeps quantized weights in."""
+        found = [stage.settings.formats[0] for stage in self.stages if stage.settings.gives == "quantized"]
+        return found[-1] if found else Export().format
+
+    @property
     def base_folder(self) -> Path:
         """Where relative paths in the recipe start: the folder of its file."""
         return self._base_folder
@@ -160,5 +166,7 @@ def check_recipe(
         return None, source.errors(problems)
     fields = {name: getattr(shell, name) for name in shell.model_fields_set}
     recipe = Recipe(stages=tuple(Stage(kind=k, method=m, settings=s) for k, m, s in stages), **fields)
+    if "format" not in recipe.export.model_fields_set:
+        recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"format": recipe.stage_format})})
     problems = [problem for check in CHECKS if (problem := check(recipe))]
     return (None if problems else recipe), source.errors(problems)

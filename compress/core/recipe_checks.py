@@ -137,11 +137,16 @@ def evaluation_problem(recipe: "Recipe") -> Problem | None:
 
 
 def export_problem(recipe: "Recipe") -> Problem | None:
-    """A format for quantized weights, and no stage that quantizes."""
-    state = next((stage.settings.gives for stage in reversed(recipe.stages) if stage.settings.gives), "dense")
-    if recipe.export.format == "compressed-tensors" or state == "quantized":
+    """A format for quantized weights, and no stage that quantizes; or one that makes what the format does not hold."""
+    last = next((stage for stage in reversed(recipe.stages) if stage.settings.gives), None)
+    state = last.settings.gives if last else "dense"
+    format = recipe.export.format
+    if last is not None and state == "quantized" and format not in last.settings.formats:
+        message = f"{format} does not hold the weights that {last.method} makes"
+        return Problem(("export", "format"), message, f"these do: {', '.join(last.settings.formats)}")
+    if format == "compressed-tensors" or state == "quantized":
         return None
-    message = f"{recipe.export.format} holds quantized weights, but the stages leave them {state}"
+    message = f"{format} holds quantized weights, but the stages leave them {state}"
     return Problem(("export", "format"), message, "add a quantize stage")
 
 

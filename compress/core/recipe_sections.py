@@ -59,8 +59,9 @@ class Calibration(Section):
 class Export(Section):
     """How the result is stored on disk. GGUF is written by `compress export`, from the finished artifact."""
 
-    format: Literal["compressed-tensors", "gptq", "awq"] = Field(
-        default="compressed-tensors", description="format of the artifact; all hold the same weights, to the bit"
+    format: Literal["compressed-tensors", "gptq", "awq", "bitsandbytes"] = Field(
+        default="compressed-tensors",
+        description="format of the artifact; all hold the same weights, to the bit. nf4: bitsandbytes, by itself",
     )
 
 

@@ -20,6 +20,7 @@ class Scheme:
     fp8       an 8-bit float with 4 exponent and 3 mantissa bits (e4m3, no infinities); the weight is code * scale
     nf4, fp4  one of the 16 levels of levels.py; the weight is level * scale
     activation_bits 16 leaves activations alone; 8 is dynamic per token, int8 or, beside fp8 weights, fp8.
+    double_quantization: scales of nf4 and fp4 are 8-bit codes themselves, see nested_scales.py.
     """
 
     bits: int
@@ -27,6 +28,7 @@ class Scheme:
     symmetric: bool = True
     dtype: Dtype = "int"
     activation_bits: int = 16
+    double_quantization: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _BITS_OF_FLOATS and self.dtype != "int":
@@ -40,6 +42,8 @@ class Scheme:
             raise UsageError(f"group_size {self.group_size} makes no sense: use -1 (per channel) or a positive size")
         if self.activation_bits not in (8, 16):
             raise UsageError(f"activations of {self.activation_bits} bits are not supported: choose 8 or 16")
+        if self.double_quantization and self.dtype not in ("nf4", "fp4"):
+            raise UsageError(f"double quantization is of nf4 and fp4, not of {self.dtype}")
 
     @property
     def lowest(self) -> int:
@@ -69,10 +73,12 @@ class Scheme:
 
     @classmethod
     def parse(cls, name: str, *, group_size: int = -1, symmetric: bool = True) -> "Scheme":
-        """Scheme from its name: w4a16, w8a8, fp8, fp8a16 …"""
+        """Scheme from its name: w4a16, w8a8, fp8, fp8a16, nf4 …"""
+        if name == "nf4":
+            return cls(4, group_size, symmetric, "nf4")
         if name in ("fp8", "fp8a16"):
             return cls(8, group_size, symmetric, "fp8", 8 if name == "fp8" else 16)
         match = _NAME.fullmatch(name)
         if match is None:
-            raise UsageError(f"unknown scheme {name!r}: a scheme is written like w4a16, w8a8, fp8 or fp8a16")
+            raise UsageError(f"unknown scheme {name!r}: a scheme is written like w4a16, w8a8, fp8, fp8a16 or nf4")
         return cls(int(match["weight"]), group_size, symmetric, activation_bits=int(match["activation"]))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import ArtifactError
 from compress.core.files import Written, copy_file, make_folder, write_entries, written_file
-from compress.core.formats import compressed_tensors
+from compress.core.formats import writer_for
 from compress.core.journal import Journal
 from compress.core.model_files import INDEX_NAME, SHARD_METADATA, shard_index, shard_name, unquantized, write_json
 from compress.core.safetensors_io import load_tensor, raw_bytes, read_header, torch_dtype
@@ -35,7 +35,7 @@ class StageWriter:
 
     `source` is what the stage reads, `original` what the run started from. A quantizing stage (`rounds`) is the last
     that touches weights: what it keeps is rounded once to the original's dtype; other stages keep what they are given.
-    `after_commit` is called when a block is durable and recorded.
+    Quantized weights are kept in `format`. `after_commit` is called when a block is durable and recorded.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class StageWriter:
         source: Checkpoint,
         original: Checkpoint,
         rounds: bool,
+        format: str = "compressed-tensors",
         after_commit: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = make_folder(folder)
@@ -55,6 +56,7 @@ class StageWriter:
         self._source = source
         self._original = original
         self._rounds = rounds
+        self._format = writer_for(format)
         self._after_commit = after_commit
         self._since = time.monotonic()
         self._blocks = [data for data in journal.of("block") if data["stage"] == stage]
@@ -74,7 +76,7 @@ class StageWriter:
         schemes = {module: Scheme(**fields) for module, fields in data["schemes"].items()}
         found: dict[str, torch.Tensor | QuantTensor] = {}
         for module, scheme in schemes.items():
-            found[module] = compressed_tensors.decode(module, lambda name: load_tensor(infos[name]), scheme)
+            found[module] = self._format.decode(module, lambda name: load_tensor(infos[name]), scheme)
         return found | {name: load_tensor(infos[name]) for name in data["dense"]}
 
     def record(self, index: int) -> BlockRecord:
@@ -142,7 +144,7 @@ class StageWriter:
     def _changed(self, tensors: Mapping[str, torch.Tensor | QuantTensor]) -> Iterator[Entry]:
         for name, value in tensors.items():
             if isinstance(value, QuantTensor):
-                encoded = compressed_tensors.encode(name, value)
+                encoded = self._format.encode(name, value)
                 yield from (tensor_entry(disk_name, tensor) for disk_name, tensor in encoded.items())
             else:
                 yield tensor_entry(name, self._rounded(name, value))
@@ -197,7 +199,7 @@ class StageWriter:
         schemes = self.schemes()
         if schemes:
             kept = unquantized(self._source, schemes)
-            config["quantization_config"] = compressed_tensors.quantization_config(schemes, kept)
+            config["quantization_config"] = self._format.quantization_config(schemes, kept)
         return config
 
     # ------------------------------------------------------------------ small things

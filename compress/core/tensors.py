@@ -4,12 +4,13 @@ Shape suffixes: O output channels, K input channels, G groups, W 32-bit words of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from compress.core.errors import ArtifactError
 from compress.core.levels import levels
+from compress.core.nested_scales import NestedScales, nest
 from compress.core.scheme import Scheme
 
 _DEQUANTIZED_AT_ONCE = 4 << 20  # weights
@@ -79,6 +80,9 @@ class QuantTensor:
     packed int32 [out, ceil(in*bits/32)] holds code + 2^(bits-1), or the bit patterns of a scheme whose dtype is not
     int; scale [out, groups] in its storage dtype; zero int8 [out, groups] in the signed domain, None if symmetric.
     weight = (code - zero) * scale, or level * scale.
+
+    nested: how the scales are stored where these are codes themselves; `scale` has their numbers then, fp32. A part of
+    the rows or a stack of such parts has the numbers alone.
     """
 
     packed: torch.Tensor
@@ -86,6 +90,7 @@ class QuantTensor:
     zero: torch.Tensor | None
     scheme: Scheme
     shape: tuple[int, int]
+    nested: NestedScales | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.shape
@@ -99,6 +104,8 @@ class QuantTensor:
             raise ArtifactError("zero points belong to an asymmetric scheme, and only to that")
         if self.zero is not None and tuple(self.zero.shape) != groups:
             raise ArtifactError(f"zero points have shape {tuple(self.zero.shape)}, the scheme needs {groups}")
+        if self.nested is not None and not self.scheme.double_quantization:
+            raise ArtifactError("scales that are codes belong to a scheme with double quantization")
 
     @classmethod
     def from_codes(
@@ -144,7 +151,13 @@ class QuantTensor:
     def to(self, device: str | torch.device) -> "QuantTensor":
         """The same tensor on another device."""
         zero = None if self.zero is None else self.zero.to(device)
-        return QuantTensor(self.packed.to(device), self.scale.to(device), zero, self.scheme, self.shape)
+        nested = None if self.nested is None else self.nested.to(device)
+        return QuantTensor(self.packed.to(device), self.scale.to(device), zero, self.scheme, self.shape, nested)
+
+    def with_nested_scales(self) -> "QuantTensor":
+        """The same codes with scales that are quantized themselves: double quantization."""
+        nested, scheme = nest(self.scale), replace(self.scheme, double_quantization=True)
+        return QuantTensor(self.packed, nested.numbers(), self.zero, scheme, self.shape, nested)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out, in], computed in fp32 and rounded once to `dtype`; some rows at a time, to hold little."""

@@ -1,5 +1,5 @@
 """bitsandbytes on disk, as transformers writes it. Read: NF4 and FP4 with plain or quantized statistics, and int8.
-Written: NF4 with plain statistics (a QuantTensor has its scales as numbers, not as codes of their own).
+Written: NF4 with plain or quantized statistics.
 
 Papers: QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314) and LLM.int8() (Dettmers et al. 2022,
 https://arxiv.org/abs/2208.07339). O output channels, K input channels, B blocks of 64 weights each along the rows:
@@ -29,8 +29,9 @@ import torch
 
 from compress.core.errors import ArtifactError, InputError
 from compress.core.formats import NotKept, NotRead, Read
-from compress.core.formats._checks import misfit, usual_scheme
+from compress.core.formats._checks import exact_as, misfit, usual_scheme
 from compress.core.levels import table
+from compress.core.nested_scales import NESTED_BLOCK, NestedScales
 from compress.core.safetensors_io import TensorInfo, load_tensor
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
@@ -38,12 +39,15 @@ from compress.core.tensors import QuantTensor
 OPTIONAL = (".weight.nested_absmax", ".weight.nested_quant_map", ".weight_format")
 _WHERE = "config.json: quantization_config"
 _BLOCK = 64  # transformers leaves it at this; what the file says wins
-_NESTED_BLOCK = 256
+_NESTED_LEVELS = 256
+_LONGEST_NUMBER = 24  # of an fp32 number in JSON
 _CODES_PER_BYTE = 2
 _MAP_BYTES = 16 * 4
 _LARGEST_CODE = 127
 _STATE_LIMIT_BYTES = 1 << 16
 _LARGEST_SIDE = 1 << 40
+_LARGEST_NUMBER = torch.finfo(torch.float32).max
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _FOUR_BIT_PARTS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
 
 
@@ -55,19 +59,26 @@ class State:
     block: int
     nested_block: int
     offset: float | None
+    dtype: torch.dtype
 
 
 def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
-    """Tensors of one nf4 module by disk name. The dtype that readers dequantize it to is that of its scales."""
-    scheme = tensor.scheme
+    """Tensors of one nf4 module by disk name. The dtype that readers dequantize it to is that of its scales, as they
+    were before they were quantized themselves."""
+    scheme, nested = tensor.scheme, tensor.nested
+    if scheme.double_quantization and nested is None:
+        raise ArtifactError("has numbers for scales where their codes are needed", where=module)
     low_first = tensor.packed.contiguous().view(torch.uint8).reshape(-1, 1)
-    state = bytearray(_described(tensor.shape, scheme, tensor.scale.dtype))
     parts = {
         "weight": (low_first << 4) | (low_first >> 4),
-        "weight.absmax": tensor.scale.float().reshape(-1),
+        "weight.absmax": tensor.scale.float().reshape(-1) if nested is None else nested.codes.reshape(-1),
         "weight.quant_map": table(scheme.dtype).clone(),
-        _state_part(scheme): torch.frombuffer(state, dtype=torch.uint8),
     }
+    if nested is not None:
+        parts |= {"weight.nested_absmax": nested.absmax, "weight.nested_quant_map": nested.levels.clone()}
+    dtype = tensor.scale.dtype if nested is None else nested.dtype
+    state = bytearray(_described(tensor.shape, scheme, dtype, nested))
+    parts[_state_part(scheme)] = torch.frombuffer(state, dtype=torch.uint8)
     return {f"{module}.{suffix}": part for suffix, part in parts.items()}
 
 
@@ -78,7 +89,7 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": usual_scheme(schemes).dtype,
-        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_use_double_quant": usual_scheme(schemes).double_quantization,
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": sorted(unquantized),
     }
@@ -87,19 +98,30 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str
 def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> int:
     """Exact bytes of all tensors that `encode` gives for a weight [out, in] of `shape`, headers apart."""
     rows, width = shape
-    statistics = rows * scheme.groups_in(width) * 4
-    return rows * width // _CODES_PER_BYTE + statistics + _MAP_BYTES + len(_described(shape, scheme, scale_dtype))
+    blocks = rows * scheme.groups_in(width)
+    statistics = 4 * blocks
+    if scheme.double_quantization:
+        statistics = blocks + 4 * (-(-blocks // NESTED_BLOCK) + _NESTED_LEVELS)
+    described = _described(shape, scheme, scale_dtype)
+    return rows * width // _CODES_PER_BYTE + statistics + _MAP_BYTES + len(described)
 
 
-def _described(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> bytes:
-    """The JSON beside a weight."""
-    state = {
+def _described(
+    shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, nested: NestedScales | None = None
+) -> bytes:
+    """The JSON beside a weight, as long whatever the offset of nested statistics is: blanks follow it."""
+    state: dict[str, Any] = {
         "quant_type": scheme.dtype,
         "blocksize": scheme.group_size,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(shape),
     }
-    return json.dumps(state).encode()
+    if not scheme.double_quantization:
+        return json.dumps(state).encode()
+    block, offset = (NESTED_BLOCK, 0.0) if nested is None else (nested.block, nested.offset)
+    state |= {"nested_blocksize": block, "nested_dtype": "float32", "nested_offset": offset}
+    blanks = _LONGEST_NUMBER - len(json.dumps(offset))
+    return (json.dumps(state) + " " * blanks).encode()
 
 
 def modules_of(names: Iterable[str]) -> list[str]:
@@ -141,15 +163,14 @@ def scheme_of(module: str, config: Mapping[str, Any]) -> Scheme | None:
     storage = config.get("bnb_4bit_quant_storage") or "uint8"
     if storage != "uint8":
         raise NotRead(f"bnb_4bit_quant_storage {storage!r} is not read: uint8 is", where=_WHERE)
-    return Scheme(4, _BLOCK, dtype=kind)
+    return Scheme(4, _BLOCK, dtype=kind, double_quantization=config.get("bnb_4bit_use_double_quant") is True)
 
 
 def decode(module: str, read: Read, scheme: Scheme) -> QuantTensor:
-    """Codes and scales as stored; statistics that are quantized themselves become fp32. NotKept if blocks straddle
-    rows: such a weight can only be dequantized."""
+    """Codes and scales as stored. NotKept if blocks straddle rows: such a weight can only be dequantized."""
     if scheme.dtype == "int":
         return _int8(module, read, scheme)
-    state, packed, absmax_B = _four_bit(module, read, scheme)
+    state, packed, statistics = _four_bit(module, read, scheme)
     rows, width = state.shape
     if width % state.block:
         raise NotKept(
@@ -158,15 +179,21 @@ def decode(module: str, read: Read, scheme: Scheme) -> QuantTensor:
         )
     low_first = (packed << 4) | (packed >> 4)
     words_OW = low_first.view(rows, width // _CODES_PER_BYTE).view(torch.int32)
-    scale_OG = absmax_B.view(rows, width // state.block)
-    return QuantTensor(words_OW, scale_OG, None, replace(scheme, group_size=state.block), state.shape)
+    blocks = (rows, width // state.block)
+    scheme = replace(scheme, group_size=state.block, double_quantization=state.offset is not None)
+    if isinstance(statistics, torch.Tensor):
+        scale_OG = exact_as(statistics, state.dtype).view(blocks)
+        return QuantTensor(words_OW, scale_OG, None, scheme, state.shape)
+    nested = replace(statistics, codes=statistics.codes.view(blocks))
+    return QuantTensor(words_OW, nested.numbers(), None, scheme, state.shape, nested)
 
 
 def dequantize(module: str, read: Read, scheme: Scheme, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The module's weight [out, in], computed in fp32 and rounded once to `dtype`."""
     if scheme.dtype == "int":
         return _int8(module, read, scheme).dequantize(dtype)
-    state, packed, absmax_B = _four_bit(module, read, scheme)
+    state, packed, statistics = _four_bit(module, read, scheme)
+    absmax_B = statistics if isinstance(statistics, torch.Tensor) else statistics.numbers()
     count = state.shape[0] * state.shape[1]
     codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[:count].int()
     scale = absmax_B.repeat_interleave(state.block)[:count]
@@ -185,15 +212,15 @@ def state_of(module: str, scheme: Scheme, read: Read) -> State:
         raise ArtifactError("is not JSON", where=where) from None
     if not isinstance(data, dict) or data.get("quant_type") != scheme.dtype:
         raise ArtifactError(f"does not describe {scheme.dtype} weights", where=where)
-    shape, block, nested = data.get("shape"), data.get("blocksize"), data.get("nested_blocksize", _NESTED_BLOCK)
+    shape, block, nested = data.get("shape"), data.get("blocksize"), data.get("nested_blocksize", NESTED_BLOCK)
     if not isinstance(shape, list) or len(shape) != 2 or not all(_positive(side) for side in shape):
         raise ArtifactError(f"shape {shape!r} is not that of a matrix", where=where)
     if not _positive(block) or not _positive(nested):
         raise ArtifactError(f"blocks of {block!r} and {nested!r} make no sense", where=where)
     offset = data.get("nested_offset")
-    if offset is not None and not isinstance(offset, int | float):
+    if offset is not None and not (isinstance(offset, int | float) and abs(offset) <= _LARGEST_NUMBER):
         raise ArtifactError(f"nested_offset {offset!r} is not a number", where=where)
-    return State((shape[0], shape[1]), block, nested, offset)
+    return State((shape[0], shape[1]), block, nested, offset, _DTYPES.get(str(data.get("dtype")), torch.float32))
 
 
 def _positive(value: Any) -> TypeGuard[int]:
@@ -204,8 +231,8 @@ def _state_part(scheme: Scheme) -> str:
     return f"weight.quant_state.bitsandbytes__{scheme.dtype}"
 
 
-def _four_bit(module: str, read: Read, scheme: Scheme) -> tuple[State, torch.Tensor, torch.Tensor]:
-    """(state, bytes [O*K/2], fp32 statistics [B])."""
+def _four_bit(module: str, read: Read, scheme: Scheme) -> tuple[State, torch.Tensor, torch.Tensor | NestedScales]:
+    """(state, bytes [O*K/2], largest magnitude of each block, fp32 [B] or codes [B])."""
     state = state_of(module, scheme, read)
     count = state.shape[0] * state.shape[1]
     packed = read(f"{module}.weight")
@@ -214,23 +241,21 @@ def _four_bit(module: str, read: Read, scheme: Scheme) -> tuple[State, torch.Ten
     levels = read(f"{module}.weight.quant_map")
     if levels.dtype != torch.float32 or not torch.equal(levels, table(scheme.dtype)):
         raise ArtifactError(f"is not the table of {scheme.dtype}", where=f"{module}.weight.quant_map")
-    absmax_B = _statistics(module, read, state)
-    _check(module, "weight.absmax", absmax_B, -(-count // state.block))
-    return state, packed.reshape(-1), absmax_B
+    return state, packed.reshape(-1), _statistics(module, read, state, -(-count // state.block))
 
 
-def _statistics(module: str, read: Read, state: State) -> torch.Tensor:
-    """Largest magnitude of each block, fp32; those that are quantized themselves are dequantized."""
+def _statistics(module: str, read: Read, state: State, blocks: int) -> torch.Tensor | NestedScales:
+    """Largest magnitude of each of the blocks: fp32 numbers, or codes where they are quantized themselves."""
     absmax_B = read(f"{module}.weight.absmax")
+    wanted = torch.float32 if state.offset is None else torch.uint8
+    if absmax_B.dtype != wanted or tuple(absmax_B.shape) != (blocks,):
+        raise misfit(module, "weight.absmax", absmax_B, f"{str(wanted).removeprefix('torch.')} [{blocks}]")
     if state.offset is None:
         return absmax_B
-    if absmax_B.dtype != torch.uint8 or absmax_B.dim() != 1:
-        raise misfit(module, "weight.absmax", absmax_B, "uint8 codes")
     nested, levels = read(f"{module}.weight.nested_absmax"), read(f"{module}.weight.nested_quant_map")
-    _check(module, "weight.nested_absmax", nested, -(-len(absmax_B) // state.nested_block))
-    _check(module, "weight.nested_quant_map", levels, 256)
-    scale = nested.repeat_interleave(state.nested_block)[: len(absmax_B)]
-    return levels[absmax_B.int()] * scale + state.offset
+    _check(module, "weight.nested_absmax", nested, -(-blocks // state.nested_block))
+    _check(module, "weight.nested_quant_map", levels, _NESTED_LEVELS)
+    return NestedScales(absmax_B, nested, levels, state.offset, state.dtype, state.nested_block)
 
 
 def _int8(module: str, read: Read, scheme: Scheme) -> QuantTensor:

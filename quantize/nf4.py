@@ -1,0 +1,56 @@
+"""NF4 (QLoRA, Dettmers et al., 2023, arXiv:2305.14314): levels at the quantiles of a normal distribution."""
+
+from dataclasses import replace
+from functools import cached_property
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from compress.core.passes import Job
+from compress.core.scheme import Scheme
+from quantize._overrides import SchemeName
+from quantize._settings import WeightQuantization
+
+
+class NF4(WeightQuantization):
+    """4-bit NormalFloat in blocks of 64, calibration-free; the same codes and scales as bitsandbytes."""
+
+    paper: ClassVar = "Dettmers et al., 2023, arXiv:2305.14314"
+    needs_calibration: ClassVar = False
+    dtypes: ClassVar = ("nf4",)
+    formats: ClassVar = ("bitsandbytes",)
+    usual_sizes: ClassVar = (128, 64, 32)
+
+    scheme: SchemeName = Field("nf4", description="nf4: weights alone")
+    clip: Literal["minmax"] = Field("minmax", description="the largest weight of a block is its scale")
+    uneven: Literal["refuse"] = Field("refuse", description="layers whose width the blocks do not divide: refuse")
+    double_quantization: bool = Field(
+        False, description="scales as 8-bit numbers: 4.13 bits per weight instead of 4.5"
+    )
+
+    def own_problem(self) -> str | None:
+        sizes = sorted({scheme.group_size for scheme in self.schemes} - set(BLOCKS))
+        if sizes:
+            return f"group_size {sizes[0]} is no block of bitsandbytes: these are {', '.join(map(str, BLOCKS))}"
+        return None
+
+    @cached_property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """As without double quantization, but for that."""
+        nested = self.double_quantization
+        return tuple(replace(scheme, double_quantization=nested) for scheme in super().schemes)
+
+    def ragged_hint(self, working: list[int]) -> str:
+        sizes = f"sizes that work: {', '.join(map(str, working))}; or " if working else ""
+        return f"{sizes}leave these layers as they are: ignore"
+
+    def run(self, job: Job) -> None:
+        from quantize._nf4 import round_site
+
+        for block in self.blocks(job):
+            for group in block.groups:
+                for site, scheme in self.chosen(group):
+                    round_site(site, scheme, job.checkpoint.dtype)
+
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
