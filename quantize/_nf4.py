@@ -8,11 +8,12 @@ from compress.core.grid import fit_grid
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 from compress.core.walk import Site
+from quantize._rounding import CLIPS
 
 _ROUNDED_AT_ONCE = 4 << 20  # weights
 
 
-def round_site(site: Site, scheme: Scheme, scale_dtype: torch.dtype) -> None:
+def round_site(site: Site, scheme: Scheme, scale_dtype: torch.dtype, clip: str) -> None:
     """Replace a site's weight by the nearest levels; `scale_dtype` is the model's, in which largest weights are exact.
 
     With double quantization codes are those that the scales before it give, as in bitsandbytes.
@@ -23,7 +24,7 @@ def round_site(site: Site, scheme: Scheme, scale_dtype: torch.dtype) -> None:
     parts = []
     for piece in pieces:
         weight_OK = site.rows(piece)
-        parts.append(fit_grid(weight_OK, plain, scale_dtype=scale_dtype).round(weight_OK))
+        parts.append(fit_grid(weight_OK, plain, scale_dtype=scale_dtype, clip=CLIPS[clip]).round(weight_OK))
     tensor = QuantTensor.stack(parts)
     if scheme.double_quantization:
         tensor = tensor.with_nested_scales()

@@ -22,11 +22,12 @@ class NF4(WeightQuantization):
     usual_sizes: ClassVar = (128, 64, 32)
 
     scheme: SchemeName = Field("nf4", description="nf4: weights alone")
-    clip: Literal["minmax"] = Field("minmax", description="the largest weight of a block is its scale")
-    uneven: Literal["refuse"] = Field("refuse", description="layers whose width the blocks do not divide: refuse")
-    double_quantization: bool = Field(
-        False, description="scales as 8-bit numbers: 4.13 bits per weight instead of 4.5"
+    clip: Literal["mse", "minmax"] = Field(
+        "minmax",
+        description="minmax: a block's largest weight is its scale, as in bitsandbytes; mse: searched",
     )
+    uneven: Literal["refuse"] = Field("refuse", description="layers whose width the blocks do not divide: refuse")
+    double_quantization: bool = Field(False, description="scales as 8-bit numbers: 4.13 bits per weight instead of 4.5")
 
     def own_problem(self) -> str | None:
         sizes = sorted({scheme.group_size for scheme in self.schemes} - set(BLOCKS))
@@ -50,7 +51,7 @@ class NF4(WeightQuantization):
         for block in self.blocks(job):
             for group in block.groups:
                 for site, scheme in self.chosen(group):
-                    round_site(site, scheme, job.checkpoint.dtype)
+                    round_site(site, scheme, job.checkpoint.dtype, self.clip)
 
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -75,7 +75,8 @@ class Outside(_Data):
 
 
 class Reader(_Data):
-    """How one engine reads one format. Multiples are per tensor-parallel shard; `outside` goes by a module's name."""
+    """How one engine reads one format. Multiples are per tensor-parallel shard; `outside` goes by a module's name, and
+    `experts` says why those of a mixture are not read."""
 
     rules: list[Rule]
     outside: dict[str, Outside] = {}
@@ -84,6 +85,7 @@ class Reader(_Data):
     fused_agree: bool = False
     in_multiple: int = 1
     out_multiple: int = 1
+    experts: str = ""
 
 
 class Engine(_Data):
@@ -227,6 +229,8 @@ def _verdict(
     if reader.fused_agree:
         for names, parents in _disagreeing(schemes).items():
             findings["no", f"{names} are one layer there and must share one scheme"] = parents
+    if reader.experts and (experts := [module for module in schemes if ".experts." in module]):
+        findings["no", reader.experts] = experts
     present = set(schemes.values())
     mixed = next((rule for rule in reader.mixed if rule.fits(present)), None)
     if mixed is not None:

@@ -73,11 +73,9 @@ def fit_grid(
     Without `clip` the grid spans minimum to maximum. With it each group takes the span with the least rounding error,
     squared or cubed, weighted by `importance_K` (the mean square of each input channel, say). Scales are rounded to
     `scale_dtype` before they are judged: what is chosen is what is stored. Spans of fp8 are not searched: its steps
-    grow with the numbers, so that clipping some gains the others nothing. Neither are those of nf4: its levels are
-    made for blocks whose largest number is 1, and its scales are that number, as bitsandbytes has it.
+    grow with the numbers, so that clipping some gains the others nothing. The scale of a block of nf4 is its largest
+    magnitude without `clip`, as bitsandbytes has it.
     """
-    if scheme.dtype == "nf4":
-        return Grid(_grouped(weight_OK, scheme).abs().amax(-1).to(scale_dtype), None, scheme)
     if scheme.dtype == "fp8":
         largest_OG = _grouped(weight_OK, scheme).abs().amax(-1)
         return Grid(_nonzero((largest_OG / FP8_LARGEST).to(scale_dtype)), None, scheme)
@@ -107,9 +105,9 @@ def _fit(
         return _span(low_OG, high_OG, 1.0, scheme, scale_dtype)
     weights_GS = None if importance_K is None else _grouped(importance_K[None], scheme)[0]
     search = _Search(groups_OGS, low_OG, high_OG, scheme, scale_dtype, weights_GS, clip.cubed)
-    widest = (scheme.highest - scheme.lowest) / (2 * scheme.highest) if scheme.symmetric else 1.0
+    widest = _widest(scheme)
     stride = (widest - clip.floor) / clip.steps
-    signs = (1.0, -1.0) if clip.signed and scheme.symmetric else (1.0,)
+    signs = (1.0, -1.0) if clip.signed and scheme.symmetric and scheme.dtype == "int" else (1.0,)
     for step in range(clip.steps + 1):
         for sign in signs:
             search.try_shrink(torch.full_like(low_OG, sign * (widest - step * stride)))
@@ -119,6 +117,13 @@ def _fit(
         for shift in (-stride, stride):
             search.try_shrink(centre + centre.sign() * shift)
     return search.scale, search.zero
+
+
+def _widest(scheme: Scheme) -> float:
+    """The widest span worth a try, of minimum to maximum."""
+    if scheme.dtype == "nf4":
+        return 1.2  # the levels next to the outermost ones reach the largest weights
+    return (scheme.highest - scheme.lowest) / (2 * scheme.highest) if scheme.symmetric else 1.0
 
 
 class _Search:
@@ -137,7 +142,7 @@ class _Search:
         self.groups_OGS, self.low_OG, self.high_OG = groups_OGS, low_OG, high_OG
         self.scheme, self.scale_dtype, self.importance_GS = scheme, scale_dtype, importance_GS
         self.cubed = cubed
-        self.native = native.serves(groups_OGS)
+        self.native = scheme.dtype == "int" and native.serves(groups_OGS)
         self.error = torch.full_like(low_OG, torch.inf)
         self.shrink = torch.ones_like(low_OG)
         self.scale, self.zero = _span(low_OG, high_OG, 1.0, scheme, scale_dtype)
@@ -158,12 +163,18 @@ class _Search:
         exact = self.groups_OGS * (1 / scale_OG)[..., None]
         if zero_OG is not None:
             exact += zero_OG[..., None]
-        residual = exact.round().clamp_(self.scheme.lowest, self.scheme.highest).sub_(exact)
+        residual = self._rounded(exact).sub_(exact)
         power = 3 if self.cubed else 2
         cost = residual.abs_().pow_(power)
         if self.importance_GS is not None:
             cost *= self.importance_GS
         return cost.sum(-1).mul_(scale_OG.abs().pow_(power))
+
+    def _rounded(self, exact: torch.Tensor) -> torch.Tensor:
+        if self.scheme.dtype == "nf4":
+            levels = table("nf4")
+            return levels[nearest(exact, levels).int()]
+        return exact.round().clamp_(self.scheme.lowest, self.scheme.highest)
 
 
 def _grouped(weight_OK: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -184,9 +195,12 @@ def _span(
     low_OG: torch.Tensor, high_OG: torch.Tensor, shrink: torch.Tensor | float, scheme: Scheme, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale (fp32, rounded to its storage dtype) and zero point of the grid that spans `shrink` of low … high."""
-    steps = scheme.highest - scheme.lowest
+    steps = 2 if scheme.dtype == "nf4" else scheme.highest - scheme.lowest  # of nf4 the outermost levels are -1 and 1
     reach = torch.maximum(-low_OG, high_OG) * 2 if scheme.symmetric else high_OG - low_OG
-    scale = _nonzero((reach * shrink / steps).to(scale_dtype).float())
+    scale = (reach * shrink / steps).to(scale_dtype).float()
+    if scheme.dtype == "nf4":  # a block of zeros has a scale of zero in bitsandbytes
+        return scale, None
+    scale = _nonzero(scale)
     if scheme.symmetric:
         return scale, None
     return scale, (scheme.lowest - low_OG * shrink / scale).round_().clamp_(scheme.lowest, scheme.highest)

@@ -122,15 +122,17 @@ def _layers(
 ) -> Iterable[LayerFacts]:
     """Modules in the order of their names on disk: quantized ones as a whole, others tensor by tensor."""
     seen: set[str] = set()
+    module_of = {}
+    if reader is not None:
+        module_of = {name: module for module in schemes for name in reader.stored_names(module, schemes[module])}
     for name in sorted(tensors, key=_natural):
-        module = name.rpartition(".")[0]
-        scheme = schemes.get(module)
-        if scheme is None or reader is None or name not in reader.stored_names(module, scheme):
+        module = module_of.get(name)
+        if module is None or reader is None:
             info = tensors[name]
-            label = module if name.endswith(".weight") else name
-            yield LayerFacts(label, info.shape, info.dtype, None, None, info.bytes)
+            yield LayerFacts(name.removesuffix(".weight"), info.shape, info.dtype, None, None, info.bytes)
         elif module not in seen:
             seen.add(module)
+            scheme = schemes[module]
             stored = [part for part in reader.stored_names(module, scheme) if part in tensors]
             size = sum(tensors[part].bytes for part in stored)
             shape = reader.shape_of(module, scheme, tensors)

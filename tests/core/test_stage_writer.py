@@ -11,6 +11,7 @@ import torch
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import ArtifactError
+from compress.core.grid import fit_grid
 from compress.core.journal import Journal
 from compress.core.scheme import Scheme
 from compress.core.stage_writer import StageWriter
@@ -23,9 +24,11 @@ def source(tiny_model: Callable[..., Path]) -> Checkpoint:
     return Checkpoint.open(tiny_model(dtype="bfloat16"))
 
 
-def writer(folder: Path, source: Checkpoint, *, rounds: bool = True) -> StageWriter:
+def writer(folder: Path, source: Checkpoint, *, rounds: bool = True, format: str = "compressed-tensors") -> StageWriter:
     journal = Journal(folder / "journal.jsonl", {"test": 1})
-    return StageWriter(folder / "stage", journal=journal, stage=0, source=source, original=source, rounds=rounds)
+    return StageWriter(
+        folder / "stage", journal=journal, stage=0, source=source, original=source, rounds=rounds, format=format
+    )
 
 
 def record(index: int, source: Checkpoint) -> BlockRecord:
@@ -60,6 +63,19 @@ def test_a_block_comes_back_as_it_was_given(tmp_path: Path, source: Checkpoint, 
     assert after.scheme == before.scheme and torch.equal(after.codes(), before.codes())
     assert torch.equal(after.dequantize(), before.dequantize())
     assert torch.equal(stored[f"{other}.weight"], given[f"{other}.weight"])
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_nf4_comes_back_in_bitsandbytes_format(tmp_path: Path, source: Checkpoint, double: bool) -> None:
+    site = source.sites(0)[0]
+    weight = source.weight(site, torch.float32)
+    given = fit_grid(weight, Scheme(4, 64, dtype="nf4"), scale_dtype=torch.bfloat16).round(weight)
+    given = given.with_nested_scales() if double else given
+    writer(tmp_path, source, format="bitsandbytes").commit(0, {site: given}, record(0, source))
+    stored = writer(tmp_path, source, format="bitsandbytes").load(0)[site]
+    assert isinstance(stored, QuantTensor) and stored.scheme == given.scheme
+    assert torch.equal(stored.packed, given.packed) and torch.equal(stored.scale, given.scale)
+    assert stored.scale.dtype == given.scale.dtype and (stored.nested is None) != double
 
 
 def test_what_was_not_given_is_as_in_the_source(tmp_path: Path, source: Checkpoint) -> None:

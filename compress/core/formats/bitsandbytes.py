@@ -106,9 +106,7 @@ def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dty
     return rows * width // _CODES_PER_BYTE + statistics + _MAP_BYTES + len(described)
 
 
-def _described(
-    shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, nested: NestedScales | None = None
-) -> bytes:
+def _described(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, nested: NestedScales | None = None) -> bytes:
     """The JSON beside a weight, as long whatever the offset of nested statistics is: blanks follow it."""
     state: dict[str, Any] = {
         "quant_type": scheme.dtype,

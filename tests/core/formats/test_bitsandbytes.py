@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import ArtifactError, InputError
-from compress.core.formats import NotKept, Reader, _reference, reader_for
+from compress.core.formats import NotKept, Reader, _reference, bitsandbytes, reader_for
 from compress.core.inspect import inspect
 from compress.core.safetensors_io import read_header
 from compress.core.scheme import Scheme
@@ -49,8 +49,15 @@ def test_both_decoders_read_the_librarys_weights(tmp_path: Path, kind, nested, s
     assert torch.equal(weight, wanted)
     if shape[1] % block == 0:
         kept = reader.decode("m", tensors.__getitem__, scheme)
-        assert kept.scheme == Scheme(4, block, dtype=kind)
+        assert kept.scheme == Scheme(4, block, dtype=kind, double_quantization=nested)
         assert torch.equal(kept.dequantize(), wanted)
+        again = bitsandbytes.encode("m", kept)
+        assert again.keys() == tensors.keys()
+        for name, part in again.items():
+            if "quant_state" in name:  # blanks may follow
+                assert json.loads(bytes(part.tolist())) == json.loads(bytes(tensors[name].tolist()))
+            else:
+                assert torch.equal(part, tensors[name])
     save_file(tensors, tmp_path / "m.safetensors")
     infos = read_header(tmp_path / "m.safetensors")
     assert reader.shape_of("m", scheme, infos) == shape
@@ -106,6 +113,7 @@ def test_models_that_transformers_saved(tmp_path: Path, settings, scheme) -> Non
     assert {"layers", "contents", "closeness"} <= {check.name for check in report.checks}
     found = inspect(tmp_path / "small")
     assert sum(count for name, count in found.schemes.items() if name.startswith(scheme)) == 14
+    assert found.parameters == inspect(tmp_path / "dense").parameters
     assert found.engines
     checkpoint = Checkpoint.open(tmp_path / "small")
     ids = torch.arange(3, 35)[None]
@@ -144,6 +152,8 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
         (STATE, edited_state(shape=[24, -1]), "shape"),
         (STATE, edited_state(blocksize=0), "blocks of 0"),
         (STATE, edited_state(nested_offset="x"), "nested_offset"),
+        (STATE, edited_state(nested_offset=float("nan")), "nested_offset"),
+        (STATE, edited_state(nested_offset=10**60), "nested_offset"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(name: str, change, message: str) -> None:

@@ -1,6 +1,7 @@
 """What the writers of GPTQ and AWQ write means the same weights: to our reader, to the second decoder, by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from compress.core.errors import ArtifactError
 from compress.core.formats import WRITABLE, _reference, awq, gptq, reader_for, writer_for
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
@@ -28,11 +30,12 @@ def random_tensor(scheme: Scheme, scale_dtype: torch.dtype = torch.bfloat16) -> 
     return QuantTensor.from_codes(codes, scale, zero, scheme)
 
 
-def nf4_tensor(dtype: torch.dtype) -> QuantTensor:
+def nf4_tensor(dtype: torch.dtype, *, double: bool) -> QuantTensor:
     make = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (ROWS, WIDTH), generator=make, dtype=torch.uint8)
     scale = torch.rand(ROWS, WIDTH // 64, generator=make).to(dtype)
-    return QuantTensor.from_stored(codes, scale, None, Scheme(4, 64, dtype="nf4"))
+    tensor = QuantTensor.from_stored(codes, scale, None, Scheme(4, 64, dtype="nf4"))
+    return tensor.with_nested_scales() if double else tensor
 
 
 def read_back(tmp_path: Path, format: str, tensor: QuantTensor) -> None:
@@ -52,6 +55,7 @@ def read_back(tmp_path: Path, format: str, tensor: QuantTensor) -> None:
     again = _reference.weights(reader, "m", infos, scheme, np.arange(ROWS))
     assert np.array_equal(again, wanted.numpy())
     scale_dtype = tensors["m.scales"].dtype if "m.scales" in tensors else tensor.scale.dtype
+    scale_dtype = tensor.nested.dtype if tensor.nested is not None else scale_dtype
     assert writer.encoded_bytes(tensor.shape, tensor.scheme, scale_dtype) == sum(info.bytes for info in infos.values())
 
 
@@ -67,18 +71,20 @@ def test_awq_is_read_back(tmp_path: Path, size: int, symmetric: bool) -> None:
     read_back(tmp_path, "awq", random_tensor(Scheme(4, size, symmetric)))
 
 
+@pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bitsandbytes_is_read_back(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensor = nf4_tensor(dtype)
+def test_bitsandbytes_is_read_back(tmp_path: Path, dtype: torch.dtype, double: bool) -> None:
+    tensor = nf4_tensor(dtype, double=double)
     read_back(tmp_path, "bitsandbytes", tensor)
     stored = writer_for("bitsandbytes").encode("m", tensor)
     assert json.loads(bytes(stored["m.weight.quant_state.bitsandbytes__nf4"].tolist()))["dtype"] in str(dtype)
 
 
-def test_bitsandbytes_reads_what_we_write() -> None:
+@pytest.mark.parametrize("double", [False, True])
+def test_bitsandbytes_reads_what_we_write(double: bool) -> None:
     """The library dequantizes our bytes to our numbers."""
     functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
-    tensor = nf4_tensor(torch.float32)
+    tensor = nf4_tensor(torch.float32, double=double)
     stored = writer_for("bitsandbytes").encode("m", tensor)
     parts = {name.removeprefix("m."): value for name, value in stored.items() if name != "m.weight"}
     state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
@@ -93,6 +99,22 @@ def test_scales_that_half_precision_lacks_stay_as_they_are(tmp_path: Path, forma
     tensor = random_tensor(Scheme(4, 32), torch.float32)
     assert writer_for(format).encode("m", tensor)["m.scales"].dtype == torch.float32
     read_back(tmp_path, format, tensor)
+
+
+def test_a_part_of_nested_scales_is_not_written() -> None:
+    part = nf4_tensor(torch.float32, double=True).rows(0, 8)
+    with pytest.raises(ArtifactError, match="numbers for scales"):
+        writer_for("bitsandbytes").encode("m", part)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e-38, 0.00012345679104328156, 2.599750518798828, 12345.6787109375])
+def test_the_offset_of_nested_scales_changes_no_size(offset: float) -> None:
+    tensor = nf4_tensor(torch.float32, double=True)
+    assert tensor.nested is not None
+    stored = writer_for("bitsandbytes").encode("m", replace(tensor, nested=replace(tensor.nested, offset=offset)))
+    size = sum(part.nbytes for part in stored.values())
+    assert size == writer_for("bitsandbytes").encoded_bytes(tensor.shape, tensor.scheme, torch.float32)
+    assert json.loads(bytes(stored["m.weight.quant_state.bitsandbytes__nf4"].tolist()))["nested_offset"] == offset
 
 
 def test_gptq_words_by_hand() -> None:
