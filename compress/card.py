@@ -13,6 +13,7 @@ from compress.report.figures import headline
 from compress.report.layers import fallback_lines
 from compress.report.render import markdown_text
 
+_PACKAGES = {"gptq": "the packages `optimum` and `gptqmodel`", "awq": "the package `gptqmodel`"}
 _OF_THE_MACHINE = ("time of stages and evaluation", "peak memory of the run")
 
 
@@ -22,6 +23,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     No time, host, path or memory figure is in it. The figures carry their protocol; what was not run is said.
     """
     lineage, source = facts.get("lineage") or {}, facts["source"]
+    format = facts["artifact"].get("format") or "compressed-tensors"
     body = markdown_text(
         "card.md.j2",
         title=f"{model_name(facts).rsplit('/', 1)[-1]}, compressed",
@@ -35,8 +37,9 @@ def model_card(facts: Mapping[str, Any]) -> str:
         recipe_yaml=as_yaml(facts["recipe"]),
         fallbacks=fallback_lines(facts),
         notices=facts.get("notices") or [],
-        asymmetric=is_asymmetric(facts),
-        format=facts["artifact"].get("format") or "compressed-tensors",
+        asymmetric=is_asymmetric(facts) and format == "compressed-tensors",
+        format=format,
+        packages=_PACKAGES.get(format, f"the package `{format}`"),
         loaders=_loaders(facts),
         version=compress.__version__,
         hashes=sorted((lineage.get("sha256") or {}).items()),

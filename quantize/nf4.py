@@ -37,9 +37,11 @@ class NF4(WeightQuantization):
 
     @cached_property
     def schemes(self) -> tuple[Scheme, ...]:
-        """As without double quantization, but for that."""
-        nested = self.double_quantization
-        return tuple(replace(scheme, double_quantization=nested) for scheme in super().schemes)
+        """As without double quantization, but for that. Others than nf4 are refused in a moment."""
+        found = super().schemes
+        if not self.double_quantization:
+            return found
+        return tuple(replace(each, double_quantization=True) if each.dtype == "nf4" else each for each in found)
 
     def ragged_hint(self, working: list[int]) -> str:
         sizes = f"sizes that work: {', '.join(map(str, working))}; or " if working else ""

@@ -89,7 +89,8 @@ def test_a_run_writes_what_readers_take(place: Path, double: bool) -> None:
     assert report.ok, [check for check in report.checks if not check.ok]
     settings = artifact.config["quantization_config"]
     assert settings["quant_method"] == "bitsandbytes" and settings["bnb_4bit_use_double_quant"] is double
-    assert "bitsandbytes" in (place / "out" / "recipe.yaml").read_text()
+    assert "format: bitsandbytes" in (place / "out" / "recipe.yaml").read_text()
+    assert "with the package `bitsandbytes` installed" in (place / "out" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(place / "out", device_map="cpu")
     for module in artifact.schemes:
         theirs = model.get_submodule(module).weight
@@ -174,6 +175,7 @@ def test_bitsandbytes_does_not_hold_whole_numbers() -> None:
     [
         ({"scheme": "w4a16"}, "nf4 alone"),
         ({"overrides": [{"layers": "*.v_proj", "scheme": "w8a16"}]}, "nf4 alone; others make w8a16"),
+        ({"overrides": [{"layers": "x", "scheme": "w8a16"}], "double_quantization": True}, "nf4 alone"),
         ({"overrides": [{"layers": "*.v_proj", "scheme": "fp8"}]}, "methods for fp8 are rtn and fp8"),
         ({"group_size": 16}, "group_size 16 is no block of bitsandbytes"),
         ({"group_size": -1}, "group_size -1 is no block"),
