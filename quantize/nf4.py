@@ -8,8 +8,10 @@ from pydantic import Field
 
 from compress.core.passes import Job
 from compress.core.scheme import Scheme
-from quantize._overrides import SchemeName
+from quantize._overrides import GroupSize, SchemeName
 from quantize._settings import WeightQuantization
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class NF4(WeightQuantization):
@@ -22,9 +24,11 @@ class NF4(WeightQuantization):
     usual_sizes: ClassVar = (128, 64, 32)
 
     scheme: SchemeName = Field("nf4", description="nf4: weights alone")
+    group_size: GroupSize | None = Field(
+        None, description="weights of a row that share a scale: 32, 64, 128 … 4096. Default 64"
+    )
     clip: Literal["mse", "minmax"] = Field(
-        "minmax",
-        description="minmax: a block's largest weight is its scale, as in bitsandbytes; mse: searched",
+        "minmax", description="minmax: a block's largest weight is its scale, as in bitsandbytes; mse: searched"
     )
     uneven: Literal["refuse"] = Field("refuse", description="layers whose width the blocks do not divide: refuse")
     double_quantization: bool = Field(False, description="scales as 8-bit numbers: 4.13 bits per weight instead of 4.5")
@@ -33,6 +37,8 @@ class NF4(WeightQuantization):
         sizes = sorted({scheme.group_size for scheme in self.schemes} - set(BLOCKS))
         if sizes:
             return f"group_size {sizes[0]} is no block of bitsandbytes: these are {', '.join(map(str, BLOCKS))}"
+        if self.head or self.embedding:
+            return "readers of bitsandbytes expect head and embedding as they are: leave these settings out"
         return None
 
     @cached_property
@@ -54,6 +60,3 @@ class NF4(WeightQuantization):
             for group in block.groups:
                 for site, scheme in self.chosen(group):
                     round_site(site, scheme, job.checkpoint.dtype, self.clip)
-
-
-BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

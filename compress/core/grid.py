@@ -142,7 +142,7 @@ class _Search:
         self.groups_OGS, self.low_OG, self.high_OG = groups_OGS, low_OG, high_OG
         self.scheme, self.scale_dtype, self.importance_GS = scheme, scale_dtype, importance_GS
         self.cubed = cubed
-        self.native = scheme.dtype == "int" and native.serves(groups_OGS)
+        self.native = native.serves(groups_OGS)
         self.error = torch.full_like(low_OG, torch.inf)
         self.shrink = torch.ones_like(low_OG)
         self.scale, self.zero = _span(low_OG, high_OG, 1.0, scheme, scale_dtype)
@@ -157,6 +157,8 @@ class _Search:
         self.zero = None if zero is None or self.zero is None else torch.where(better, zero, self.zero)
 
     def _rounding_error(self, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None) -> torch.Tensor:
+        if self.native and self.scheme.dtype == "nf4":
+            return native.level_error(self.groups_OGS, scale_OG, self.importance_GS, table("nf4"), self.cubed)
         if self.native:
             levels = (self.scheme.lowest, self.scheme.highest)
             return native.rounding_error(self.groups_OGS, scale_OG, zero_OG, self.importance_GS, levels, self.cubed)

@@ -12,6 +12,7 @@ from compress.core.solve import factorise
 from quantize._sweep import quantize_rows
 
 SCHEMES = [Scheme(4, 32), Scheme(3, 64, symmetric=False), Scheme(2, -1), Scheme(8, 16, symmetric=False), Scheme(8, 48)]
+NF4 = Scheme(4, 64, dtype="nf4")
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
@@ -94,7 +95,7 @@ def test_threads_change_no_bit() -> None:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, NF4], ids=str)
 @pytest.mark.parametrize("important", [False, True])
 @pytest.mark.parametrize("cubed", [False, True])
 def test_the_grid_search_is_that_of_torch(

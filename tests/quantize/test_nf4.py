@@ -181,6 +181,7 @@ def test_bitsandbytes_does_not_hold_whole_numbers() -> None:
         ({"group_size": -1}, "group_size -1 is no block"),
         ({"symmetric": False}, "no zero points"),
         ({"uneven": "channel"}, "uneven"),
+        ({"head": "nf4"}, "expect head and embedding as they are"),
         ({"prepare": [{"rotate": {}}]}, "does not compose with transforms"),
         ({"double_quantization": 1}, "true or false"),
     ],

@@ -43,6 +43,8 @@ def library() -> ctypes.CDLL | None:
     loaded.sweep_block.restype = _INT
     loaded.rounding_error.argtypes = [*[_POINTER] * 5, *[_INTEGER] * 3, _FLOAT, _FLOAT, _INT, _INT]
     loaded.rounding_error.restype = None
+    loaded.level_error.argtypes = [*[_POINTER] * 5, *[_INTEGER] * 3, _INT, _INT]
+    loaded.level_error.restype = None
     return loaded
 
 
@@ -109,6 +111,24 @@ def rounding_error(
         error_OG.data_ptr(),
         *weight_OGS.shape,
         *levels,
+        cubed,
+        threads_for(weight_OGS.numel()),
+    )
+    return error_OG
+
+
+def level_error(
+    weight_OGS: Tensor, scale_OG: Tensor, importance_GS: Tensor | None, levels: Tensor, cubed: bool
+) -> Tensor:
+    """The same for 16 levels, fp32 and ascending, that are scaled; all inputs fp32 and contiguous."""
+    error_OG = torch.empty_like(scale_OG)
+    _loaded().level_error(
+        weight_OGS.data_ptr(),
+        None if importance_GS is None else importance_GS.data_ptr(),
+        scale_OG.data_ptr(),
+        levels.data_ptr(),
+        error_OG.data_ptr(),
+        *weight_OGS.shape,
         cubed,
         threads_for(weight_OGS.numel()),
     )
