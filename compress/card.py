@@ -13,7 +13,7 @@ from compress.report.figures import headline
 from compress.report.layers import fallback_lines
 from compress.report.render import markdown_text
 
-_PACKAGES = {"gptq": "the packages `optimum` and `gptqmodel`", "awq": "the package `gptqmodel`"}
+_PACKAGES = {"gptq": ["optimum", "gptqmodel"], "awq": ["gptqmodel"]}
 _OF_THE_MACHINE = ("time of stages and evaluation", "peak memory of the run")
 
 
@@ -39,7 +39,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         notices=facts.get("notices") or [],
         asymmetric=is_asymmetric(facts) and format == "compressed-tensors",
         format=format,
-        packages=_PACKAGES.get(format, f"the package `{format}`"),
+        packages=_PACKAGES.get(format, [format]),
         loaders=_loaders(facts),
         version=compress.__version__,
         hashes=sorted((lineage.get("sha256") or {}).items()),

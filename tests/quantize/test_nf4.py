@@ -90,7 +90,7 @@ def test_a_run_writes_what_readers_take(place: Path, double: bool) -> None:
     settings = artifact.config["quantization_config"]
     assert settings["quant_method"] == "bitsandbytes" and settings["bnb_4bit_use_double_quant"] is double
     assert "format: bitsandbytes" in (place / "out" / "recipe.yaml").read_text()
-    assert "with the package `bitsandbytes` installed" in (place / "out" / "README.md").read_text()
+    assert "(with `bitsandbytes` installed)" in (place / "out" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(place / "out", device_map="cpu")
     for module in artifact.schemes:
         theirs = model.get_submodule(module).weight
