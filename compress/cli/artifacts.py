@@ -54,7 +54,7 @@ def verify(
         typer.Option("--level", help="How far to go. [default: as far as the folder allows]", show_default=False),
     ] = None,
     library: Annotated[
-        bool, typer.Option("--library", help="Have the compressed-tensors library read layers, too; takes seconds.")
+        bool, typer.Option("--library", help="Have the format's own library read layers, too; takes seconds.")
     ] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,

@@ -28,7 +28,7 @@ _WHOLE = 1 << 18  # layers of at most this many weights are compared whole
 _CHUNK = 1 << 22
 _SCALES = (".weight_scale", ".scales", ".input_scale")  # a block of zeros has a scale of zero in bitsandbytes
 _FP8_NAN = 0x7F  # with or without the sign
-_LIBRARY_LAYERS = 4
+LIBRARY_LAYERS = 4
 _LIBRARY_ROWS = 256  # a multiple of 32, so that packed zero points can be cut as well
 
 
@@ -144,13 +144,13 @@ def sampled_rows(shape: tuple[int, int]) -> np.ndarray:
     return np.unique(np.linspace(0, rows - 1, count).astype(np.int64))
 
 
-def library_version() -> str | None:
-    """Version of the installed compressed-tensors library, None without it."""
-    if find_spec("compressed_tensors") is None:
+def library_version(name: str) -> str | None:
+    """Version of a format's own library, None where it is not installed."""
+    if find_spec(name.replace("-", "_")) is None:
         return None
     from importlib.metadata import version
 
-    return version("compressed-tensors")
+    return version(name)
 
 
 def check_library(reader: Reader, schemes: Mapping[str, Scheme], tensors: Mapping[str, TensorInfo]) -> str:
@@ -160,7 +160,7 @@ def check_library(reader: Reader, schemes: Mapping[str, Scheme], tensors: Mappin
 
     from compress.core.formats._compressed_tensors_config import format_of
 
-    chosen = spread(sorted(schemes), _LIBRARY_LAYERS)
+    chosen = spread(sorted(schemes), LIBRARY_LAYERS)
     for module in chosen:
         scheme = schemes[module]
         size = None if scheme.group_size == -1 else scheme.group_size
@@ -174,7 +174,7 @@ def check_library(reader: Reader, schemes: Mapping[str, Scheme], tensors: Mappin
         ours = reader.dequantize(module, prefixed.__getitem__, scheme, torch.float32)
         if theirs is None or not torch.equal(theirs.float(), ours):
             raise ArtifactError("compressed-tensors reads other values", where=module)
-    return f"compressed-tensors {library_version()} agrees on {', '.join(chosen)}"
+    return f"compressed-tensors {library_version('compressed-tensors')} agrees on {', '.join(chosen)}"
 
 
 def _first_rows(

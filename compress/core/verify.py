@@ -216,18 +216,21 @@ class _Run:
         return found
 
     def _library(self) -> None:
+        from compress.core._verify_bitsandbytes import check_bitsandbytes
         from compress.core._verify_weights import check_library, library_version
 
+        checks = {"compressed-tensors": check_library, "bitsandbytes": check_bitsandbytes}
         reader = self.reader
-        if reader is None or reader.method != "compressed-tensors":
+        if reader is None or reader.method not in checks:
             return
-        if library_version() is None:
-            self.report.notices.append("compressed-tensors is not installed: not read by the format's own library")
+        name = reader.method
+        if library_version(name) is None:
+            self.report.notices.append(f"{name} is not installed: not read by the format's own library")
             return
         if not self.asks_library:
-            self.report.notices.append("library: not asked; --library has compressed-tensors read four layers, too")
+            self.report.notices.append(f"library: not asked; --library has {name} read four layers, too")
             return
-        self.check("library", lambda: check_library(reader, self.schemes, self.contents.tensors))
+        self.check("library", lambda: checks[name](reader, self.schemes, self.contents.tensors))
 
     # ------------------------------------------------------------------ coverage and parity
     def coverage(self, source_folder: Path | None) -> None:

@@ -87,6 +87,7 @@ def test_a_run_writes_what_readers_take(place: Path, double: bool) -> None:
     assert sum(info.bytes for info in artifact.tensors.values()) == planned.bytes_out
     report = verify(place / "out", source=place / "model", library=True)
     assert report.ok, [check for check in report.checks if not check.ok]
+    assert "agrees on" in next(check.detail for check in report.checks if check.name == "library")
     settings = artifact.config["quantization_config"]
     assert settings["quant_method"] == "bitsandbytes" and settings["bnb_4bit_use_double_quant"] is double
     assert "format: bitsandbytes" in (place / "out" / "recipe.yaml").read_text()
@@ -147,6 +148,14 @@ def test_transformers_has_no_place_for_experts() -> None:
     found = {verdict.engine: verdict for verdict in preflight(schemes, {}, "bitsandbytes")}
     assert found["transformers"].ok == "no" and "experts" in found["transformers"].sentence
     assert found["compress"].ok == "yes"
+
+
+def test_verify_notices_where_the_library_reads_other_values(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(recipe_of(place), RunOptions(place / "out"))
+    real = functional.dequantize_4bit
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda *given: real(*given) * 2)
+    failed = [check for check in verify(place / "out", library=True).checks if not check.ok]
+    assert [check.name for check in failed] == ["library"] and "reads other values" in failed[0].detail
 
 
 # ---------------------------------------------------------------------- recipes

@@ -108,7 +108,9 @@ def test_models_that_transformers_saved(tmp_path: Path, settings, scheme) -> Non
     options = {"quantization_config": BitsAndBytesConfig(**settings), "dtype": torch.float32, "device_map": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **options)
     model.save_pretrained(tmp_path / "small")
-    report = verify(tmp_path / "small", source=tmp_path / "dense")
+    report = verify(tmp_path / "small", source=tmp_path / "dense", library=True)
+    library = next(check.detail for check in report.checks if check.name == "library")
+    assert ("no 4-bit layers" if scheme == "w8a16" else "agrees on model.layers.0") in library
     assert report.ok, [check for check in report.checks if not check.ok]
     assert {"layers", "contents", "closeness"} <= {check.name for check in report.checks}
     found = inspect(tmp_path / "small")
