@@ -14,6 +14,7 @@ from compress.core.solve import Factor, factorise
 from compress.core.statistics import Hessian
 from compress.core.tensors import QuantTensor
 from compress.core.walk import Group, Site
+from quantize._inputs import input_scale
 from quantize._refit import Solution, solve
 from quantize._rounding import CLIPS, fall_back, too_few_tokens
 
@@ -45,16 +46,17 @@ def solve_group(group: Group, chosen: list[tuple[Site, Scheme]], settings: Setti
     """Quantize sites that share the group's input: one Hessian, one factorisation, rows of one scheme stacked."""
     sites = [site for site, _ in chosen]
     scale_dtype = job.checkpoint.dtype
+    inputs = {site.name: input_scale(group, scheme, scale_dtype) for site, scheme in chosen}
     reason = too_few_tokens(group, settings.tokens_per_channel)
     if reason:
-        return _round_all(chosen, settings, job, reason)
+        return _round_all(chosen, inputs, settings, job, reason)
     hessian_KK = group.statistics[Hessian]
     reason = _unusable(hessian_KK)
     power = {site.name: _output_power(site, hessian_KK) for site in sites}
     factor = factorise(hessian_KK, damping=settings.damping, activation_order=settings.activation_order)
     if factor is None:
         reason = reason or "its Hessian could not be factorised at any damping"
-        return _round_all(chosen, settings, job, reason)
+        return _round_all(chosen, inputs, settings, job, reason)
     if factor.retries:
         job.events(Notice(f"needed damping {factor.damping:g} after {factor.retries} retries", sites[0].name))
     results: dict[str, _Result] = {}
@@ -66,7 +68,7 @@ def solve_group(group: Group, chosen: list[tuple[Site, Scheme]], settings: Setti
     group.release()  # the factor lies in the Hessian's memory: give it back before weights are packed
     for site, scheme in chosen:
         result = results.pop(site.name)
-        site.replace(result.tensor())
+        site.replace(replace(result.tensor(), input_scale=inputs[site.name]))
         site.note(
             method="gptq",
             bits=scheme.bits,
@@ -159,6 +161,8 @@ def _unusable(hessian_KK: torch.Tensor) -> str:
     return "" if bool(diagonal_K.any()) else "its inputs were zero for every token of the calibration"
 
 
-def _round_all(chosen: list[tuple[Site, Scheme]], settings: Settings, job: Job, reason: str) -> None:
+def _round_all(
+    chosen: list[tuple[Site, Scheme]], inputs: dict[str, torch.Tensor | None], settings: Settings, job: Job, reason: str
+) -> None:
     for site, scheme in chosen:
-        fall_back(site, scheme, settings.clip, job, reason)
+        fall_back(site, scheme, settings.clip, job, reason, inputs[site.name])

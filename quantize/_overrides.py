@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -12,6 +13,7 @@ from compress.core.scheme import Scheme
 
 DEFAULT_GROUP_SIZE = 128
 NF4_BLOCK = 64
+_STATIC = "_static"
 
 
 def _shell_pattern(pattern: str) -> str:
@@ -25,6 +27,8 @@ def _known_scheme(name: str) -> str:
         Scheme.parse(name)
     except UsageError as error:
         raise ValueError(error.message) from None
+    if name.endswith(_STATIC):
+        raise ValueError(f"write scheme: {name.removesuffix(_STATIC)} and, for the stage, activations: static")
     return name
 
 
@@ -36,6 +40,7 @@ def _sane_group_size(size: int) -> int:
 
 Pattern = Annotated[str, AfterValidator(_shell_pattern)]
 SchemeName = Annotated[str, AfterValidator(_known_scheme)]
+Activations = Literal["dynamic", "static"]
 GroupSize = Annotated[int, AfterValidator(_sane_group_size)]
 
 
@@ -49,22 +54,25 @@ class Override(BaseModel):
     group_size: GroupSize | None = Field(None, description="input channels that share a scale")
     symmetric: bool | None = Field(None, description="no zero points")
 
-    def scheme_in(self, name: str, group_size: int | None, symmetric: bool) -> Scheme:
+    def scheme_in(
+        self, name: str, group_size: int | None, symmetric: bool, activations: Activations = "dynamic"
+    ) -> Scheme:
         """The scheme of its layers in such a stage. Rounded inputs need whole channels whatever that has."""
         name = self.scheme or name
         if self.group_size is not None:
             group_size = self.group_size
         elif needs_channels(Scheme.parse(name)):
             group_size = None
-        return make_scheme(name, group_size, symmetric if self.symmetric is None else self.symmetric)
+        return make_scheme(name, group_size, symmetric if self.symmetric is None else self.symmetric, activations)
 
     def covers(self, layer: str) -> bool:
         """Whether a layer's name matches."""
         return fnmatchcase(layer, self.layers)
 
 
-def make_scheme(name: str, group_size: int | None, symmetric: bool) -> Scheme:
-    """The scheme of these settings; a group size that is left out is the usual one. ValueError: it makes no sense."""
+def make_scheme(name: str, group_size: int | None, symmetric: bool, activations: Activations = "dynamic") -> Scheme:
+    """The scheme of these settings; a group size that is left out is the usual one, and `activations` matter to schemes
+    that may have static inputs. ValueError: it makes no sense."""
     plain = Scheme.parse(name)
     whole = needs_channels(plain)
     usual = -1 if whole else NF4_BLOCK if plain.dtype == "nf4" else DEFAULT_GROUP_SIZE
@@ -72,11 +80,14 @@ def make_scheme(name: str, group_size: int | None, symmetric: bool) -> Scheme:
         scheme = Scheme.parse(name, group_size=group_size or usual, symmetric=symmetric)
     except UsageError as error:
         raise ValueError(error.message) from None
-    if whole and (scheme.group_size != -1 or not scheme.symmetric or scheme.bits != 8):
-        raise ValueError(f"{name} needs 8-bit symmetric weights with one scale per channel (group_size: -1)")
-    return scheme
+    if whole and scheme.group_size != -1:
+        raise ValueError(f"{name} needs weights with one scale per channel (group_size: -1)")
+    if scheme.activation_bits == 8 and not scheme.symmetric:
+        raise ValueError(f"{name} needs symmetric weights, beside which engines take rounded inputs")
+    return replace(scheme, static_inputs=activations == "static" and whole and scheme.activation_bits == 8)
 
 
 def needs_channels(scheme: Scheme) -> bool:
     """Whether a scheme is defined with one scale per output channel only."""
-    return scheme.activation_bits == 8 or scheme.dtype == "fp8"
+    whole = scheme.dtype == "fp8" or (scheme.bits, scheme.activation_bits) == (8, 8)
+    return whole and not scheme.blocks

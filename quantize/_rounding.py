@@ -1,6 +1,7 @@
 """Round-to-nearest of one layer: the whole of RTN, and what the other methods fall back to."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -15,10 +16,19 @@ CLIPS: dict[str, Clip | None] = {"mse": Clip(), "minmax": None}
 _ROUNDED_AT_ONCE = 4 << 20  # weights; a search and its rounding hold five numbers for each
 
 
-def round_site(site: Site, scheme: Scheme, scale_dtype: torch.dtype, clip: str, fallback: str = "") -> None:
-    """Replace a site's weight by its nearest codes; `fallback` says why the method proper was not used."""
+def round_site(
+    site: Site,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    clip: str,
+    *,
+    fallback: str = "",
+    input_scale: torch.Tensor | None = None,
+) -> None:
+    """Replace a site's weight by its nearest codes; `fallback` says why the method proper was not used, `input_scale`
+    is that of static inputs."""
     tensor, error = round_rows(site.rows, site.shape, scheme, scale_dtype, clip)
-    site.replace(tensor)
+    site.replace(replace(tensor, input_scale=input_scale))
     site.note(method="rtn", bits=scheme.bits, group_size=scheme.group_size, error=error, fallback=fallback)
 
 
@@ -27,7 +37,8 @@ def round_rows(
 ) -> tuple[QuantTensor, float]:
     """Nearest codes of a weight [out, in] whose rows `read` gives in fp32, some at a time; and their relative error."""
     outputs, width = shape
-    rows = max(1, _ROUNDED_AT_ONCE // width)
+    share = scheme.rows_per_scale
+    rows = max(1, _ROUNDED_AT_ONCE // width // share) * share
     parts, error, power = [], 0.0, 1e-30
     for start in range(0, outputs, rows):
         weight_OK = read(slice(start, start + rows))
@@ -45,7 +56,9 @@ def too_few_tokens(group: Group, per_channel: float) -> str:
     return f"it saw {group.tokens} tokens, fewer than {per_channel:g} per input channel ({group.width})"
 
 
-def fall_back(site: Site, scheme: Scheme, clip: str, job: Job, reason: str) -> None:
+def fall_back(
+    site: Site, scheme: Scheme, clip: str, job: Job, reason: str, input_scale: torch.Tensor | None = None
+) -> None:
     """Round a site to nearest for want of better, and say why."""
     job.events(Notice(f"rounded to nearest: {reason}", site.name, level="warning"))
-    round_site(site, scheme, job.checkpoint.dtype, clip, fallback=reason)
+    round_site(site, scheme, job.checkpoint.dtype, clip, fallback=reason, input_scale=input_scale)

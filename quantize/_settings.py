@@ -13,7 +13,8 @@ from compress.core.errors import UsageError
 from compress.core.passes import Job, LayerPlan, Pass, Plan
 from compress.core.quantities import format_bytes
 from compress.core.scheme import Scheme
-from quantize._overrides import GroupSize, Override, Pattern, SchemeName, make_scheme
+from quantize._inputs import refuse_experts
+from quantize._overrides import Activations, GroupSize, Override, Pattern, SchemeName, make_scheme
 from quantize._prepare import Prepare, order_problem, preparation, prepared_bytes, scheme_problem
 from quantize.prepare._transform import Target, Transform
 
@@ -42,15 +43,21 @@ class WeightQuantization(Pass):
     """Of the codes that it can make."""
     usual_sizes: ClassVar[tuple[int, ...]] = (256, 128, 96, 64, 48, 32, 16, 8)
     """Group sizes to propose."""
+    static: ClassVar[bool] = False
+    """Whether it stores the scales of static inputs."""
 
     scheme: SchemeName = Field(
-        "w4a16", description="weight and activation bits: w2a16 … w8a16, w8a8; fp8, fp8a16 (rtn)"
+        "w4a16", description="weight and activation bits: w2a16 … w8a16, w4a8, w8a8; fp8, fp8_block, fp8a16 (rtn)"
     )
     group_size: GroupSize | None = Field(
         None, description="input channels that share a scale; -1: per output channel. Default 128, w8a8 and fp8: -1"
     )
     symmetric: bool = Field(
         True, description="no zero points; asymmetric artifacts need dequantize=True in transformers"
+    )
+    activations: Activations = Field(
+        "dynamic",
+        description="scales of rounded inputs (w8a8, fp8): per token as the model runs, or calibrated, one each",
     )
     clip: Literal["mse", "minmax"] = Field("mse", description="search each group's span, or take minimum to maximum")
     uneven: Literal["refuse", "channel", "smaller"] = Field(
@@ -88,9 +95,20 @@ class WeightQuantization(Pass):
             problem = scheme_problem(self.prepare, scheme)
             if problem:
                 raise ValueError(problem)
-        problem = self.own_problem()
+        problem = self._static_problem() or self.own_problem()
         if problem:
             raise ValueError(problem)
+
+    def _static_problem(self) -> str | None:
+        if self.activations == "static" and not self.static:
+            return "activations: static is for rtn, fp8 and gptq"
+        if self.activations == "static" and not self._has_static:
+            return f"activations: static is for w8a8 and fp8, not {self.scheme}"
+        return None
+
+    @property
+    def _has_static(self) -> bool:
+        return any(scheme.static_inputs for scheme in self.schemes)
 
     def own_problem(self) -> str | None:
         """What else is wrong with these settings, in a sentence."""
@@ -99,8 +117,8 @@ class WeightQuantization(Pass):
     @cached_property
     def schemes(self) -> tuple[Scheme, ...]:
         """The scheme that layers get where their width allows it, and then that of each override."""
-        stage = make_scheme(self.scheme, self.group_size, self.symmetric)
-        return stage, *(each.scheme_in(self.scheme, self.group_size, self.symmetric) for each in self.overrides)
+        settings = (self.scheme, self.group_size, self.symmetric, self.activations)
+        return make_scheme(*settings), *(each.scheme_in(*settings) for each in self.overrides)
 
     def wanted(self, name: str) -> Scheme:
         """The scheme of the layer `name` where its width allows it."""
@@ -135,7 +153,7 @@ class WeightQuantization(Pass):
         if size == -1 or width % size == 0 or self.uneven == "refuse":  # refused by name in `plan`, before any work
             return wanted
         smaller = max((s for s in range(8, size) if width % s == 0), default=-1) if self.uneven == "smaller" else -1
-        return replace(wanted, group_size=smaller)
+        return replace(wanted, group_size=smaller, blocks=wanted.blocks and smaller != -1)
 
     def chosen(self, group: Group) -> list[tuple[Site, Scheme]]:
         """The layers of a group that are not left alone, with their schemes."""
@@ -159,6 +177,7 @@ class WeightQuantization(Pass):
             size = info.bytes if scheme is None else encoded_bytes(shape, scheme, checkpoint.dtype)
             layers.append(LayerPlan(name, shape, info.bytes, size, scheme, "" if scheme else "ignored by the recipe"))
         self._refuse_ragged(layers)
+        refuse_experts(layers)
         if not any(layer.scheme for layer in layers):
             raise UsageError("every layer is ignored: there is nothing to quantize", hint="shorten `ignore`")
         unused = [
@@ -193,7 +212,7 @@ class WeightQuantization(Pass):
 
     @property
     def calibrated(self) -> bool:
-        return self.needs_calibration or any(not step.reads for step in self.first_steps)
+        return self.needs_calibration or self._has_static or any(not step.reads for step in self.first_steps)
 
     def view(self, checkpoint: Checkpoint) -> Checkpoint:
         from compress.core.untied import UntiedCheckpoint
@@ -212,8 +231,10 @@ class WeightQuantization(Pass):
         keep: frozenset[str] = frozenset(),
     ) -> Iterator[Block]:
         """The blocks of a job, prepared: as `job.walk`, which gives them as the checkpoint has them."""
+        from compress.core.statistics import AbsMax
         from quantize._rounding import CLIPS
 
+        collect |= {AbsMax} if self._has_static else set()
         job = replace(job, checkpoint=self.view(job.checkpoint))
         target = Target(job.checkpoint, self.scheme_for, CLIPS[self.clip])
         return job.walk(collect, order, keep, self.calibrated, preparation(self.first_steps, target))

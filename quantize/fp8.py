@@ -9,8 +9,11 @@ from quantize.rtn import RTN
 
 
 class FP8(RTN):
-    """e4m3 floats with a scale per output channel; of inputs (scheme fp8) with one per token, found as it runs."""
+    """e4m3 floats with a scale per output channel, or per block of 128 x 128 weights (fp8_block); of inputs with one
+    per token, or per token and 128 channels, found as it runs."""
 
     paper: ClassVar = "Micikevicius et al., 2022, arXiv:2209.05433"
 
-    scheme: SchemeName = Field("fp8", description="fp8: weights and inputs; fp8a16: weights alone")
+    scheme: SchemeName = Field(
+        "fp8", description="fp8: weights and inputs; fp8_block: the same in blocks; fp8a16: weights alone"
+    )

@@ -14,6 +14,7 @@ class GPTQ(WeightQuantization):
     paper: ClassVar = "Frantar et al., 2022, arXiv:2210.17323"
     needs_calibration: ClassVar = True
     prepares: ClassVar = True
+    static: ClassVar = True
 
     damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
     activation_order: bool = Field(True, description="round the channels with the largest inputs first (static groups)")

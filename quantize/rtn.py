@@ -13,11 +13,15 @@ class RTN(WeightQuantization):
     needs_calibration: ClassVar = False
     prepares: ClassVar = True
     dtypes: ClassVar = ("int", "fp8")
+    static: ClassVar = True
 
     def run(self, job: Job) -> None:
+        from quantize._inputs import input_scale
         from quantize._rounding import round_site
+
+        dtype = job.checkpoint.dtype
 
         for block in self.blocks(job):
             for group in block.groups:
                 for site, scheme in self.chosen(group):
-                    round_site(site, scheme, job.checkpoint.dtype, self.clip)
+                    round_site(site, scheme, dtype, self.clip, input_scale=input_scale(group, scheme, dtype))

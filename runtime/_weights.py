@@ -192,4 +192,5 @@ def _alike(parts: Sequence[Part]) -> bool:
 def _kind(weight: Weight) -> tuple[object, ...]:
     if isinstance(weight, Tensor):
         return "dense", weight.dtype
-    return "packed", weight.scheme, weight.packed.dtype, weight.scale.dtype
+    inputs = None if weight.input_scale is None else float(weight.input_scale)
+    return "packed", weight.scheme, weight.packed.dtype, weight.scale.dtype, inputs

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -54,7 +54,8 @@ def tiny_llama(*, tied: bool = False, layers: int = 2, seed: int = 0, ffn: int =
 
 
 def quantize_weight(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> QuantTensor:
-    return fit_grid(weight.float(), scheme, scale_dtype=scale_dtype).round(weight)
+    tensor = fit_grid(weight.float(), scheme, scale_dtype=scale_dtype).round(weight)
+    return replace(tensor, input_scale=torch.full((1,), 0.02, dtype=scale_dtype)) if scheme.static_inputs else tensor
 
 
 def write_quantized(

@@ -129,7 +129,8 @@ def fate(layer: "LayerPlan") -> str:
     """ "w4a16, groups of 64", or why the layer stays as it is."""
     if layer.scheme is None:
         return f"unchanged: {layer.reason}" if layer.reason else "unchanged"
-    groups = "one scale per channel" if layer.scheme.group_size == -1 else f"groups of {layer.scheme.group_size}"
+    word = "blocks" if layer.scheme.blocks else "groups"
+    groups = "one scale per channel" if layer.scheme.group_size == -1 else f"{word} of {layer.scheme.group_size}"
     kind = "" if layer.scheme.symmetric else ", asymmetric"
     kind += ", double quantization" if layer.scheme.double_quantization else ""
     return f"{layer.scheme.name}, {groups}{kind}{f' ({layer.reason})' if layer.reason else ''}"

@@ -96,8 +96,11 @@ def _bitsandbytes(scheme: Scheme, rows: int, width: int) -> dict[str, Allowed]:
 def _compressed_tensors(scheme: Scheme, rows: int, width: int) -> dict[str, Allowed]:
     groups = scheme.groups_in(width)
     scale = FLOATS - {"F64"}
+    one: Allowed = (scale, ((1,), ()))
     if scheme.dtype == "fp8":
-        return {"weight": (_FP8, ((rows, width),)), "weight_scale": (scale, ((rows, 1), (1,), (), (1, 1)))}
+        blocks = ((-(-rows // scheme.rows_per_scale), groups),)
+        scales = blocks if scheme.blocks else ((rows, 1), (1,), (), (1, 1))
+        return {"weight": (_FP8, ((rows, width),)), "weight_scale": (scale, scales), "input_scale": one}
     int8 = scheme.bits == 8 and scheme.activation_bits == 8
     zero_shape = (rows, groups) if int8 else (words_in(rows, scheme.bits), groups)
     return {
@@ -105,4 +108,5 @@ def _compressed_tensors(scheme: Scheme, rows: int, width: int) -> dict[str, Allo
         "weight_packed": (_I32, ((rows, words_in(width, scheme.bits)),)),
         "weight_scale": (scale, ((rows, groups),)),
         "weight_zero_point": (_I8 if int8 else _I32, (zero_shape,)),
+        "input_scale": one,
     }

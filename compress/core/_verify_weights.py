@@ -15,7 +15,7 @@ from compress.core._verify_folder import Contents
 from compress.core._verify_parts import FLOATS, check_module_parts
 from compress.core._verify_shapes import architecture_of, module_shapes, sizes_of
 from compress.core.errors import ArtifactError, InputError
-from compress.core.formats import NotKept, Reader, _reference
+from compress.core.formats import NotKept, Reader, _reference, compressed_tensors
 from compress.core.safetensors_io import MappedFiles, TensorInfo, load_tensor
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor, words_in
@@ -111,6 +111,10 @@ def check_module(
     again = _reference.weights(reader, module, tensors, scheme, rows, files.bytes)
     if ours.shape != again.shape or not np.array_equal(ours.numpy().view(np.uint32), again.view(np.uint32)):
         raise ArtifactError("the two decoders disagree on its values", where=module)
+    if scheme.static_inputs:
+        scale = compressed_tensors.input_scale(module, lambda name: files.tensor(tensors[name]))
+        if float(scale) != _reference.input_scale(module, tensors, files.bytes):
+            raise ArtifactError("the two decoders disagree on the scale of its inputs", where=module)
 
 
 def sampled_weight(
@@ -163,10 +167,11 @@ def check_library(reader: Reader, schemes: Mapping[str, Scheme], tensors: Mappin
     chosen = spread(sorted(schemes), LIBRARY_LAYERS)
     for module in chosen:
         scheme = schemes[module]
-        size = None if scheme.group_size == -1 else scheme.group_size
         kind = "int" if scheme.dtype == "int" else "float"
         fields = {"num_bits": scheme.bits, "type": kind, "symmetric": scheme.symmetric, "strategy": scheme.strategy}
-        weights = QuantizationArgs.model_validate({**fields, "group_size": size})
+        size = None if scheme.group_size == -1 else scheme.group_size
+        sizes = {"block_structure": [size, size]} if scheme.blocks else {"group_size": size}
+        weights = QuantizationArgs.model_validate(fields | sizes)
         layer = QuantizationScheme(targets=["Linear"], weights=weights)
         parts = _first_rows(reader, module, scheme, tensors)
         theirs = BaseCompressor.get_value_from_registry(format_of(scheme)).decompress(dict(parts), layer)["weight"]
@@ -183,9 +188,11 @@ def _first_rows(
     """A module's stored tensors, cut to its first rows; the scale in fp32, so that both decoders are exact."""
     parts = {name.rpartition(".")[2]: load_tensor(tensors[name]) for name in reader.stored_names(module, scheme)}
     rows = min(_LIBRARY_ROWS, parts["weight" if "weight" in parts else "weight_packed"].shape[0])
-    for part in ("weight", "weight_packed", "weight_scale"):
-        if part in parts and parts[part].numel() > 1:  # one scale may hold for the whole tensor
+    for part in ("weight", "weight_packed"):
+        if part in parts:
             parts[part] = parts[part][:rows]
+    if parts["weight_scale"].numel() > 1:  # one scale may hold for the whole tensor
+        parts["weight_scale"] = parts["weight_scale"][: -(-rows // scheme.rows_per_scale)]
     if "weight_zero_point" in parts:
         packed_rows = rows if "weight" in parts else words_in(rows, scheme.bits)
         parts["weight_zero_point"] = parts["weight_zero_point"][:packed_rows]

@@ -33,6 +33,8 @@ class When(_Data):
     group_sizes: list[int] | None = None
     symmetric: list[bool] | None = None
     activation_bits: list[int] | None = None
+    blocks: list[bool] | None = None
+    static_inputs: list[bool] | None = None
 
     def fits(self, scheme: Scheme) -> bool:
         pairs = (
@@ -41,6 +43,8 @@ class When(_Data):
             (self.group_sizes, scheme.group_size),
             (self.symmetric, scheme.symmetric),
             (self.activation_bits, scheme.activation_bits),
+            (self.blocks, scheme.blocks),
+            (self.static_inputs, scheme.static_inputs),
         )
         return all(allowed is None or value in allowed for allowed, value in pairs)
 
@@ -75,8 +79,9 @@ class Outside(_Data):
 
 
 class Reader(_Data):
-    """How one engine reads one format. Multiples are per tensor-parallel shard; `outside` goes by a module's name, and
-    `experts` says why those of a mixture are not read."""
+    """How one engine reads one format. Multiples are per tensor-parallel shard; blocks must fill the parts of a layer
+    that is fused or split along its outputs; `outside` goes by a module's name, and `experts` says why those of a
+    mixture are not read."""
 
     rules: list[Rule]
     outside: dict[str, Outside] = {}
@@ -280,6 +285,10 @@ def _misfit(reader: Reader, module: str, scheme: Scheme, shape: Shape, shards: i
         return f"{width if split_inputs else rows} channels cannot be split over {shards} shards"
     if reader.group_divides_shard and scheme.group_size != -1 and part_width % scheme.group_size:
         return f"groups of {scheme.group_size} do not divide a shard's {part_width} input channels"
+    leaf = module.rpartition(".")[2]
+    parts_outputs = not split_inputs and (shards > 1 or any(leaf in names for names in FUSED))
+    if parts_outputs and part_rows % scheme.rows_per_scale:
+        return f"blocks of {scheme.rows_per_scale} do not divide {part_rows} output channels of a fused or split layer"
     if tiled and part_width % reader.in_multiple:
         return f"a shard's {part_width} input channels are no multiple of {reader.in_multiple}"
     if tiled and part_rows % reader.out_multiple:
@@ -304,8 +313,11 @@ def markdown() -> str:
         Scheme(4, 128),
         Scheme(4, 128, symmetric=False),
         Scheme(8, 128),
+        Scheme(4, 128, activation_bits=8),
         Scheme(8, -1, activation_bits=8),
+        Scheme(8, -1, activation_bits=8, static_inputs=True),
         Scheme(8, -1, dtype="fp8", activation_bits=8),
+        Scheme(8, 128, dtype="fp8", activation_bits=8, blocks=True),
         Scheme(4, 16),
         Scheme(3, 128),
         Scheme(2, 64),
@@ -314,7 +326,8 @@ def markdown() -> str:
     lines = ["| scheme | " + " | ".join(engine.label for engine in engines) + " |"]
     lines.append("|---" * (len(engines) + 1) + "|")
     for scheme in examples:
-        group = "per channel" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+        kind = "blocks" if scheme.blocks else "groups"
+        group = "per channel" if scheme.group_size == -1 else f"{kind} of {scheme.group_size}"
         label = f"{scheme.name}, {group}{'' if scheme.symmetric else ', asymmetric'}"
         verdicts = preflight({"layer": scheme}, {"layer": (1024, 1024)})
         lines.append(f"| {label} | " + " | ".join(verdict.ok for verdict in verdicts) + " |")

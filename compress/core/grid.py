@@ -14,6 +14,7 @@ from compress.core.tensors import QuantTensor, spread
 
 FP8_LARGEST = 448.0
 _LEAST = 1e-38  # of a block of nf4: its reciprocal is still a number
+INT8_REACH = 127.5  # of inputs: half of the codes -128 … 127, as compressed-tensors has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def fit_grid(
     magnitude without `clip`, as bitsandbytes has it.
     """
     if scheme.dtype == "fp8":
-        largest_OG = _grouped(weight_OK, scheme).abs().amax(-1)
+        largest_OG = _shared(_grouped(weight_OK, scheme).abs().amax(-1), scheme.rows_per_scale)
         return Grid(_nonzero((largest_OG / FP8_LARGEST).to(scale_dtype)), None, scheme)
     rows_at_once = max(1, _CACHED_WEIGHTS // weight_OK.shape[1]) if clip else len(weight_OK)
     parts = [
@@ -179,6 +180,12 @@ class _Search:
         return exact.round().clamp_(self.scheme.lowest, self.scheme.highest)
 
 
+def input_scale(largest: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
+    """The scale [1] of static inputs whose largest magnitude is `largest`, in `dtype`."""
+    reach = FP8_LARGEST if scheme.dtype == "fp8" else INT8_REACH
+    return _nonzero((largest.float() / reach).to(dtype)).reshape(1)
+
+
 def _grouped(weight_OK: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """[O, K] -> [O, G, S], zeros behind a ragged tail (they never widen a span)."""
     rows, width = weight_OK.shape
@@ -186,6 +193,13 @@ def _grouped(weight_OK: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     missing = -width % size
     padded = torch.nn.functional.pad(weight_OK, (0, missing)) if missing else weight_OK.contiguous()
     return padded.reshape(rows, -1, size)
+
+
+def _shared(largest_OG: torch.Tensor, rows: int) -> torch.Tensor:
+    """The largest of so many output channels, for each of them."""
+    if rows == 1:
+        return largest_OG
+    return torch.cat([block.amax(0, keepdim=True).expand_as(block) for block in largest_OG.split(rows)])
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:

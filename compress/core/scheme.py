@@ -8,7 +8,8 @@ from compress.core.errors import UsageError
 
 Dtype = Literal["int", "fp8", "nf4", "fp4"]
 _BITS_OF_FLOATS = {"fp8": 8, "nf4": 4, "fp4": 4}
-_NAME = re.compile(r"w(?P<weight>\d+)a(?P<activation>\d+)")
+_BLOCK = 128
+_NAME = re.compile(r"(w(?P<weight>\d+)a(?P<activation>\d+)|fp8(?P<block>_block)?(?P<plain>a16)?)(?P<static>_static)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +20,11 @@ class Scheme:
     int       a whole number, signed: -2^(bits-1) … 2^(bits-1)-1; the weight is (code - zero) * scale
     fp8       an 8-bit float with 4 exponent and 3 mantissa bits (e4m3, no infinities); the weight is code * scale
     nf4, fp4  one of the 16 levels of levels.py; the weight is level * scale
-    activation_bits 16 leaves activations alone; 8 is dynamic per token, int8 or, beside fp8 weights, fp8.
     double_quantization: scales of nf4 and fp4 are 8-bit codes themselves, see nested_scales.py.
+    blocks: a scale holds for group_size output channels, too: square blocks of fp8 weights, as in DeepSeek-V3.
+    activation_bits 16 leaves activations alone; 8 rounds them to int8 or, beside fp8 weights, fp8, with a scale per
+    token (beside blocks: per token and group of input channels) that is found while the model runs, or, static_inputs,
+    with one per layer that calibration found.
     """
 
     bits: int
@@ -29,6 +33,8 @@ class Scheme:
     dtype: Dtype = "int"
     activation_bits: int = 16
     double_quantization: bool = False
+    blocks: bool = False
+    static_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _BITS_OF_FLOATS and self.dtype != "int":
@@ -44,6 +50,10 @@ class Scheme:
             raise UsageError(f"activations of {self.activation_bits} bits are not supported: choose 8 or 16")
         if self.double_quantization and self.dtype not in ("nf4", "fp4"):
             raise UsageError(f"double quantization is of nf4 and fp4, not of {self.dtype}")
+        if self.blocks and (self.dtype != "fp8" or self.group_size == -1):
+            raise UsageError("only fp8 weights have blocks, and these need a group_size: 128")
+        if self.static_inputs and (self.bits, self.group_size, self.activation_bits) != (8, -1, 8):
+            raise UsageError("static inputs go with 8-bit weights and one scale per channel: w8a8 and fp8")
 
     @property
     def lowest(self) -> int:
@@ -54,31 +64,45 @@ class Scheme:
         return (1 << (self.bits - 1)) - 1
 
     @property
-    def strategy(self) -> Literal["channel", "group"]:
-        return "channel" if self.group_size == -1 else "group"
+    def strategy(self) -> Literal["channel", "group", "block"]:
+        return "channel" if self.group_size == -1 else "block" if self.blocks else "group"
 
     @property
     def name(self) -> str:
+        static = "_static" if self.static_inputs else ""
         if self.dtype == "int":
-            return f"w{self.bits}a{self.activation_bits}"
-        return f"{self.dtype}a16" if self.dtype == "fp8" and self.activation_bits == 16 else self.dtype
+            return f"w{self.bits}a{self.activation_bits}{static}"
+        name = "fp8_block" if self.blocks else self.dtype
+        return f"{name}a16" if self.dtype == "fp8" and self.activation_bits == 16 else f"{name}{static}"
 
     def group_width(self, width: int) -> int:
         """Input channels of a group, in a row of `width`."""
         return width if self.group_size == -1 else self.group_size
+
+    @property
+    def rows_per_scale(self) -> int:
+        """Output channels that share a scale."""
+        return self.group_size if self.blocks else 1
 
     def groups_in(self, width: int) -> int:
         """Number of groups in a row of `width` input channels; the last may be ragged."""
         return 1 if self.group_size == -1 else -(-width // self.group_size)
 
     @classmethod
-    def parse(cls, name: str, *, group_size: int = -1, symmetric: bool = True) -> "Scheme":
-        """Scheme from its name: w4a16, w8a8, fp8, fp8a16, nf4 …"""
+    def parse(cls, name: str, *, group_size: int | None = None, symmetric: bool = True) -> "Scheme":
+        """Scheme from its name: w4a16, w8a8_static, fp8, fp8a16, fp8_block, nf4 …; per channel or in blocks of 128, if
+        not told otherwise."""
         if name == "nf4":
-            return cls(4, group_size, symmetric, "nf4")
-        if name in ("fp8", "fp8a16"):
-            return cls(8, group_size, symmetric, "fp8", 8 if name == "fp8" else 16)
+            return cls(4, -1 if group_size is None else group_size, symmetric, "nf4")
         match = _NAME.fullmatch(name)
         if match is None:
-            raise UsageError(f"unknown scheme {name!r}: a scheme is written like w4a16, w8a8, fp8, fp8a16 or nf4")
-        return cls(int(match["weight"]), group_size, symmetric, activation_bits=int(match["activation"]))
+            known = "w4a16, w8a8, fp8, fp8a16, fp8_block or nf4"
+            raise UsageError(f"unknown scheme {name!r}: a scheme is written like {known}")
+        blocks, static = match["block"] is not None, match["static"] is not None
+        if group_size is None:
+            group_size = _BLOCK if blocks else -1
+        if match["weight"] is None:
+            inputs = 16 if match["plain"] else 8
+            return cls(8, group_size, symmetric, "fp8", inputs, blocks=blocks, static_inputs=static)
+        inputs = int(match["activation"])
+        return cls(int(match["weight"]), group_size, symmetric, activation_bits=inputs, static_inputs=static)

@@ -79,10 +79,11 @@ class QuantTensor:
 
     packed int32 [out, ceil(in*bits/32)] holds code + 2^(bits-1), or the bit patterns of a scheme whose dtype is not
     int; scale [out, groups] in its storage dtype; zero int8 [out, groups] in the signed domain, None if symmetric.
-    weight = (code - zero) * scale, or level * scale.
+    weight = (code - zero) * scale, or level * scale. Channels of a block repeat its scale.
 
     nested: how the scales are stored where these are codes themselves; `scale` has their numbers then, fp32. A part of
-    the rows or a stack of such parts has the numbers alone.
+    the rows or a stack of such parts has the numbers alone. input_scale [1] is that of static inputs, to be known
+    before the tensor is stored.
     """
 
     packed: torch.Tensor
@@ -91,6 +92,7 @@ class QuantTensor:
     scheme: Scheme
     shape: tuple[int, int]
     nested: NestedScales | None = None
+    input_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.shape
@@ -106,6 +108,10 @@ class QuantTensor:
             raise ArtifactError(f"zero points have shape {tuple(self.zero.shape)}, the scheme needs {groups}")
         if self.nested is not None and not self.scheme.double_quantization:
             raise ArtifactError("scales that are codes belong to a scheme with double quantization")
+        if self.scheme.blocks and width % self.scheme.group_size:
+            raise ArtifactError(f"blocks of {self.scheme.group_size} do not divide {width} input channels")
+        if self.input_scale is not None and (not self.scheme.static_inputs or self.input_scale.shape != (1,)):
+            raise ArtifactError("static inputs, and only those, have one scale")
 
     @classmethod
     def from_codes(
@@ -135,24 +141,25 @@ class QuantTensor:
         """Output channels `start` up to `stop`, which share this tensor's memory."""
         part = slice(start, stop)
         packed, zero = self.packed[part], None if self.zero is None else self.zero[part]
-        return QuantTensor(packed, self.scale[part], zero, self.scheme, (packed.shape[0], self.shape[1]))
+        shape = (packed.shape[0], self.shape[1])
+        return QuantTensor(packed, self.scale[part], zero, self.scheme, shape, input_scale=self.input_scale)
 
     @classmethod
     def stack(cls, parts: Sequence["QuantTensor"]) -> "QuantTensor":
-        """The output channels of all parts, which have one scheme and width; the inverse of `rows`."""
+        """The output channels of all parts, which have one scheme, width and input; the inverse of `rows`."""
         first = parts[0]
         if len(parts) == 1:
             return first
         zeros = [part.zero for part in parts if part.zero is not None]
         shape = (sum(part.shape[0] for part in parts), first.shape[1])
         packed, scale = torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts])
-        return cls(packed, scale, torch.cat(zeros) if zeros else None, first.scheme, shape)
+        return cls(packed, scale, torch.cat(zeros) if zeros else None, first.scheme, shape, first.input_scale)
 
     def to(self, device: str | torch.device) -> "QuantTensor":
         """The same tensor on another device."""
-        zero = None if self.zero is None else self.zero.to(device)
+        zero, inputs = (None if part is None else part.to(device) for part in (self.zero, self.input_scale))
         nested = None if self.nested is None else self.nested.to(device)
-        return QuantTensor(self.packed.to(device), self.scale.to(device), zero, self.scheme, self.shape, nested)
+        return QuantTensor(self.packed.to(device), self.scale.to(device), zero, self.scheme, self.shape, nested, inputs)
 
     def with_nested_scales(self) -> "QuantTensor":
         """The same codes with scales that are quantized themselves: double quantization."""

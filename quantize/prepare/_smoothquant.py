@@ -73,10 +73,11 @@ def _error(fold: Fold, target: Target, scale_K: Tensor) -> float:
         if not group.tokens:
             continue
         x_NK = group.statistics[Sample]
-        rounded_NK = rounded_inputs(x_NK / scale_K)
+        largest = (group.statistics[AbsMax] / scale_K).max()
         for site in group.sites:
             scheme = target.scheme_for(site.name, group.width)
             if scheme is not None:
+                rounded_NK = rounded_inputs(x_NK / scale_K, largest if scheme.static_inputs else None)
                 total += _relative_error(site.weight, x_NK, rounded_NK, scale_K, scheme, target)
     return total
 
@@ -91,7 +92,8 @@ def _relative_error(
     return float(wrong_NO.square().sum() / y_NO.square().sum().clamp(min=1e-30))
 
 
-def rounded_inputs(x_NK: Tensor) -> Tensor:
-    """Inputs as an engine rounds them while it runs: 8 bits, one symmetric scale per token."""
-    scale_N1 = (x_NK.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+def rounded_inputs(x_NK: Tensor, largest: Tensor | None = None) -> Tensor:
+    """Inputs as an engine rounds them while it runs: 8 bits, one symmetric scale per token, or for all tokens one that
+    reaches to `largest`."""
+    scale_N1 = ((x_NK.abs().amax(1, keepdim=True) if largest is None else largest) / 127).clamp(min=1e-30)
     return (x_NK / scale_N1).round_().clamp_(-128, 127).mul_(scale_N1)

@@ -18,19 +18,27 @@ _TILE_WEIGHTS = 1 << 20  # weights that are dense at a time
 class LinearLayer(nn.Module):
     """y = x Wᵀ + b for x [..., K] in a floating-point dtype; y [..., O] has the dtype of x.
 
-    A subclass holds the weight as buffers and gives `product`. `slow_reason` says why a layer has no fast path on this
-    device; it is empty if it has one. `many_rows`: from so many rows on, it is faster not to go through the kernels of
-    runtime.native.
+    A subclass holds the weight as buffers and gives `product`. `input_scale` fp32 [1] is that of static inputs.
+    `slow_reason` says why a layer has no fast path on this device; it is empty if it has one. `many_rows`: from so many
+    rows on, it is faster not to go through the kernels of runtime.native.
     """
 
     bias: Tensor | None
+    input_scale: Tensor | None
     many_rows: int = 0
 
-    def __init__(self, shape: tuple[int, int], bias: Tensor | None, slow_reason: str = "") -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        slow_reason: str = "",
+        input_scale: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.slow_reason = slow_reason
         self.register_buffer("bias", bias)
+        self.register_buffer("input_scale", None if input_scale is None else input_scale.float())
 
     @property
     def bytes(self) -> int:

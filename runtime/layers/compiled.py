@@ -43,7 +43,7 @@ class CompiledLinear(LinearLayer):
     table: Tensor | None
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None) -> None:
-        super().__init__(weight.shape, bias)
+        super().__init__(weight.shape, bias, input_scale=weight.input_scale)
         self.scheme, self.bits = weight.scheme, _kept_bits(weight)
         packed = weight.packed if self.bits == weight.scheme.bits else pack_rows(weight.stored(), self.bits)
         codes = packed.contiguous().view(torch.uint8)
@@ -61,7 +61,7 @@ class CompiledLinear(LinearLayer):
         return _MANY_ROWS if large and self.scheme.dtype == "int" else _MANY_ROWS_OTHERWISE
 
     def product(self, x_MK: Tensor) -> Tensor:
-        rounded_MK = rounded_inputs(x_MK.float(), self.scheme)
+        rounded_MK = rounded_inputs(x_MK.float(), self.scheme, self.input_scale)
         if len(x_MK) < self.many_rows:
             return product(self._current(), rounded_MK)
         return self._many_rows(rounded_MK.to(x_MK.dtype))

@@ -39,7 +39,7 @@ class ExactPacked(PackedLinear):
         super().__init__(weight, None if bias is None else bias.float())
 
     def product(self, x_MK: Tensor) -> Tensor:
-        x_MK = rounded_inputs(x_MK.float(), self.scheme)
+        x_MK = rounded_inputs(x_MK.float(), self.scheme, self.input_scale)
         tiles = [exact_product(x_MK, tile_OK) for tile_OK in self.dequantized_tiles(torch.float32)]
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
 

@@ -20,7 +20,7 @@ class GpuLinear(PackedLinear):
 
     def product(self, x_MK: Tensor) -> Tensor:
         if self.scheme.activation_bits != 16:
-            x_MK = rounded_inputs(x_MK.float(), self.scheme).to(x_MK.dtype)
+            x_MK = rounded_inputs(x_MK.float(), self.scheme, self.input_scale).to(x_MK.dtype)
         return low_bit_matmul(x_MK, self.weight)
 
 

@@ -32,7 +32,7 @@ class _Int8Weight(LinearLayer):
     zero: Tensor | None
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None) -> None:
-        super().__init__(weight.shape, bias)
+        super().__init__(weight.shape, bias, input_scale=weight.input_scale)
         self.scheme = weight.scheme
         self.register_buffer("codes", weight.codes())
         self.register_buffer("scale", weight.scale[:, 0].float())
@@ -49,15 +49,15 @@ class Int8Linear(_Int8Weight):
     """bf16 inputs and fp32 sums."""
 
     def product(self, x_MK: Tensor) -> Tensor:
-        x_MK = rounded_inputs(x_MK.float(), self.scheme).bfloat16()
+        x_MK = rounded_inputs(x_MK.float(), self.scheme, self.input_scale).bfloat16()
         return self.scaled(_bf16_times_int8(x_MK, self.codes), x_MK)
 
 
 class Int8ProductLinear(_Int8Weight):
-    """int8 inputs, one scale per token, found while the model runs; bf16 holds their codes exactly."""
+    """int8 inputs, one scale per token, found while the model runs, or a static one; bf16 holds their codes exactly."""
 
     def product(self, x_MK: Tensor) -> Tensor:
-        codes_MK, scale_M1 = int8_inputs(x_MK.float())
+        codes_MK, scale_M1 = int8_inputs(x_MK.float(), self.input_scale)
         exact = fast_int8_products()
         sums_MO = (
             torch.ops.aten._int_mm(codes_MK, self.codes.T)

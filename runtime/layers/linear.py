@@ -119,4 +119,6 @@ def concatenate(weights: Sequence[Tensor] | Sequence[QuantTensor]) -> Tensor | Q
     zeros = [weight.zero for weight in packed if weight.zero is not None]
     rows = sum(weight.shape[0] for weight in packed)
     words, scale = torch.cat([weight.packed for weight in packed]), torch.cat([weight.scale for weight in packed])
-    return QuantTensor(words, scale, torch.cat(zeros) if zeros else None, first.scheme, (rows, first.shape[1]))
+    shape = (rows, first.shape[1])
+    zero = torch.cat(zeros) if zeros else None
+    return QuantTensor(words, scale, zero, first.scheme, shape, input_scale=first.input_scale)

@@ -21,7 +21,7 @@ class PackedLinear(LinearLayer):
     zero: Tensor | None
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None, slow_reason: str = "") -> None:
-        super().__init__(weight.shape, bias, slow_reason)
+        super().__init__(weight.shape, bias, slow_reason, weight.input_scale)
         self.scheme = weight.scheme
         self.register_buffer("packed", weight.packed)
         self.register_buffer("scale", weight.scale)
@@ -30,7 +30,8 @@ class PackedLinear(LinearLayer):
     @property
     def weight(self) -> QuantTensor:
         """The weight as it is kept."""
-        return QuantTensor(self.packed, self.scale, self.zero, self.scheme, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        return QuantTensor(self.packed, self.scale, self.zero, self.scheme, shape, input_scale=self.input_scale)
 
     def dequantized_tiles(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weight [O, K] in `dtype`, some output channels at a time; the tiles depend on the shape alone."""
@@ -44,5 +45,5 @@ class DequantizingLinear(PackedLinear):
     """Dequantizes the whole weight, tile by tile, at each forward: right for every scheme, and slow for few rows."""
 
     def product(self, x_MK: Tensor) -> Tensor:
-        x_MK = rounded_inputs(x_MK.float(), self.scheme).to(x_MK.dtype)
+        x_MK = rounded_inputs(x_MK.float(), self.scheme, self.input_scale).to(x_MK.dtype)
         return torch.cat([functional.linear(x_MK, tile_OK) for tile_OK in self.dequantized_tiles(x_MK.dtype)], dim=1)

@@ -46,6 +46,8 @@ def test_the_last_match_counts_and_ignore_beats_it() -> None:
         ({}, {"scheme": "w8a16"}, Scheme(8, 128)),
         ({"group_size": 32}, {"scheme": "w8a8"}, Scheme(8, activation_bits=8)),
         ({"scheme": "w8a8"}, {"scheme": "w4a16"}, Scheme(4, 128)),
+        ({"group_size": 32}, {"scheme": "w4a8"}, Scheme(4, 32, activation_bits=8)),
+        ({"scheme": "w4a8"}, {"group_size": -1}, Scheme(4, activation_bits=8)),
         ({"symmetric": False}, {"scheme": "w2a16"}, Scheme(2, 128, symmetric=False)),
         ({"symmetric": False, "group_size": 32}, {"symmetric": True, "group_size": -1}, Scheme(4)),
     ],
@@ -66,7 +68,7 @@ def test_what_is_left_out_is_as_in_the_stage(stage: Any, override: Any, wanted: 
         ({"scheme": "w8a16"}, "layers"),
         ({"layers": "x", "bits": 8}, "bits"),
         ({"layers": "x", "scheme": "w8a8", "group_size": 64}, "one scale per channel"),
-        ({"layers": "x", "scheme": "w4a8"}, "8-bit symmetric weights"),
+        ({"layers": "x", "scheme": "w4a8", "symmetric": False}, "needs symmetric weights"),
     ],
     ids=str,
 )

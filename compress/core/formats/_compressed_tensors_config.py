@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from compress.core.errors import InputError, UsageError
@@ -25,7 +26,10 @@ _ARGUMENTS = frozenset(
 )
 _GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
 _PRESET = re.compile(r"W(?P<bits>[2-8])A(?P<inputs>8|16)(?P<asymmetric>_ASYM)?")
-_FP8_PRESET = "FP8_DYNAMIC"
+_FP8_PRESETS = {
+    "FP8_DYNAMIC": Scheme(8, dtype="fp8", activation_bits=8),
+    "FP8_BLOCK": Scheme(8, 128, dtype="fp8", activation_bits=8, blocks=True),
+}
 _LINEAR = "Linear"
 _MAX_PATTERN = 1000
 
@@ -54,7 +58,8 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str
         if len(ordered) == 1:  # the class, and by name what is not of that class, or not in all engines
             targets = [_LINEAR, *(name for name in targets if not _in_block(name))]
         groups[f"group_{index}"] = _group(scheme, targets)
-        if len(formats) > 1:
+        if len(formats) > 1 or (format_of(scheme) == _PACKED and scheme.activation_bits == 8):
+            # beside 8-bit inputs the library would take packed words for plain int8, if it had to guess
             groups[f"group_{index}"]["format"] = format_of(scheme)
     return {
         "quant_method": "compressed-tensors",
@@ -84,16 +89,21 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
     if scheme.strategy == "group":
         weights["group_size"] = scheme.group_size
+    if scheme.strategy == "block":
+        weights["block_structure"] = [scheme.rows_per_scale, scheme.group_size]
     group: dict[str, Any] = {"targets": targets, "weights": weights}
     if scheme.activation_bits == 8:
-        group["input_activations"] = {
-            "num_bits": 8,
-            "type": kind,
-            "symmetric": True,
-            "strategy": "token",
-            "dynamic": True,
-        }
+        group["input_activations"] = {"num_bits": 8, "type": kind, "symmetric": True} | _input_scales(scheme)
     return group
+
+
+def _input_scales(scheme: Scheme) -> dict[str, Any]:
+    """Of the arguments of inputs those that say what a scale is for."""
+    if scheme.blocks:
+        return {"strategy": "group", "group_size": scheme.group_size, "dynamic": True}
+    if scheme.static_inputs:
+        return {"strategy": "tensor", "dynamic": False}
+    return {"strategy": "token", "dynamic": True}
 
 
 def _in_block(name: str) -> bool:
@@ -181,16 +191,17 @@ def group_scheme(config: Mapping[str, Any], key: str) -> Scheme | None:
         refusal = NotRead if written in _KNOWN_FORMATS else InputError
         raise refusal(f"format {written!r} is not read", where=where, hint=f"{_PACKED}, {_INT} and {_FLOAT} are")
     kind = "float" if written == _FLOAT else "int"
-    bits = _activation_bits(group.get("input_activations"), kind, where)
-    scheme = _weights(group["weights"], kind, bits, f"{where}.weights")
+    scheme = _weights(group["weights"], kind, f"{where}.weights")
+    if group.get("input_activations") is not None:
+        scheme = _with_inputs(scheme, group["input_activations"], kind, f"{where}.input_activations")
     if written != format_of(scheme):
         raise NotRead(f"{scheme.name} as {written} is not read", where=where)
     return scheme
 
 
 def _preset(key: str, where: str) -> Scheme:
-    if key.upper() == _FP8_PRESET:
-        return Scheme(8, dtype="fp8", activation_bits=8)
+    if key.upper() in _FP8_PRESETS:
+        return _FP8_PRESETS[key.upper()]
     match = _PRESET.fullmatch(key.upper())
     if match is None:
         raise InputError(f"preset {key!r} is not supported", where=where)
@@ -199,7 +210,7 @@ def _preset(key: str, where: str) -> Scheme:
     return Scheme(bits, size, symmetric=match["asymmetric"] is None, activation_bits=inputs)
 
 
-def _weights(arguments: Any, kind: str, activation_bits: int, where: str) -> Scheme:
+def _weights(arguments: Any, kind: str, where: str) -> Scheme:
     _check_arguments(arguments, where)
     bits, size = arguments.get("num_bits", 8), arguments.get("group_size")
     stated = str(arguments.get("type", "int")).lower()
@@ -216,10 +227,10 @@ def _weights(arguments: Any, kind: str, activation_bits: int, where: str) -> Sch
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size == 0 or size < -1):
         raise InputError(f"group_size {size!r} makes no sense", where=where)
     strategy = arguments.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    known = ("channel", "group") if kind == "int" else ("channel", "tensor")
+    known = ("channel", "group") if kind == "int" else ("channel", "tensor", "block")
     if strategy not in known:
         refusal = NotRead if strategy in ("tensor", "block", "group", "tensor_group") else InputError
-        raise refusal(f"strategy {strategy!r} is not read: {' and '.join(known)} are", where=where)
+        raise refusal(f"strategy {strategy!r} is not read: {', '.join(known)} are", where=where)
     if strategy == "group" and (size is None or size < 1):
         raise InputError("strategy group needs a positive group_size", where=where)
     if strategy == "channel" and size is not None and size > 0:
@@ -230,25 +241,36 @@ def _weights(arguments: Any, kind: str, activation_bits: int, where: str) -> Sch
     if kind == "float":
         if not symmetric:
             raise InputError("float weights have no zero points", where=where)
-        return Scheme(8, dtype="fp8", activation_bits=activation_bits)
-    return Scheme(
-        bits, int(size) if strategy == "group" and size else -1, symmetric=symmetric, activation_bits=activation_bits
-    )
+        if strategy == "block":
+            return Scheme(8, _block_size(arguments.get("block_structure"), where), dtype="fp8", blocks=True)
+        return Scheme(8, dtype="fp8")
+    return Scheme(bits, int(size) if strategy == "group" and size else -1, symmetric=symmetric)
 
 
-def _activation_bits(arguments: Any, wanted: str, where: str) -> int:
-    if arguments is None:
-        return 16
-    where = f"{where}.input_activations"
+def _block_size(structure: Any, where: str) -> int:
+    if not isinstance(structure, list) or len(structure) != 2 or not all(type(size) is int for size in structure):
+        raise InputError(f"block_structure {structure!r} is not two whole numbers", where=where)
+    if structure[0] != structure[1] or structure[0] < 1:
+        raise NotRead(f"blocks of {structure} are not read: only square ones are, like [128, 128]", where=where)
+    return structure[0]
+
+
+def _with_inputs(weights: Scheme, arguments: Any, wanted: str, where: str) -> Scheme:
+    """The scheme of such weights, with inputs rounded as the arguments say."""
     _check_arguments(arguments, where)
     kind, bits = str(arguments.get("type", "int")).lower(), arguments.get("num_bits", 8)
     if (kind, bits) != (wanted, 8):
         raise NotRead(f"{kind}{bits} inputs are not supported: only dynamic {wanted}8 per token is read", where=where)
-    if arguments.get("dynamic") is not True or arguments.get("strategy") != "token":
-        raise NotRead("only inputs that are dynamic per token are read", where=where)
     if arguments.get("symmetric", True) is not True:
         raise NotRead("asymmetric inputs are not supported", where=where)
-    return 8
+    static = arguments.get("dynamic", False) is False and weights.group_size == -1 and weights.bits == 8
+    scheme = replace(weights, activation_bits=8, static_inputs=static)
+    known = _input_scales(scheme)
+    if any(arguments.get(name, False) != value for name, value in known.items()):
+        what = f"dynamic per token and group of {scheme.group_size}" if scheme.blocks else "dynamic per token"
+        what = "static per tensor or dynamic per token" if static else what
+        raise NotRead(f"only inputs that are {what} are read beside such weights", where=where)
+    return scheme
 
 
 def _check_arguments(arguments: Any, where: str) -> None:

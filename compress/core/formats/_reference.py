@@ -71,9 +71,8 @@ def compressed_tensors(
     """The same for a pack-quantized, int-quantized or float-quantized module."""
     scale_info = tensors[f"{module}.weight_scale"]
     if scheme.dtype == "fp8":
-        return _fp8(
-            load(tensors[f"{module}.weight"], read)[rows], floats(load(scale_info, read), scale_info.dtype), rows
-        )
+        octets = load(tensors[f"{module}.weight"], read)[rows]
+        return _fp8(octets, floats(load(scale_info, read), scale_info.dtype), rows, scheme)
     scale = floats(load(scale_info, read)[rows], scale_info.dtype)
     half = 1 << (scheme.bits - 1)
     packed = tensors.get(f"{module}.weight_packed")
@@ -92,6 +91,12 @@ def compressed_tensors(
             zero = bits_to_numbers(stored.T, scheme.bits, scale_info.shape[0]).T[rows] - half
         code = code - zero[:, group]
     return code.astype(np.float32) * scale[:, group]
+
+
+def input_scale(module: str, tensors: Mapping[str, TensorInfo], read: Bytes = raw_bytes) -> float:
+    """The one scale of a module's static inputs."""
+    info = tensors[f"{module}.input_scale"]
+    return float(floats(load(info, read).reshape(1), info.dtype)[0])
 
 
 def gptq(
@@ -154,11 +159,13 @@ def bitsandbytes_int8(
     return load(tensors[f"{module}.weight"], read)[rows].astype(np.float32) * scale[:, None]
 
 
-def _fp8(octets: Array, scale: Array, rows: Array) -> Array:
+def _fp8(octets: Array, scale: Array, rows: Array, scheme: Scheme) -> Array:
     """e4m3 by its definition: sign, 4 bits of exponent (bias 7), 3 of mantissa; exponent 0 is subnormal."""
     exponent, mantissa = (octets >> 3).astype(np.int32) & 15, (octets & 7).astype(np.float32)
     magnitude = np.where(exponent == 0, mantissa / 8, 1 + mantissa / 8) * np.exp2(np.maximum(exponent, 1) - 7.0)
     level = np.where(octets >> 7, -magnitude, magnitude).astype(np.float32)
+    if scheme.blocks:
+        return level * scale[rows // scheme.group_size][:, group_of(octets.shape[1], scheme)]
     return level * (scale.reshape(-1, 1)[rows] if scale.size > 1 else scale.reshape(1, 1))
 
 

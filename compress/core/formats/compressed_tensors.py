@@ -1,4 +1,4 @@
-"""compressed-tensors on disk: pack-quantized (2 to 8 bits), int-quantized (8-bit weights, dynamic 8-bit inputs) and
+"""compressed-tensors on disk: pack-quantized (2 to 8 bits), int-quantized (8-bit weights and inputs) and
 float-quantized (fp8).
 
 Format: https://github.com/neuralmagic/compressed-tensors. O output channels, K input channels, G groups, b bits.
@@ -10,8 +10,9 @@ pack-quantized   weight_packed     int32 [O, ceil(K*b/32)]   code + 2^(b-1), one
 int-quantized    weight            int8 [O, K]
                  weight_scale      [O, G]
                  weight_zero_point int8 [O, G]               asymmetric only
+                 input_scale       [1]                       static inputs only
 float-quantized  weight            float8_e4m3fn [O, K]
-                 weight_scale      [O, 1], or, read only, [1] for the whole tensor
+                 weight_scale      [O, 1]; of square blocks [ceil(O/size), G]; read only: [1] for the whole tensor
 
 weight = (code - zero) * scale, code and zero both in the signed domain -2^(b-1) … 2^(b-1)-1.
 """
@@ -19,6 +20,7 @@ weight = (code - zero) * scale, code and zero both in the signed domain -2^(b-1)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -53,7 +55,7 @@ def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
     if scheme.dtype not in ("int", "fp8"):
         raise UsageError(f"{scheme.name} weights are not written")
     if scheme.dtype == "fp8":
-        parts = {"weight": tensor.stored().view(torch.float8_e4m3fn), "weight_scale": tensor.scale}
+        parts = {"weight": tensor.stored().view(torch.float8_e4m3fn), "weight_scale": _once_a_block(module, tensor)}
     elif is_int_quantized(scheme):
         parts = {"weight": tensor.codes(), "weight_scale": tensor.scale}
         if tensor.zero is not None:
@@ -64,6 +66,10 @@ def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
         if tensor.zero is not None:
             unsigned_OG = (tensor.zero.to(torch.int16) - scheme.lowest).to(torch.uint8)
             parts["weight_zero_point"] = pack_rows(turned(unsigned_OG), scheme.bits).T
+    if scheme.static_inputs:
+        if tensor.input_scale is None:
+            raise UsageError("its static inputs have no scale yet", where=module)
+        parts["input_scale"] = tensor.input_scale
     return {f"{module}.{suffix}": part.contiguous() for suffix, part in parts.items()}
 
 
@@ -80,6 +86,8 @@ def stored_names(module: str, scheme: Scheme) -> tuple[str, ...]:
     suffixes = ["weight", "weight_scale"] if plain else ["weight_packed", "weight_scale", "weight_shape"]
     if not scheme.symmetric:
         suffixes.append("weight_zero_point")
+    if scheme.static_inputs:
+        suffixes.append("input_scale")
     return tuple(f"{module}.{suffix}" for suffix in suffixes)
 
 
@@ -105,7 +113,8 @@ def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dty
     """Exact bytes of all tensors that `encode` gives for a weight [out, in] of `shape`, headers apart."""
     rows, width = shape
     groups = scheme.groups_in(width)
-    total = rows * groups * scale_dtype.itemsize
+    total = -(-rows // scheme.rows_per_scale) * groups * scale_dtype.itemsize
+    total += scale_dtype.itemsize if scheme.static_inputs else 0
     if is_int_quantized(scheme) or scheme.dtype == "fp8":
         return total + rows * width + (0 if scheme.symmetric else rows * groups)
     total += rows * words_in(width, scheme.bits) * 4 + SHAPE_BYTES
@@ -114,6 +123,19 @@ def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dty
 
 def decode(module: str, read: Read, scheme: Scheme) -> QuantTensor:
     """Read one module back. `read` gives a tensor by disk name; ArtifactError names the tensor that does not fit."""
+    weight = _weight(module, read, scheme)
+    return replace(weight, input_scale=input_scale(module, read)) if scheme.static_inputs else weight
+
+
+def input_scale(module: str, read: Read) -> torch.Tensor:
+    """The scale [1] of a module's static inputs."""
+    scale = read(f"{module}.input_scale")
+    if scale.dtype not in _FLOATS or scale.numel() != 1 or not float(scale) > 0:
+        raise misfit(module, "input_scale", scale, "one positive float")
+    return scale.reshape(1)
+
+
+def _weight(module: str, read: Read, scheme: Scheme) -> QuantTensor:
     if scheme.dtype == "fp8":
         return _fp8(module, read, scheme)
     scale = read(f"{module}.weight_scale")
@@ -148,10 +170,32 @@ def _fp8(module: str, read: Read, scheme: Scheme) -> QuantTensor:
     if codes.dtype != torch.float8_e4m3fn or codes.dim() != 2:
         raise misfit(module, "weight", codes, "float8_e4m3fn [out, in]")
     rows = len(codes)
+    if scheme.blocks:
+        return QuantTensor.from_stored(codes.view(torch.uint8), _of_blocks(module, scale, codes, scheme), None, scheme)
     if scale.dtype not in _FLOATS or tuple(scale.shape) not in ((rows, 1), (1,), (), (1, 1)):
         raise misfit(module, "weight_scale", scale, f"floats {[rows, 1]} or [1]")
     scale_O1 = scale.reshape(-1, 1).expand(rows, 1).contiguous()
     return QuantTensor.from_stored(codes.view(torch.uint8), scale_O1, None, scheme)
+
+
+def _once_a_block(module: str, tensor: QuantTensor) -> torch.Tensor:
+    """Scales as they are stored: of each block's channels, which have one, the first's."""
+    rows = tensor.scheme.rows_per_scale
+    scale_BG = tensor.scale[::rows]
+    if rows > 1 and not torch.equal(scale_BG[torch.arange(tensor.shape[0]) // rows], tensor.scale):
+        raise UsageError("channels of one block have different scales", where=module)
+    return scale_BG
+
+
+def _of_blocks(module: str, scale_BG: torch.Tensor, codes_OK: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Scales [O, G] from those of blocks."""
+    rows, width = codes_OK.shape
+    wanted = (-(-rows // scheme.rows_per_scale), scheme.groups_in(width))
+    if width % scheme.group_size:
+        raise misfit(module, "weight", codes_OK, f"input channels in whole blocks of {scheme.group_size}")
+    if scale_BG.dtype not in _FLOATS or tuple(scale_BG.shape) != wanted:
+        raise misfit(module, "weight_scale", scale_BG, f"floats {list(wanted)}")
+    return scale_BG[torch.arange(rows) // scheme.rows_per_scale]
 
 
 def _stored_shape(module: str, shape: torch.Tensor, packed: torch.Tensor) -> tuple[int, int]:

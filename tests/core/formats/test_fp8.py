@@ -130,7 +130,7 @@ def test_tensors_that_do_not_fit_are_named(name: str, change) -> None:
     [
         ({"type": "int"}, "int8 weights are not read in this format"),
         ({"num_bits": 4}, "float4"),
-        ({"strategy": "block"}, "'block'"),
+        ({"strategy": "block"}, "block_structure None"),
         ({"strategy": "group", "group_size": 32}, "'group'"),
         ({"symmetric": False}, "zero points"),
     ],
@@ -140,13 +140,15 @@ def test_configs_that_are_not_read_are_named(weights: dict[str, object], message
         ct.scheme_of("a", config(**weights))
 
 
-def test_inputs_may_stay_as_they_are_but_not_be_static() -> None:
+def test_inputs_may_stay_as_they_are_or_be_static() -> None:
     settings = config()
     group = settings["config_groups"]["group_0"]
     group["input_activations"] = None
     assert ct.scheme_of("a", settings) == Scheme(8, dtype="fp8")
     group["input_activations"] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
-    with pytest.raises(InputError, match="dynamic per token"):
+    assert ct.scheme_of("a", settings) == Scheme(8, dtype="fp8", activation_bits=8, static_inputs=True)
+    group["input_activations"]["strategy"] = "channel"
+    with pytest.raises(InputError, match="static per tensor or dynamic per token"):
         ct.scheme_of("a", settings)
 
 
