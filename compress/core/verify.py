@@ -15,8 +15,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,10 +111,12 @@ class _Run:
             return
         has_config = self.check("config", self._config)
         if not self.check("headers", lambda: folders.read_weights(contents)):
+            self._hashes_alone()
             return
         self.report.bytes = contents.bytes
         self.check("index", lambda: folders.check_index(contents))
         if not has_config:
+            self._hashes_alone()
             return
         readable = method_of(contents.config) is None or self.check("quantization", self._quantization)
         fits = readable and self.check("layers", self._layers)
@@ -171,29 +172,49 @@ class _Run:
         tensors: dict[Path, list[TensorInfo]] = {}
         for info in self.contents.tensors.values():
             tensors.setdefault(info.file, []).append(info)
-        hashes = (
-            {} if self.contents.manifest is None else {file.path: file.sha256 for file in self.contents.manifest.files}
-        )
-        jobs: list[Callable[[], None]] = []
-        for path in [*self.contents.shards, *self._other_files()]:
-            name = path.relative_to(self.contents.folder).as_posix()
-            if name in hashes:
-                jobs.append(partial(_check_hash, path, name, hashes[name]))
-            if path in tensors:
-                jobs.append(partial(self._values, tensors[path], modules.get(path, [])))
+        listed = self._listed_files()
+        hashing: dict[str, Future[str]] = {}
+        reading: list[Future[None]] = []
         with ThreadPoolExecutor(self.threads) as pool:
-            for _ in pool.map(lambda job: job(), jobs):
-                pass
-        hashed = f"{len(hashes)} files have their SHA-256; " if hashes else ""
+            for path in dict.fromkeys([*self.contents.shards, *listed.values()]):
+                name = path.relative_to(self.contents.folder).as_posix()
+                if name in listed:
+                    hashing[name] = pool.submit(_sha256, path)
+                if path in tensors:
+                    reading.append(pool.submit(self._values, tensors[path], modules.get(path, [])))
+        self._require_hashes({name: future.result() for name, future in hashing.items()})
+        for future in reading:
+            future.result()
+        hashed = f"{len(hashing)} files have their SHA-256; " if hashing else ""
         decoded = f"; {sum(map(len, modules.values()))} layers read alike by two decoders" if modules else ""
         return f"{hashed}all values finite{decoded}"
 
-    def _other_files(self) -> list[Path]:
+    def _hashes_alone(self) -> None:
+        """What cannot be read is not looked into, but every damaged file is named all the same."""
+        if listed := self._listed_files():
+            self.check("contents", lambda: self._hashes(listed))
+
+    def _hashes(self, listed: Mapping[str, Path]) -> str:
+        with ThreadPoolExecutor(self.threads) as pool:
+            self._require_hashes(dict(zip(listed, pool.map(_sha256, listed.values()), strict=True)))
+        return f"{len(listed)} files have their SHA-256"
+
+    def _listed_files(self) -> dict[str, Path]:
+        """Those of the manifest that are there, by name."""
         if self.contents.manifest is None:
-            return []
-        shards = set(self.contents.shards)
-        paths = (self.contents.folder / file.path for file in self.contents.manifest.files)
-        return [path for path in paths if path not in shards and path.is_file()]
+            return {}
+        paths = {file.path: self.contents.folder / file.path for file in self.contents.manifest.files}
+        return {name: path for name, path in paths.items() if path.is_file()}
+
+    def _require_hashes(self, found: Mapping[str, str]) -> None:
+        listed = () if self.contents.manifest is None else self.contents.manifest.files
+        wanted = {file.path: file.sha256 for file in listed}
+        damaged = [name for name, digest in found.items() if digest != wanted[name]]
+        if len(damaged) > 1:
+            raise ArtifactError("do not have the SHA-256 that the manifest says", where=", ".join(damaged))
+        for name in damaged:
+            said = f"its SHA-256 is {found[name][:12]}…, the manifest says {wanted[name][:12]}…"
+            raise ArtifactError(said, where=name)
 
     def _values(self, infos: list[TensorInfo], modules: list[str]) -> None:
         """One shard: all its tensors, and the modules that begin in it."""
@@ -288,13 +309,11 @@ def _opened(folder: Path, opened: list[folders.Contents]) -> str:
     return f"{len(opened[0].tensors)} tensors in {folder.name}"
 
 
-def _check_hash(path: Path, name: str, wanted: str) -> None:
+def _sha256(path: Path) -> str:
     """Mapped and hashed in one call, which lets go of the interpreter's lock for as long as it takes."""
     from compress.core.safetensors_io import MappedFiles
 
-    found = hashlib.sha256(MappedFiles().whole(path) if path.stat().st_size else b"").hexdigest()
-    if found != wanted:
-        raise ArtifactError(f"its SHA-256 is {found[:12]}…, the manifest says {wanted[:12]}…", where=name)
+    return hashlib.sha256(MappedFiles().whole(path) if path.stat().st_size else b"").hexdigest()
 
 
 def _parity(record: Mapping[str, Any] | None) -> str:

@@ -258,6 +258,23 @@ def test_wrong_calls() -> None:
         verify(".", level="deep")
 
 
+@pytest.mark.parametrize("place", [-1, 9], ids=["values", "header"])
+def test_every_damaged_file_is_named_at_once(tmp_path: Path, place: int) -> None:
+    """Also where a damaged header keeps the rest from being read."""
+    folder = write_quantized(tmp_path / "artifact", Scheme(4, 32), dtype=torch.bfloat16, shards=True, tied=True)
+    (folder.path / "tokenizer.json").write_text("{}")
+    write_manifest(folder)
+    shards = sorted(folder.path.glob("*.safetensors"))
+    assert len(shards) > 1
+    for path in [*shards, folder.path / "tokenizer.json"]:
+        data = bytearray(path.read_bytes())
+        data[place if path in shards else 0] ^= 255
+        path.write_bytes(data)
+    detail = failed(verify(folder.path, level="integrity"))["contents"]
+    assert all(name in detail for name in [*(path.name for path in shards), "tokenizer.json"]), detail
+    assert "config.json" not in detail
+
+
 def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
     """300 single flips, spread over every file and the manifest itself: none passes, none raises."""
     folder = write_quantized(
