@@ -4,6 +4,7 @@ Text from recipes, models and datasets is untrusted: control characters are stri
 """
 
 import json
+import logging
 import re
 import sys
 from dataclasses import dataclass, field
@@ -97,10 +98,14 @@ def _safe(renderable: RenderableType) -> RenderableType:
 
 _last = Output()
 
+_OF_THE_HUB = ("huggingface_hub.utils._http", "huggingface_hub.file_download", "huggingface_hub.hf_api")
+
 
 def speak(*, json: bool = False, quiet: bool = False, verbose: bool = False) -> Output:
-    """The Output of this command."""
+    """The Output of this command. A quiet one also silences the hub's client, which tells of every new attempt."""
     global _last  # the outermost frame must know in which form to report an error
+    for name in _OF_THE_HUB:  # by name, since the library need not be imported yet
+        logging.getLogger(name).setLevel(logging.ERROR if quiet else logging.NOTSET)
     _last = Output(json, quiet, verbose)
     return _last
 

@@ -166,3 +166,28 @@ def test_a_closed_pipe_makes_no_noise() -> None:
     command = f"{sys.executable} -m compress recipes schema | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_quiet_hides_the_attempts_of_the_hubs_client(call, recipe_file, tmp_path, monkeypatch, caplog) -> None:
+    """A port that nobody listens to, asked twice by the client itself, as it does without a network."""
+    import datasets
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    from huggingface_hub.utils import http_backoff
+
+    def load(*_: object, **__: object) -> None:
+        try:
+            http_backoff("HEAD", "http://127.0.0.1:9/x", max_retries=1, base_wait_time=0.01)
+        except HTTPError as error:
+            raise ConnectionError("Couldn't reach it") from error
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    asked = ("calibrate", "-r", recipe_file, "-m", "demo", "-o", tmp_path / "ids.safetensors")
+    asked += ("--set", "calibration.dataset=owner/texts", "--set", "calibration.length=64")
+    loud = call(*asked)
+    assert loud.code == 3 and "Retrying in" in caplog.text, loud.err
+    caplog.clear()
+    quiet = call(*asked, "--quiet")
+    assert quiet.code == 3 and caplog.text == ""
+    assert quiet.err.startswith("error: owner/texts: the hub dataset cannot be loaded: Couldn't reach it")
