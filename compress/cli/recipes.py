@@ -113,7 +113,9 @@ def validate(
 
 
 @group.command()
-def schema() -> None:
+def schema(
+    json: Annotated[bool, typer.Option("--json", help="No change: the schema is JSON already.")] = False,
+) -> None:
     """Print the JSON schema of recipes, for editors."""
     from compress.core.recipe_text import recipe_schema
 
@@ -143,7 +145,9 @@ def init(
     budget: Annotated[
         str | None, typer.Option("--budget", help="Size to stay under, e.g. 6GB.", show_default=False)
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("recipe.yaml"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; - for standard output.")] = Path(
+        "recipe.yaml"
+    ),
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     offline: opt.Offline = False,
     json: opt.Json = False,
@@ -156,15 +160,21 @@ def init(
     from compress.core.quantities import parse_size
 
     say = speak(json=json, quiet=quiet)
-    if output.exists() and not force:
+    to_file = str(output) != "-"
+    if to_file and output.exists() and not force:
         raise UsageError("the file exists", where=str(output), hint="choose another --output, or --force")
     try:
         budget_bytes = parse_size(budget) if budget else None
     except ValueError as error:
         raise UsageError(str(error), where="--budget") from None
-    if Path(model).is_dir() and output.absolute().parent != Path.cwd():
+    if to_file and Path(model).is_dir() and output.absolute().parent != Path.cwd():
         model = str(Path(model).absolute())  # from there the name would lead elsewhere
     text, choice = draft_recipe(model, budget_bytes, offline=offline)
+    if not to_file:
+        say.answer(text.rstrip())
+        say.tell(choice)
+        say.finish("recipes init", recipe=text, choice=choice)
+        return
     atomic_write(output, text)
     _say_choice(say, output, choice)
 

@@ -28,7 +28,7 @@ OPTIONS = {
     "recipes list": "json quiet",
     "recipes show": "resolved set model json",
     "recipes validate": "set json quiet",
-    "recipes schema": "",
+    "recipes schema": "json",
     "recipes diff": "json",
     "recipes init": "model budget output force offline json quiet",
 }

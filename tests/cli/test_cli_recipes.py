@@ -193,6 +193,24 @@ def test_init_chooses_bits_for_the_budget(call, tmp_path: Path, tiny_model) -> N
     assert again.code == 2 and "--force" in again.err
 
 
+def test_init_writes_to_standard_output(call, tmp_path: Path, monkeypatch, tiny_model) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    assert call("recipes", "init", "--model", model, "-o", "there.yaml").code == 0
+    written = (tmp_path / "there.yaml").read_text()
+    for how in ((), ("--quiet",)):
+        called = call("recipes", "init", "--model", model, "-o", "-", *how)
+        assert (called.code, called.out) == (0, written), called.err
+    assert call("recipes", "init", "--model", model, "-o", "-", "--json").objects[-1]["recipe"] == written
+    assert [path.name for path in tmp_path.iterdir()] == ["there.yaml"]
+
+
+def test_the_schema_is_json_either_way(call) -> None:
+    plain, asked = call("recipes", "schema"), call("recipes", "schema", "--json")
+    assert (asked.code, asked.out) == (0, plain.out)
+    assert json.loads(plain.out)["type"] == "object"
+
+
 def test_find_recipe_takes_paths_before_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_recipe("demo-w4") == shipped_recipes()["demo-w4"]
