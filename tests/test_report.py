@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from compress.card import model_card
 from compress.core.errors import InputError
+from compress.export_artifact import export_artifact
 from compress.report import compare, comparison, write_report
 from compress.report.escape import fenced, markdown, visible
 from compress.report.plots import Point, bits_per_layer, error_per_layer, size_quality
@@ -444,3 +445,11 @@ def test_the_card_of_a_local_unmeasured_model_says_so():
     assert ModelCard(card).data.base_model is None
     assert "Quality was not measured." in card
     assert "not stated by the source" in card
+
+
+@pytest.mark.parametrize("type", ["f16", "q8_0"])
+def test_a_gguf_folder_without_stages_is_called_by_its_type(tmp_path, tiny_model, type: str):
+    export_artifact(tiny_model("llama"), tmp_path / "exported", "gguf", type=type)
+    rows = table(comparison([artifact(tmp_path, "w4"), tmp_path / "exported"]))
+    assert f"gguf {type}" in rows["exported"].values()
+    assert "no stage" not in rows["exported"].values()

@@ -17,6 +17,15 @@ def gguf_file(folder: Path) -> Path | None:
     return files[0] if len(files) == 1 and not any(folder.glob("*.safetensors")) else None
 
 
+def matrix_type(path: Path) -> str:
+    """The type that most bytes of the file's matrices have, such as `q8_0`."""
+    sizes: dict[str, int] = {}
+    for tensor in read(path)[1].values():
+        if len(tensor.shape) > 1:
+            sizes[tensor.type.name] = sizes.get(tensor.type.name, 0) + tensor.bytes
+    return max(sizes, key=lambda name: sizes[name], default="without matrices").lower()
+
+
 def check_gguf(path: Path) -> str:
     """Header and tensors contradict neither each other nor the file; no value is NaN or infinite."""
     metadata, tensors = read(path)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compress.core._verify_gguf import gguf_file, matrix_type
 from compress.core.errors import InputError
 from compress.core.safetensors_io import read_header
 from compress.report.data import model_name, summary
@@ -44,7 +45,7 @@ def _read(path: Path) -> Entry:
     return Entry(
         name=path.absolute().name,
         source=model_name({"recipe": recipe, "source": {"id": lineage.get("source") or "an unknown source"}}),
-        summary=summary({"stages": [_as_stage(stage) for stage in recipe.get("stages") or []]}),
+        summary=_what_it_is(path, recipe.get("stages") or []),
         bytes=_bytes(path),
         source_bytes=lineage.get("bytes"),
         parameters=lineage.get("parameters"),
@@ -52,6 +53,12 @@ def _read(path: Path) -> Entry:
         run=_json(run, "") if run.is_file() else None,
         recipe=recipe,
     )
+
+
+def _what_it_is(path: Path, stages: Sequence[Mapping[str, Any]]) -> str:
+    """Its stages; where there were none, but a GGUF file is there, the type of that."""
+    file = None if stages else gguf_file(path)
+    return summary({"stages": [_as_stage(stage) for stage in stages]}) if file is None else f"gguf {matrix_type(file)}"
 
 
 def _bytes(path: Path) -> int:
