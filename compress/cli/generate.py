@@ -174,11 +174,12 @@ def _answer(output: Output, llm: "LLM", ids: list[int], params: "SamplingParams"
 
 
 def _summary(facts: dict[str, Any]) -> str:
-    reasons = ", ".join(dict.fromkeys(facts["finish_reasons"]))
+    reasons = facts["finish_reasons"]
+    ended = "ended by" if len(reasons) == 1 else "the answers ended by"
     return (
         f"{facts['tokens']} tokens in {facts['seconds']:.2f} s, {facts['tokens_per_second']:.1f} tokens/s; the "
         f"first after {facts['first_token_seconds']:.2f} s, from {facts['prompt_tokens']} tokens of prompt; "
-        f"ended by {reasons}"
+        f"{ended} {', '.join(reasons)}"
     )
 
 

@@ -53,6 +53,7 @@ def test_standard_output_is_the_answer_alone(call, model: Path, answer: str) -> 
     assert called.out == line(answer)
     assert "12 tokens in" in called.err
     assert "tokens/s" in called.err
+    assert "; ended by length\n" in called.err
     quiet = call("generate", model, PROMPT, *FEW, "--quiet")
     assert (quiet.out, quiet.err) == (line(answer), "")
 
@@ -81,6 +82,7 @@ def test_several_answers_come_one_after_the_other(call, model: Path) -> None:
     assert len({completion.text for completion in drawn}) == 3
     called = call("generate", model, PROMPT, *FEW, "--temperature", "1.5", "--seed", "5", "--n", "3")
     assert called.out == "\n".join(line(completion.text) for completion in drawn)
+    assert "; the answers ended by length, length, length" in called.err
 
 
 def test_options_of_sampling_reach_the_sampler(call, model: Path, answer: str) -> None:
