@@ -31,7 +31,7 @@ from runtime.sample import Update
 from runtime.scheduler import QueueFull, SchedulerSettings
 from runtime.settings import require_whole
 from runtime.small_steps import SmallSteps
-from runtime.trace import Recorder
+from runtime.trace import Recorder, require_place
 
 __all__ = ["LLM", "Completion", "Prompt", "SchedulerKeywords"]
 
@@ -87,6 +87,8 @@ class LLM:
         if seed is not None:
             require_whole("seed", seed, least=0)
         _require_places(path=path, record=record)
+        if record is not None:
+            require_place(Path(record))
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise UsageError(f"dtype is one of torch's, such as torch.float32, not {dtype!r}")
         folder = Path(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError, UsageError
-from compress.core.files import io_errors, make_folder
+from compress.core.files import io_errors
 from runtime.blocks import BlockPool, PageType
 from runtime.scheduler import Scheduler, SchedulerSettings
 from runtime.sequence import Sequence
@@ -33,12 +33,18 @@ class TraceMismatch(InputError):
     """A replay came to another step than the one that was recorded."""
 
 
+def require_place(path: Path) -> None:
+    """UsageError where no trace can be written, since its folder is not there."""
+    if not path.absolute().parent.is_dir():
+        raise UsageError("there is no such folder for the trace", where=str(path.parent), hint="make it first")
+
+
 class Recorder:
     """Writes the trace of one scheduler to `path`; hand it to that scheduler and close it at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        make_folder(path.parent)
+        require_place(path)
         with io_errors("write the trace", path):
             self._stream = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - while the scheduler lives
 

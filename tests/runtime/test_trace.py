@@ -123,9 +123,12 @@ def test_another_version_is_refused(trace: Path) -> None:
         list(replay(trace))
 
 
-def test_a_missing_file_is_named_and_a_missing_folder_made(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_missing_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere.jsonl: there is no such trace"):
         list(replay(tmp_path / "nowhere.jsonl"))
-    record(tmp_path / "new" / "trace.jsonl")
-    with pytest.raises(UsageError, match="trace.jsonl"):
-        Recorder(tmp_path / "new" / "trace.jsonl" / "below")
+    with pytest.raises(UsageError, match="new: there is no such folder"):
+        Recorder(tmp_path / "new" / "trace.jsonl")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file: there is no such folder"):
+        Recorder(tmp_path / "file" / "trace.jsonl")
