@@ -106,6 +106,8 @@ class Engine:
             raise UsageError(f"tenant is a text and priority a whole number, not {tenant!r} and {priority!r}")
         if not isinstance(params, SamplingParams):
             raise UsageError(f"params are SamplingParams, not {params!r}")
+        if request is not None and not isinstance(request, str):
+            raise UsageError(f"a request's name is a text, not {request!r}")
         number = self._accepted
         name = f"request-{number}" if request is None else request
         if name in self._requests:

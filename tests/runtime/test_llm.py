@@ -294,6 +294,18 @@ def test_what_makes_no_sense_is_refused_by_name(tiny_model: TinyModel, options: 
         LLM(tiny_model("llama"), **options)
 
 
+def test_a_recording_goes_into_a_folder_that_is_there(tmp_path: Path) -> None:
+    """Which is said before the model is loaded: this one is not there either."""
+    with pytest.raises(UsageError, match="nowhere: there is no such folder for the trace"):
+        LLM(tmp_path / "model", record=tmp_path / "nowhere" / "trace.jsonl")
+
+
+def test_a_name_that_is_no_text_is_refused(demo: LLM) -> None:
+    with pytest.raises(UsageError, match="a request's name is a text, not 7"):
+        demo.add("The sun", SamplingParams(max_tokens=1), request=7)  # pyright: ignore[reportArgumentType]
+    assert not demo.has_work
+
+
 def test_unknown_sampling_keywords_are_refused(demo: LLM) -> None:
     with pytest.raises(UsageError, match="beam_width"):
         demo.generate("The sun", beam_width=3)  # pyright: ignore[reportCallIssue]
