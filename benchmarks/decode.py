@@ -1,7 +1,8 @@
 """Dense weights of a quantized artifact, read with numpy alone: one decoder for the files of all tools.
 
-It shares no code with the product or with a peer. Formats: `pack-quantized` and `int-quantized` of compressed-tensors
-(codes dense-packed, as since its version 0.18), and GPTQ (`gptq`, which stores the zero minus one, and `gptq_v2`).
+It shares no code with the product or with a peer. Formats: `pack-quantized`, `int-quantized` and `float-quantized`
+(e4m3) of compressed-tensors (codes dense-packed, as since its version 0.18), and GPTQ (`gptq`, which stores the zero
+minus one, and `gptq_v2`).
 """
 
 import json
@@ -12,12 +13,22 @@ import numpy as np
 
 NUMPY_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
-    "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+    "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_, "F8_E4M3": np.uint8,
 }  # fmt: skip
 
 
+def e4m3(code: int) -> float:
+    """The number that a byte means: sign, four bits of exponent (bias 7), three of fraction; no infinities."""
+    exponent, fraction = code >> 3 & 15, code & 7
+    size = fraction / 8 * 2**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
+    return float("nan") if code & 127 == 127 else -size if code & 128 else size
+
+
+E4M3 = np.array([e4m3(code) for code in range(256)], np.float32)
+
+
 def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of one file, bf16 widened to fp32."""
+    """Every tensor of one file, bf16 and e4m3 widened to fp32."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         start = file.tell()
@@ -29,6 +40,8 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             array = np.frombuffer(file.read(last - first), NUMPY_DTYPES[entry["dtype"]]).reshape(entry["shape"])
             if entry["dtype"] == "BF16":
                 array = (array.astype(np.uint32) << 16).view(np.float32)
+            elif entry["dtype"] == "F8_E4M3":
+                array = E4M3[array]
             yield name, array
 
 

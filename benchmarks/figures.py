@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import quality_table
+import quantization_plot
+import quantization_table
 import speed
 import throughput
 
@@ -154,6 +156,27 @@ def recipe_table() -> str:
     return "\n".join(lines)
 
 
+METHODS = """\
+**Methods and peers.** All methods on equal calibration tokens, calibration seeds: {seeds}; perplexity and KL by one
+evaluator for all tools. Seconds and memory are of the whole command. {times}
+"""
+BUSY = "Other work went on beside it (load {:.1f} to {:.1f}): the seconds order tools roughly, no more."
+IDLE_LOAD = 1.5  # of one command after the other, each on a thread or two
+
+
+def quantize_tables() -> str:
+    """The pictures, which are drawn anew, and the table."""
+    results = read("quantize")
+    if results is None:
+        return "(not measured)"
+    paths = quantization_plot.draw(results, RESULTS)
+    pictures = [f"![{path.stem}]({path.relative_to(HERE.parent).as_posix()})" for path in paths]
+    low, high = results["environment"]["load_before"]
+    seeds = len({case["seed"] for case in results["cases"]})
+    words = METHODS.format(seeds=seeds, times=BUSY.format(low, high) if high > IDLE_LOAD else "")
+    return "\n".join([words.strip(), "", *pictures, "", quantization_table.render(results)])
+
+
 def fill(text: str, name: str, content: str) -> str:
     pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
     return pattern.sub(lambda match: match[1] + content + "\n" + match[2], text)
@@ -190,6 +213,7 @@ def main() -> int:
     )
     figures = "\n\n".join(part for part in parts if part)
     new = fill(fill(old, "demo", demo_table()), "figures", figures)
+    new = fill(new, "quantize", quantize_tables())
     if arguments.check:
         return int(new != old or new_recipes != old_recipes)
     README.write_text(new)

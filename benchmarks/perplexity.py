@@ -3,12 +3,15 @@
     python benchmarks/perplexity.py --tokens EVALUATION.safetensors FOLDER [FOLDER ...] [--json FILE]
 
 Every row of the ids is scored on its own from its start (-1 marks the end of a row); the figure is exp of the mean
-negative log-likelihood over all tokens but each row's first. Weights are decoded by decode.py into a dense fp32 model.
+negative log-likelihood over all tokens but each row's first. Weights are decoded by decode.py into a dense fp32 model;
+inputs that an artifact wants rounded (8 bits, one scale per token) are rounded here, the same for all tools.
 """
 
 import argparse
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,15 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROWS_AT_ONCE = 8
+LARGEST = {"int": 127.0, "float": 448.0}  # codes of inputs: int8 and e4m3
+
+
+@dataclass(frozen=True)
+class Score:
+    """Both over the scored positions; `kl` is the mean of KL(original, artifact), in nats."""
+
+    perplexity: float
+    kl: float
 
 
 def build(folder: Path) -> torch.nn.Module:
@@ -35,19 +47,61 @@ def build(folder: Path) -> torch.nn.Module:
     absent = [name for name in missing if not (config.tie_word_embeddings and name == "lm_head.weight")]
     if absent or unexpected:
         raise ValueError(f"{folder}: weights missing {absent[:3]}, not expected {unexpected[:3]}")
+    round_inputs(model, json.loads((folder / "config.json").read_text()).get("quantization_config") or {})
     return model.eval()
+
+
+def round_inputs(model: torch.nn.Module, settings: dict[str, object]) -> None:
+    """Linear layers but the head get their inputs as the settings of compressed-tensors say."""
+    wanted = [group.get("input_activations") for group in settings.get("config_groups", {}).values()]
+    if not any(wanted):
+        return
+    [inputs] = wanted
+    if (inputs["num_bits"], inputs["strategy"], inputs["dynamic"], inputs["symmetric"]) != (8, "token", True, True):
+        raise ValueError(f"inputs are rounded here to 8 bits per token alone, not {inputs}")
+
+    def round_them(layer: torch.nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (rounded(given[0], inputs["type"]),)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(round_them)
+
+
+def rounded(inputs: torch.Tensor, type: str) -> torch.Tensor:
+    scale = (inputs.abs().amax(dim=-1, keepdim=True) / LARGEST[type]).clamp(min=1e-12)
+    scaled = inputs / scale
+    return scale * (scaled.round() if type == "int" else scaled.to(torch.float8_e4m3fn).float())
+
+
+def batches(ids: np.ndarray) -> Iterator[torch.Tensor]:
+    """Rows of about one length together; -1 fills them on the right, which under a causal mask no position sees."""
+    lengths = (ids >= 0).sum(axis=1)
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        rows = order[start : start + ROWS_AT_ONCE]
+        yield torch.from_numpy(ids[rows, : lengths[rows].max()])
+
+
+@torch.inference_mode()
+def mean_kl(model: torch.nn.Module, original: torch.nn.Module, ids: np.ndarray) -> float:
+    total, count = 0.0, 0
+    for batch in batches(ids):
+        scored = batch[:, 1:] >= 0
+        here, there = (
+            torch.log_softmax(each(input_ids=batch.clamp(min=0), use_cache=False).logits[:, :-1][scored], dim=-1)
+            for each in (model, original)
+        )
+        total += torch.nn.functional.kl_div(here, there, reduction="sum", log_target=True).item()
+        count += int(scored.sum())
+    return total / count
 
 
 @torch.inference_mode()
 def mean_loss(model: torch.nn.Module, ids: np.ndarray) -> tuple[float, int]:
     """Mean negative log-likelihood in nats and the number of tokens scored."""
     total, count = 0.0, 0
-    lengths = (ids >= 0).sum(axis=1)
-    order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(order), ROWS_AT_ONCE):
-        rows = order[start : start + ROWS_AT_ONCE]
-        batch = torch.from_numpy(ids[rows, : lengths[rows].max()])
-        # Rows are filled on the right: under a causal mask the filling reaches no scored position.
+    for batch in batches(ids):
         logits = model(input_ids=batch.clamp(min=0), use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), ignore_index=-1, reduction="sum"
@@ -59,6 +113,12 @@ def mean_loss(model: torch.nn.Module, ids: np.ndarray) -> tuple[float, int]:
 
 def perplexity(folder: Path, tokens: Path) -> float:
     return math.exp(mean_loss(build(folder), load_file(tokens)["input_ids"])[0])
+
+
+def score(folder: Path, original: Path, tokens: Path) -> Score:
+    ids = load_file(tokens)["input_ids"]
+    model = build(folder)
+    return Score(math.exp(mean_loss(model, ids)[0]), mean_kl(model, build(original), ids))
 
 
 def main() -> None:

@@ -40,9 +40,12 @@ class Case:
     bits: int
     group_size: int
     seed: int
+    scheme: str = "weights"  # see runner.Job
 
     @property
     def name(self) -> str:
+        if self.scheme != "weights":
+            return f"{self.tool}-{self.variant}-{self.method}-{self.scheme}-s{self.seed}"
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
         return f"{self.tool}-{self.variant}-{self.method}-w{self.bits}-{group}-s{self.seed}"
 
@@ -90,6 +93,7 @@ class Workplace:
             variant=case.variant,
             batch_size=16,
             offload=False,
+            scheme=case.scheme,
         )
 
 

@@ -28,8 +28,8 @@ IMPORTED_S = runner.process_age_s()
 
 
 def quantize(job: runner.Job) -> None:
-    if job.method != "gptq":
-        raise ValueError("GPTQModel: only gptq is compared")
+    if (job.method, job.scheme) != ("gptq", "weights"):
+        raise ValueError("GPTQModel: only gptq of weights is compared")
     torch.manual_seed(0)
     settings = GPTQConfig(
         bits=job.bits,

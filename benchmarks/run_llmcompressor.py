@@ -1,7 +1,9 @@
 """Quantize with llm-compressor; started by its own interpreter. See runner.py for the command line.
 
 Variants of GPTQ: `default` (static activation order, min-max scales), `mse` (the mse observer chooses the scales),
-`imatrix` (the importance-weighted observer of the project's own guide). RTN takes `default` and `mse`.
+`imatrix` (the importance-weighted observer of the project's own guide). RTN takes `default` and `mse`. AWQ takes
+`default` (symmetric, as the others) and `asymmetric` (its usual scheme). SmoothQuant has the strength 0.8 of the
+project's own example, and GPTQ behind it. fp8 is its FP8_DYNAMIC.
 """
 
 # ruff: noqa: E402, I001  (the memory of the bare imports is taken between two imports)
@@ -18,16 +20,23 @@ BARE_BYTES = runner.rss_anon_bytes()
 
 import compressed_tensors
 import llmcompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-VARIANTS = ("default", "mse", "imatrix")
-OBSERVERS = {"default": "memoryless_minmax", "mse": "memoryless_mse", "imatrix": "imatrix_mse"}
+OBSERVERS = {
+    "default": "memoryless_minmax",
+    "mse": "memoryless_mse",
+    "imatrix": "imatrix_mse",
+    "asymmetric": "memoryless_minmax",
+}
+VARIANTS = tuple(OBSERVERS)
 IMPORTED_S = runner.process_age_s()
 
 if not torch.cuda.is_available():
@@ -35,24 +44,36 @@ if not torch.cuda.is_available():
     torch.Tensor.pin_memory = lambda tensor, *_: tensor
 
 
-def weight_scheme(job: runner.Job) -> QuantizationScheme:
+def scheme(job: runner.Job) -> QuantizationScheme:
+    if job.scheme == "fp8":
+        return preset_name_to_scheme("FP8_DYNAMIC", ["Linear"])
     strategy = "channel" if job.group_size == -1 else "group"
     weights = QuantizationArgs(
         num_bits=job.bits,
         type="int",
-        symmetric=True,
+        symmetric=job.variant != "asymmetric",
         strategy=strategy,
         group_size=None if job.group_size == -1 else job.group_size,
         observer=OBSERVERS[job.variant],
     )
-    return QuantizationScheme(targets=["Linear"], weights=weights)
+    inputs = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+    return QuantizationScheme(
+        targets=["Linear"], weights=weights, input_activations=inputs if job.scheme == "w8a8" else None
+    )
 
 
 def recipe(job: runner.Job) -> list[object]:
-    groups = {"group_0": weight_scheme(job)}
-    if job.method == "rtn":
-        return [QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
-    return [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
+    settings = {"config_groups": {"group_0": scheme(job)}, "ignore": ["lm_head"]}
+    match job.method:
+        case "rtn":
+            return [QuantizationModifier(**settings)]
+        case "gptq":
+            return [GPTQModifier(**settings)]
+        case "awq":
+            return [AWQModifier(), QuantizationModifier(**settings)]
+        case "smoothquant":
+            return [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(**settings)]
+    raise ValueError(f"llm-compressor: {job.method} is not compared")
 
 
 def quantize(job: runner.Job) -> None:
@@ -64,7 +85,7 @@ def quantize(job: runner.Job) -> None:
     oneshot(
         model=model,
         tokenizer=tokenizer,
-        dataset=Dataset.from_dict(rows) if job.method == "gptq" else None,
+        dataset=Dataset.from_dict(rows) if job.method != "rtn" else None,
         recipe=recipe(job),
         batch_size=job.batch_size,
         max_seq_length=ids.shape[1],

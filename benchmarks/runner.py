@@ -20,6 +20,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+METHODS = ("gptq", "rtn", "awq", "autoround", "hqq", "smoothquant")
+SCHEMES = ("weights", "w8a8", "fp8")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -29,11 +32,12 @@ class Job:
     json: str  # the record's file
     bits: int = 4
     group_size: int = 64  # -1: one group per output channel
-    method: str = "gptq"  # or rtn
+    method: str = "gptq"  # one of METHODS; a tool refuses what it has not
     variant: str = "default"  # a named set of the peer's settings
     dtype: str = "float32"  # the peer computes in it; auto: the dtype of the weights on disk
     batch_size: int = 1  # samples in a forward pass; both peers' default is 1
     offload: bool = True  # GPTQModel alone: finished modules go to disk, its default
+    scheme: str = "weights"  # one of SCHEMES: codes for weights alone, or 8 bits for weights and inputs per token
 
 
 def process_age_s() -> float:
@@ -58,10 +62,11 @@ def parse_jobs(variants: tuple[str, ...]) -> list[Job]:
     parser.add_argument("--json")
     parser.add_argument("--bits", type=int, choices=range(2, 9), default=4)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq")
+    parser.add_argument("--method", choices=METHODS, default="gptq")
     parser.add_argument("--variant", choices=variants, default="default")
     parser.add_argument("--dtype", choices=("float32", "auto"), default="float32")
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--scheme", choices=SCHEMES, default="weights")
     parser.add_argument("--no-offload", dest="offload", action="store_false")
     options = vars(parser.parse_args())
     listed = options.pop("jobs")

@@ -12,13 +12,13 @@ from runner import Job
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 OURS = "compress"
-PEERS = ("llmcompressor", "gptqmodel")
+PEERS = ("llmcompressor", "gptqmodel", "autoround")
 
 RECIPE = """\
 model: {model}
 calibration: {{dataset: {tokens}, samples: {samples}, length: {length}}}
 stages:
-  - quantize: {{method: {method}, scheme: w{bits}a16, group_size: {group_size}}}
+  - quantize: {stage}
 export: {{format: compressed-tensors}}
 """
 
@@ -61,11 +61,22 @@ def job_options(job: Job) -> list[str]:
 
 
 def write_recipe(job: Job, samples: int, length: int, path: Path) -> Path:
-    settings = asdict(job) | {"samples": samples, "length": length}
-    quoted = settings | {"model": json.dumps(settings["model"]), "tokens": json.dumps(settings["tokens"])}
+    model, tokens, stage = (json.dumps(value) for value in (job.model, job.tokens, our_stage(job)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(RECIPE.format(**quoted))
+    path.write_text(RECIPE.format(model=model, tokens=tokens, samples=samples, length=length, stage=stage))
     return path
+
+
+def our_stage(job: Job) -> dict[str, object]:
+    """The settings of the quantize stage; what a job does not name has our default."""
+    if job.scheme == "fp8":
+        return {"method": "fp8"}
+    if job.method == "smoothquant":
+        return {"method": "gptq", "scheme": job.scheme, "prepare": [{"smoothquant": {}}]}
+    if job.scheme == "w8a8":
+        return {"method": job.method, "scheme": "w8a8"}
+    symmetry = {"symmetric": False} if job.variant == "asymmetric" else {}
+    return {"method": job.method, "scheme": f"w{job.bits}a16", "group_size": job.group_size} | symmetry
 
 
 def our_command(job: Job, recipe: Path) -> list[str]:

@@ -131,3 +131,118 @@ def test_recipe_of_a_case_is_a_valid_recipe(tmp_path: Path) -> None:
         -1,
     )
     assert json.loads(json.dumps(recipe.calibration.dataset)).endswith("ids.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method", "variant", "stage"),
+    [
+        ("weights", "awq", "asymmetric", ("awq", "w3a16", False, ())),
+        ("weights", "hqq", "default", ("hqq", "w3a16", True, ())),
+        ("w8a8", "gptq", "default", ("gptq", "w8a8", True, ())),
+        ("w8a8", "smoothquant", "default", ("gptq", "w8a8", True, ("smoothquant",))),
+        ("fp8", "rtn", "default", ("fp8", "fp8", True, ())),
+    ],
+)
+def test_recipes_of_every_method_are_valid(
+    scheme: str, method: str, variant: str, stage: tuple[object, ...], tmp_path: Path
+) -> None:
+    import runner
+    import tools
+
+    from compress.core.recipe import load_recipe
+
+    job = runner.Job("m", "ids.safetensors", "out", "r.json", 3, 32, method, variant, scheme=scheme)
+    [made] = load_recipe(tools.write_recipe(job, 128, 250, tmp_path / "case.yaml")).stages
+    settings = made.settings
+    transforms = tuple(name for each in settings.prepare for name in each.model_dump())
+    assert (made.method, settings.scheme, settings.symmetric, transforms) == stage
+
+
+def test_every_e4m3_byte_means_what_torch_says() -> None:
+    import decode
+    import torch
+
+    expected = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    assert np.array_equal(decode.E4M3, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("type", ["int", "float"])
+def test_inputs_are_rounded_per_token_before_every_layer_but_the_head(type: str, tmp_path: Path) -> None:
+    import make_models
+    import perplexity
+    import torch
+
+    make_models.make_model(make_models.SHAPES["tiny"], tmp_path, seed=0)
+    model = perplexity.build(tmp_path)
+    inputs = {"num_bits": 8, "type": type, "strategy": "token", "dynamic": True, "symmetric": True}
+    perplexity.round_inputs(model, {"config_groups": {"group_0": {"input_activations": inputs}}})
+    layer, given = model.model.layers[0].mlp.up_proj, torch.randn(3, model.config.hidden_size)
+    given[0] *= 100
+    codes = (given / (given.abs().amax(-1, keepdim=True) / perplexity.LARGEST[type])).double()
+    codes = codes.round() if type == "int" else codes.float().to(torch.float8_e4m3fn).double()
+    meant = (codes * (given.abs().amax(-1, keepdim=True).double() / perplexity.LARGEST[type])).float()
+    assert torch.allclose(layer(given), torch.nn.functional.linear(meant, layer.weight), atol=1e-5)
+    assert not torch.allclose(layer(given), torch.nn.functional.linear(given, layer.weight), atol=1e-5)
+    assert torch.equal(model.lm_head(given), torch.nn.functional.linear(given, model.lm_head.weight))
+    with pytest.raises(ValueError, match="per token alone"):
+        perplexity.round_inputs(
+            model, {"config_groups": {"group_0": {"input_activations": inputs | {"dynamic": False}}}}
+        )
+
+
+def test_kl_is_nothing_for_the_same_model_and_the_sum_over_positions_else(tmp_path: Path) -> None:
+    import make_models
+    import perplexity
+    import torch
+
+    for seed in (0, 1):
+        make_models.make_model(make_models.SHAPES["tiny"], tmp_path / str(seed), seed=seed)
+    original, other = (perplexity.build(tmp_path / str(seed)) for seed in (0, 1))
+    ids = np.full((2, 9), -1, dtype=np.int64)
+    ids[0], ids[1, :4] = range(9), range(20, 24)
+    assert perplexity.mean_kl(original, original, ids) == 0
+    expected = []
+    for row in (ids[0], ids[1, :4]):
+        p, q = (m(input_ids=torch.from_numpy(row)[None]).logits[0, :-1].softmax(-1) for m in (original, other))
+        expected += (p * (p / q).log()).sum(-1).tolist()
+    assert perplexity.mean_kl(other, original, ids) == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def quantize_results() -> dict[str, object]:
+    def case(tool: str, method: str, kl: float, seed: int = 0) -> dict[str, object]:
+        sizes = {"seconds": 5.0, "seconds_after_imports": 2.0, "peak_rss_anon_bytes": 3e8, "bytes": 1e6 + 1e6 * kl}
+        named = {"model": "m", "scheme": "w4-g32", "method": method, "tool": tool, "variant": "default", "seed": seed}
+        return named | {"perplexity": 10 + kl, "kl": kl} | sizes
+
+    failed = case("autoround", "autoround", 0.3)
+    failed = {name: failed[name] for name in ("model", "scheme", "method", "tool", "variant", "seed")}
+    cases = [case("compress", "gptq", 0.1), case("compress", "gptq", 0.3, 1), case("llmcompressor", "gptq", 0.4)]
+    original = {"perplexity": 10.0, "bytes": 4_000_000}
+    return {"original": {"m": original}, "cases": [*cases, failed | {"failure": "it refused"}]}
+
+
+def test_the_table_of_methods_has_means_and_failures() -> None:
+    import quantization_table
+
+    table = quantization_table.render(quantize_results()).splitlines()
+    assert "| w4-g32 | gptq | compress | **10.200** | 0.2000 | 5 | 300 MB | 1.20 MB |" in table
+    assert "| w4-g32 | gptq | llmcompressor | 10.400 | 0.4000 | 5 | 300 MB | 1.40 MB |" in table
+    assert "| w4-g32 | autoround | autoround | failed | | | | |" in table
+
+
+def test_every_tool_and_scheme_is_in_the_picture_and_equal_figures_give_equal_bytes(tmp_path: Path) -> None:
+    import quantization_plot
+
+    [path] = quantization_plot.draw(quantize_results(), tmp_path)
+    picture = path.read_text()
+    for words in ("w4-g32", "gptq", "compress (this project)", "llmcompressor", "KL divergence"):
+        assert words in picture, words
+    [again] = quantization_plot.draw(quantize_results(), tmp_path)
+    assert again.read_text() == picture
+
+
+def test_no_script_hides_a_package_of_the_project() -> None:
+    """A script's own folder comes first on its path: `benchmarks/quantize.py` would be taken for `quantize`."""
+    packages = {path.parent.name for path in BENCHMARKS.parent.glob("*/__init__.py")}
+    assert "quantize" in packages
+    assert not packages & {path.stem for path in BENCHMARKS.glob("*.py")}

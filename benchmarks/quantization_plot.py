@@ -1,0 +1,95 @@
+"""One picture per model of results/quantize.json: bytes on disk against KL to the original, all methods and tools."""
+
+from pathlib import Path
+
+import quantization_table
+import tools
+
+MARKS = {tools.OURS: "o", "llmcompressor": "s", "gptqmodel": "^", "autoround": "D"}
+METHODS = ("rtn", "gptq", "awq", "autoround", "hqq", "smoothquant")
+WIDTH, HEIGHT = 8.4, 5.2
+MARK_POINTS, PEER_POINTS, LABEL_POINTS = 8, 7, 9
+ROOM = 2.2  # a label takes the room of this factor of KL, below the best mark of its scheme
+
+
+def draw(results: dict[str, object], folder: Path) -> list[Path]:
+    """quantize-MODEL.svg for each model; equal figures give equal bytes."""
+    entries = [entry for entry in quantization_table.means(results) if "failure" not in entry]
+    paths = []
+    for model in results["original"]:
+        found = [entry for entry in entries if entry["model"] == model]
+        if found:
+            paths.append(folder / f"quantize-{model}.svg")
+            picture(model, found).savefig(paths[-1], metadata={"Date": None, "Creator": None})
+    return paths
+
+
+def picture(model: str, entries: list[dict[str, object]]):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from compress.report.plots import COLOURS, STYLE, short_number
+
+    matplotlib.rcParams.update(STYLE)
+    colours = dict(zip(METHODS, COLOURS, strict=False))
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    for entry in entries:
+        mark(axes, entry, colours[entry["method"]])
+    axes.set_yscale("log")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks(short_number)
+    axes.set_xlabel("size of the weights on disk (MB)")
+    axes.set_ylabel("KL divergence from the original (nats)")
+    axes.set_title(f"{model}: lower left is better", loc="left", fontsize=11)
+    axes.margins(x=0.08, y=0.12)
+    label_schemes(axes, entries)
+    key(figure, entries, colours)
+    return figure
+
+
+def mark(axes, entry: dict[str, object], colour: str) -> None:
+    ours = entry["tool"] == tools.OURS
+    axes.plot(
+        entry["bytes"] / 1e6,
+        entry["kl"],
+        MARKS[entry["tool"]],
+        color=colour,
+        markerfacecolor=colour if ours else "none",
+        markersize=MARK_POINTS if ours else PEER_POINTS,
+        markeredgewidth=1.4,
+        zorder=3 if ours else 2,
+    )
+
+
+def label_schemes(axes, entries: list[dict[str, object]]) -> None:
+    """The name of each scheme under its best mark, further down where a mark of another scheme is in the way."""
+    for scheme in quantization_table.ORDER:
+        best = min((e for e in entries if e["scheme"] == scheme), key=lambda entry: entry["kl"], default=None)
+        if best is None:
+            continue
+        axes.annotate(
+            scheme,
+            (best["bytes"] / 1e6, best["kl"]),
+            (0, -LABEL_POINTS),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=LABEL_POINTS,
+        )
+
+
+def key(figure, entries: list[dict[str, object]], colours: dict[str, str]) -> None:
+    """Colours are methods; marks are tools, ours filled."""
+    from matplotlib.lines import Line2D
+
+    from compress.report.plots import INK
+
+    methods = [name for name in METHODS if any(entry["method"] == name for entry in entries)]
+    used = [name for name in MARKS if any(entry["tool"] == name for entry in entries)]
+    handles = [Line2D([], [], linestyle="none", marker="o", color=colours[name], label=name) for name in methods]
+    for name in used:
+        face = INK if name == tools.OURS else "none"
+        label = "compress (this project)" if name == tools.OURS else name
+        handles.append(Line2D([], [], linestyle="none", marker=MARKS[name], color=INK, mfc=face, label=label))
+    figure.legend(handles=handles, loc="outside right upper", borderaxespad=0.2)
