@@ -6,10 +6,16 @@ import quantization_table
 import tools
 
 MARKS = {tools.OURS: "o", "llmcompressor": "s", "gptqmodel": "^", "autoround": "D"}
-METHODS = ("rtn", "gptq", "awq", "autoround", "hqq", "smoothquant")
-WIDTH, HEIGHT = 8.4, 5.2
-MARK_POINTS, PEER_POINTS, LABEL_POINTS = 8, 7, 9
-ROOM = 2.2  # a label takes the room of this factor of KL, below the best mark of its scheme
+COLOURS = {  # of compress.report.plots, those that are easy to tell apart where marks lie close together
+    "rtn": "#c9a227",
+    "gptq": "#2f6fde",
+    "awq": "#2a9d76",
+    "autoround": "#e0803a",
+    "hqq": "#8a6fd1",
+    "smoothquant": "#d1495b",
+}
+WIDTH, HEIGHT = 8.4, 6.2
+MARK_POINTS, LABEL_POINTS = 7, 9
 
 
 def draw(results: dict[str, object], folder: Path) -> list[Path]:
@@ -28,14 +34,13 @@ def picture(model: str, entries: list[dict[str, object]]):
     import matplotlib
     from matplotlib.figure import Figure
 
-    from compress.report.plots import COLOURS, STYLE, short_number
+    from compress.report.plots import STYLE, short_number
 
     matplotlib.rcParams.update(STYLE)
-    colours = dict(zip(METHODS, COLOURS, strict=False))
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     for entry in entries:
-        mark(axes, entry, colours[entry["method"]])
+        mark(axes, entry)
     axes.set_yscale("log")
     for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         ticks(short_number)
@@ -44,26 +49,26 @@ def picture(model: str, entries: list[dict[str, object]]):
     axes.set_title(f"{model}: lower left is better", loc="left", fontsize=11)
     axes.margins(x=0.08, y=0.12)
     label_schemes(axes, entries)
-    key(figure, entries, colours)
+    key(figure, entries)
     return figure
 
 
-def mark(axes, entry: dict[str, object], colour: str) -> None:
-    ours = entry["tool"] == tools.OURS
+def mark(axes, entry: dict[str, object]) -> None:
+    ours, colour = entry["tool"] == tools.OURS, COLOURS[entry["method"]]
     axes.plot(
         entry["bytes"] / 1e6,
         entry["kl"],
         MARKS[entry["tool"]],
         color=colour,
         markerfacecolor=colour if ours else "none",
-        markersize=MARK_POINTS if ours else PEER_POINTS,
-        markeredgewidth=1.4,
-        zorder=3 if ours else 2,
+        markersize=MARK_POINTS,
+        markeredgewidth=1.2,
+        zorder=2 if ours else 3,
     )
 
 
 def label_schemes(axes, entries: list[dict[str, object]]) -> None:
-    """The name of each scheme under its best mark, further down where a mark of another scheme is in the way."""
+    """The name of each scheme under its best mark."""
     for scheme in quantization_table.ORDER:
         best = min((e for e in entries if e["scheme"] == scheme), key=lambda entry: entry["kl"], default=None)
         if best is None:
@@ -79,17 +84,18 @@ def label_schemes(axes, entries: list[dict[str, object]]) -> None:
         )
 
 
-def key(figure, entries: list[dict[str, object]], colours: dict[str, str]) -> None:
+def key(figure, entries: list[dict[str, object]]) -> None:
     """Colours are methods; marks are tools, ours filled."""
     from matplotlib.lines import Line2D
 
     from compress.report.plots import INK
 
-    methods = [name for name in METHODS if any(entry["method"] == name for entry in entries)]
+    methods = [name for name in COLOURS if any(entry["method"] == name for entry in entries)]
     used = [name for name in MARKS if any(entry["tool"] == name for entry in entries)]
-    handles = [Line2D([], [], linestyle="none", marker="o", color=colours[name], label=name) for name in methods]
+    handles = [Line2D([], [], linestyle="none", marker="o", color=COLOURS[name], label=name) for name in methods]
+    handles.append(Line2D([], [], linestyle="none", label=" "))
     for name in used:
         face = INK if name == tools.OURS else "none"
-        label = "compress (this project)" if name == tools.OURS else name
+        label = "compress (this project)" if name == tools.OURS else f"by {name}"
         handles.append(Line2D([], [], linestyle="none", marker=MARKS[name], color=INK, mfc=face, label=label))
     figure.legend(handles=handles, loc="outside right upper", borderaxespad=0.2)
