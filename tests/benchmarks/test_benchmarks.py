@@ -232,11 +232,17 @@ def test_the_table_of_methods_has_means_and_failures() -> None:
 
 def test_every_tool_and_scheme_is_in_the_picture_and_equal_figures_give_equal_bytes(tmp_path: Path) -> None:
     import quantization_plot
+    import quantization_table
 
     [path] = quantization_plot.draw(quantize_results(), tmp_path)
     picture = path.read_text()
     for words in ("w4-g32", "gptq", "compress (this project)", "llmcompressor", "KL divergence"):
         assert words in picture, words
+    entries = [entry for entry in quantization_table.means(quantize_results()) if "failure" not in entry]
+    [axes] = quantization_plot.picture("m", entries).axes
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    assert all(left < entry["bytes"] / 1e6 < right and low < entry["kl"] < high for entry in entries)
+    assert right < 3 * left and high < 10 * low
     [again] = quantization_plot.draw(quantize_results(), tmp_path)
     assert again.read_text() == picture
 
