@@ -153,7 +153,8 @@ class QuantTensor:
         zeros = [part.zero for part in parts if part.zero is not None]
         shape = (sum(part.shape[0] for part in parts), first.shape[1])
         packed, scale = torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts])
-        return cls(packed, scale, torch.cat(zeros) if zeros else None, first.scheme, shape, first.input_scale)
+        zero = torch.cat(zeros) if zeros else None
+        return cls(packed, scale, zero, first.scheme, shape, input_scale=first.input_scale)
 
     def to(self, device: str | torch.device) -> "QuantTensor":
         """The same tensor on another device."""
