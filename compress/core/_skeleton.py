@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from compress.core._experts import UnfusedExperts
 from compress.core.architectures import Architecture
 from compress.core.errors import InputError
+from compress.core.rounded_inputs import rounded_inputs
+from compress.core.scheme import Scheme
 
 CAST_ELEMENTS = 4 << 20
 KEPT_CASTS_BYTES = 32 << 20
@@ -30,8 +32,17 @@ class StoredLinear(nn.Linear):
 
     keeps_cast = False
     cast: Tensor | None = None
+    scheme: Scheme | None = None
+    input_scale: Tensor | None = None
+
+    def round_inputs(self, scheme: Scheme, input_scale: Tensor | None) -> None:
+        """Round what comes in as `scheme` says; `input_scale` [1] is that of static inputs."""
+        self.scheme, self.input_scale = scheme, input_scale
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.scheme is not None:
+            rows_MK = rounded_inputs(input.reshape(-1, self.in_features).float(), self.scheme, self.input_scale)
+            input = rows_MK.view(input.shape).to(input.dtype)
         if self.weight.dtype == input.dtype:
             return super().forward(input)
         if self.keeps_cast:
@@ -144,10 +155,19 @@ def fill(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device
     owner._parameters[leaf] = nn.Parameter(value.to(device, value.dtype if stored else dtype), requires_grad=False)
 
 
+def stored_linear(module: nn.Module) -> StoredLinear:
+    """The linear layer itself, with the behaviour of a StoredLinear."""
+    if type(module) is nn.Linear:
+        module.__class__ = StoredLinear
+    if not isinstance(module, StoredLinear):
+        raise TypeError(f"{type(module).__name__} is no linear layer")
+    return module
+
+
 def _keep_stored(module: nn.Module) -> nn.Module:
     for linear in module.modules():
         if type(linear) is nn.Linear:
-            linear.__class__ = StoredLinear
+            stored_linear(linear)
     return module
 
 

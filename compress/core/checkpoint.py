@@ -263,12 +263,15 @@ class Checkpoint:
         return self._filled(self.skeleton.head(), "", dtype, device)
 
     def build_model(self, dtype: dtype | None = None, device: str = "cpu") -> Any:
-        """The whole transformers model in eval mode; quantized weights are dequantized."""
+        """The whole transformers model in eval mode; quantized weights are dequantized, and inputs of their layers
+        rounded where the scheme says so (not those of experts, which transformers fuses)."""
         compute = dtype or self.dtype
         state = {f"{module}.weight": self.weight(module, compute) for module in self.schemes}
         packed = {name for module, scheme in self.schemes.items() for name in self._reader.stored_names(module, scheme)}
         state |= {name: self.tensor(name) for name in self.tensors if name not in packed}
-        return self.skeleton.load(state, compute, str(self.folder)).to(device)
+        model = self.skeleton.load(state, compute, str(self.folder))
+        self._round_inputs(model, "")
+        return model.to(device)
 
     def _filled(self, module: nn.Module, prefix: str, dtype: dtype, device: str) -> nn.Module:
         from compress.core._skeleton import fill
@@ -278,7 +281,21 @@ class Checkpoint:
             if disk == f"{self.architecture.head}.weight":
                 disk = self.head_tensor
             fill(module, name, self._checked(disk, parameter.shape, dtype), dtype, device)
+        self._round_inputs(module, prefix)
         return module.eval()
+
+    def _round_inputs(self, module: nn.Module, prefix: str) -> None:
+        """Let the layers inside round their inputs as they do where the model is deployed."""
+        if not any(scheme.activation_bits == 8 for scheme in self.schemes.values()):
+            return
+        from compress.core._skeleton import stored_linear
+
+        for path, layer in module.named_modules():
+            name = prefix + self.architecture.disk_name(f"{path}.weight").removesuffix(".weight")
+            scheme = self.schemes.get(name)
+            if scheme is not None and scheme.activation_bits == 8:
+                scale = self._reader.input_scale(name, self.tensor) if scheme.static_inputs else None
+                stored_linear(layer).round_inputs(scheme, None if scale is None else scale.float())
 
     def _checked(self, name: str, shape: tuple[int, ...], dtype: dtype) -> Tensor:
         """A parameter by its disk name, with the shape that the config asks for and finite values: as stored, or

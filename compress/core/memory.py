@@ -58,7 +58,7 @@ class LayerGroup:
 
 def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: bool = False) -> Cost:
     """Cost of quantizing every block of `checkpoint`, calibrated on `tokens` (None: no forward passes)."""
-    from compress.core._activations import MICRO_BATCH_TOKENS, PLAYED_IN_MEMORY_BYTES
+    from compress.core._activations import PLAYED_IN_MEMORY_BYTES
     from compress.core._gather import WAVE_BYTES
     from compress.core._skeleton import KEPT_CASTS_BYTES
     from compress.core.walk import SPILL_ABOVE_BYTES
@@ -77,7 +77,7 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
         widest = max(largest, key=lambda group: group.width)
         at_once = [g for g in largest if g.share < 1 and g.width == widest.width] if true_sequential else largest
         statistics = max(max(squares), min(WAVE_BYTES, sum(4 * group.width**2 for group in at_once)))
-        passing = 4 * MICRO_BATCH_TOKENS * (2 * max(group.width for group in largest) + max(g.rows for g in largest))
+        passing = 4 * _at_once(tokens) * (2 * max(group.width for group in largest) + max(g.rows for g in largest))
         chunk = min(SOLVER_BYTES, 12 * max(group.rows * group.width for group in largest))
         held += (
             KEPT_CASTS_BYTES
@@ -96,7 +96,6 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
 
 def sensing_cost(checkpoint: Checkpoint, tokens: Tokens | None) -> Cost:
     """Cost of one forward and one backward pass with a block in memory, and of judging some roundings of each layer."""
-    from compress.core._activations import MICRO_BATCH_TOKENS
     from compress.core.walk import SPILL_ABOVE_BYTES
 
     blocks = [groups_of(checkpoint, index) for index in range(checkpoint.num_blocks)]
@@ -105,7 +104,7 @@ def sensing_cost(checkpoint: Checkpoint, tokens: Tokens | None) -> Cost:
     largest = max(blocks, key=lambda groups: sum(group.rows * group.width for group in groups))
     weights = sum(group.rows * group.width for group in largest)
     moments = sum(4 * group.width ** (2 if group.share == 1 else 1) for group in largest)
-    passing = 8 * MICRO_BATCH_TOKENS * sum(group.width + group.rows for group in largest)
+    passing = 8 * _at_once(tokens) * sum(group.width + group.rows for group in largest)
     kept = count * width * checkpoint.dtype.itemsize * (len(blocks) + 1) + 4 * count * width
     spilled = kept if kept > SPILL_ABOVE_BYTES else 0
     held = IMPORTS_BYTES + 4 * weights + moments + passing + ROUNDING_BYTES + (0 if spilled else kept)
@@ -114,6 +113,14 @@ def sensing_cost(checkpoint: Checkpoint, tokens: Tokens | None) -> Cost:
     products = 8 * count * every / FORWARD_EFFICIENCY / speed.matmul
     rounding = SENSED_CHOICES * GRID_CANDIDATES * GRID_PASSES * every / speed.elements
     return Cost(held, spilled, (products + rounding) / 60)
+
+
+def _at_once(tokens: Tokens | None) -> int:
+    """Tokens that go through a block together."""
+    from compress.core._activations import default_micro_batch
+
+    length = 1 if tokens is None else tokens.ids.shape[1]
+    return default_micro_batch(length) * length
 
 
 def rounding_bytes(codes_bytes: int) -> int:

@@ -324,11 +324,13 @@ def _parity(record: Mapping[str, Any] | None) -> str:
             "bounds": {"logprob": float(bound)},
             "passed": bool(passed),
         }:
-            pass
+            said = f"log-probabilities within {found:.1e}"
+        case {"exact_to_transformers": {"kl": float(found)}, "bounds": {"kl": float(bound)}, "passed": bool(passed)}:
+            said = f"KL divergence {found:.1e}, with inputs rounded by both"
         case None:
             raise ArtifactError("the artifact was not scored through the runtime: there is no record", where=where)
         case _:
             raise ArtifactError("is not a comparison with the runtime", where=where)
     if not passed or not found <= bound:
         raise InputError("the recorded comparison with the runtime did not pass", where=where)
-    return f"the runtime agreed with transformers: log-probabilities within {found:.1e} (bound {bound:g})"
+    return f"the runtime agreed with transformers: {said} (bound {bound:g})"

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.core.levels import table
+from compress.core.rounded_inputs import rounded_inputs
 from compress.core.tensors import QuantTensor, pack_rows
-from runtime.layers.activations import rounded_inputs
 from runtime.layers.base import LinearLayer, product_by_tiles
 from runtime.native.library import library
 from runtime.native.linear import KINDS, LEAST_CHANNELS, Weight, dequantize, product

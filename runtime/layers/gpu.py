@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from compress.core.rounded_inputs import rounded_inputs
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
-from runtime.layers.activations import rounded_inputs
 from runtime.layers.packed import PackedLinear
 from runtime.ops.backend import triton_installed
 from runtime.ops.low_bit import low_bit_matmul

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compress.core.rounded_inputs import rounded_inputs
 from compress.core.tensors import QuantTensor
-from runtime.layers.activations import rounded_inputs
 from runtime.layers.base import LinearLayer
 
 _GROUPS = (256, 128, 64, 32)

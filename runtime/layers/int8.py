@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.core.rounded_inputs import int8_inputs, rounded_inputs
 from compress.core.tensors import QuantTensor
-from runtime.layers.activations import int8_inputs, rounded_inputs
 from runtime.layers.base import LinearLayer
 
 _WIDTH_MULTIPLE = 32

@@ -100,6 +100,10 @@ class Reader:
         """Codes and scales as stored; NotKept for what a QuantTensor cannot hold (activation order)."""
         return self.format.decode(module, read, scheme, **self.options)
 
+    def input_scale(self, module: str, read: Read) -> torch.Tensor:
+        """The scale [1] of a module's static inputs."""
+        return self.format.input_scale(module, read)
+
     def dequantize(self, module: str, read: Read, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in], computed in fp32 and rounded once to `dtype`."""
         return self.format.dequantize(module, read, scheme, dtype, **self.options)

@@ -11,10 +11,10 @@ import torch
 from compress.core import compiling
 from compress.core.errors import UsageError
 from compress.core.grid import fit_grid
+from compress.core.rounded_inputs import rounded_inputs
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 from runtime import native
-from runtime.layers.activations import rounded_inputs
 from runtime.layers.compiled import CompiledLinear
 from runtime.layers.gpu import GpuLinear
 from runtime.layers.linear import compute_dtype, concatenate, make_linear

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.core._skeleton import StoredLinear
 from compress.core.calibration import Tokens
 from compress.core.checkpoint import Checkpoint
-from compress.core.formats import reader_for
+from compress.core.rounded_inputs import rounded_inputs
 from compress.core.scheme import Scheme
-from compress.evaluate.scorers import RuntimeScorer
-from runtime.layers.activations import rounded_inputs
+from compress.evaluate.scorers import RuntimeScorer, TransformersScorer
 from runtime.layers.linear import make_linear
 from runtime.layers.merged import Merged
 from runtime.loader import load
@@ -30,7 +30,7 @@ IDS = torch.arange(24)[None] + 3
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_exact_numerics_give_the_logits_of_transformers(tmp_path: Path, scheme: Scheme) -> None:
     """Another order of sums may push an input over the border between two codes, and what follows in its wake: few
-    positions, and by little. The same sums with inputs rounded by our function give the same bits."""
+    positions, and by little. The same sums give the same bits."""
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
@@ -38,26 +38,20 @@ def test_exact_numerics_give_the_logits_of_transformers(tmp_path: Path, scheme: 
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     checkpoint = Checkpoint.open(tmp_path)
     dense = checkpoint.build_model(torch.float32)
-    [ours] = RuntimeScorer(checkpoint, "cpu", "exact").logits(Tokens(IDS, None, sha256="", source="drawn"))
+    tokens = Tokens(IDS, None, sha256="", source="drawn")
+    [ours] = RuntimeScorer(checkpoint, "cpu", "exact").logits(tokens)
+    [streamed] = TransformersScorer(checkpoint, "cpu", "float32").logits(tokens)
     with torch.no_grad():
-        theirs, plain = model(IDS).logits, dense(IDS).logits
-        round_inputs_of(dense, checkpoint)
+        theirs = model(IDS).logits
         assert torch.equal(dense(IDS).logits, theirs)
-    apart_T = (ours.view_as(theirs) - theirs).abs().amax(-1)
-    assert apart_T.median() < 1e-5 and apart_T.max() < 2e-3
+        for layer in dense.modules():
+            if isinstance(layer, StoredLinear):
+                layer.scheme = None
+        plain = dense(IDS).logits
+    for found in (ours, streamed):
+        apart_T = (found.view_as(theirs) - theirs).abs().amax(-1)
+        assert apart_T.median() < 1e-5 and apart_T.max() < 2e-3
     assert (plain - theirs).abs().amax(-1).median() > 1e-4  # they did round
-
-
-def round_inputs_of(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Let the quantized layers of a dense model see inputs rounded by the runtime's function."""
-    reader = reader_for(checkpoint.config)
-    for name, scheme in checkpoint.schemes.items():
-        scale = reader.decode(name, checkpoint.tensor, scheme).input_scale
-
-        def rounded(_: object, inputs: tuple[torch.Tensor], scheme: Scheme = scheme, scale=scale) -> torch.Tensor:
-            return rounded_inputs(inputs[0].flatten(0, -2), scheme, scale).view_as(inputs[0])
-
-        model.get_submodule(name).register_forward_pre_hook(rounded)
 
 
 def test_a_group_of_channels_has_its_own_scale() -> None:
