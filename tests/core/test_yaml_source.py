@@ -110,7 +110,7 @@ def test_what_is_not_plain_yaml_is_refused_with_its_position(name: str) -> None:
     assert caught.value.excerpt is not None
     assert caught.value.excerpt.split("\n")[-1].endswith("^")
     assert peak < 50e6
-    assert seconds < 2
+    assert seconds < 30  # a parser that expands it would take hours
 
 
 def test_a_caret_stands_under_the_mark_even_far_to_the_right() -> None:
