@@ -1,4 +1,4 @@
-"""Writes the figures of benchmarks/results into the project's README, between its markers.
+"""Writes the figures of benchmarks/results into the project's README and docs, between their markers.
 
 python benchmarks/figures.py [--demo runs/demo-w4.report]      # keep that run as results/demo.json first
 python benchmarks/figures.py --check                           # exit 1 if the README says something else
@@ -182,6 +182,21 @@ def fill(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: match[1] + content + "\n" + match[2], text)
 
 
+def mixed_table() -> str:
+    """The curve of mixed precision on the bundled model, by size."""
+    results = read("mixed")
+    if results is None:
+        return "(not measured)"
+    lines = ["| | size | bits per weight, whole model | perplexity | KL divergence |", "|---|--:|--:|--:|--:|"]
+    entries = results["models"]["demo"]
+    for label, run in sorted(entries.items(), key=lambda item: (item[1]["bytes_out"], item[0])):
+        lines.append(
+            f"| {label} | {run['bytes_out'] / 1e6:.2f} MB | {run['bits_per_weight']:.2f} | "
+            f"{run['perplexity']['artifact']:.2f} | {run['kl']:.5f} |"
+        )
+    return "\n".join(lines)
+
+
 def keep_demo(report: Path) -> None:
     run = json.loads((report / "run.json").read_text())
     kept = {field: run[field] for field in DEMO_FIELDS if field in run}
@@ -214,8 +229,12 @@ def main() -> int:
     figures = "\n\n".join(part for part in parts if part)
     new = fill(fill(old, "demo", demo_table()), "figures", figures)
     new = fill(new, "quantize", quantize_tables())
+    methods = HERE.parent / "docs" / "methods.md"
+    old_methods = methods.read_text()
+    new_methods = fill(old_methods, "mixed", mixed_table())
     if arguments.check:
-        return int(new != old or new_recipes != old_recipes)
+        return int((new, new_recipes, new_methods) != (old, old_recipes, old_methods))
+    methods.write_text(new_methods)
     README.write_text(new)
     recipes.write_text(new_recipes)
     return 0
