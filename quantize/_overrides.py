@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from compress.core.errors import UsageError
-from compress.core.scheme import Scheme
+from compress.core.scheme import OWN_GROUPS, Scheme
 
 DEFAULT_GROUP_SIZE = 128
 NF4_BLOCK = 64
@@ -57,11 +57,11 @@ class Override(BaseModel):
     def scheme_in(
         self, name: str, group_size: int | None, symmetric: bool, activations: Activations = "dynamic"
     ) -> Scheme:
-        """The scheme of its layers in such a stage. Rounded inputs need whole channels whatever that has."""
+        """The scheme of its layers in such a stage. Some schemes have groups of their own whatever that has."""
         name = self.scheme or name
         if self.group_size is not None:
             group_size = self.group_size
-        elif needs_channels(Scheme.parse(name)):
+        elif has_own_groups(Scheme.parse(name)):
             group_size = None
         return make_scheme(name, group_size, symmetric if self.symmetric is None else self.symmetric, activations)
 
@@ -75,7 +75,7 @@ def make_scheme(name: str, group_size: int | None, symmetric: bool, activations:
     that may have static inputs. ValueError: it makes no sense."""
     plain = Scheme.parse(name)
     whole = needs_channels(plain)
-    usual = -1 if whole else NF4_BLOCK if plain.dtype == "nf4" else DEFAULT_GROUP_SIZE
+    usual = plain.group_size if has_own_groups(plain) else NF4_BLOCK if plain.dtype == "nf4" else DEFAULT_GROUP_SIZE
     try:
         scheme = Scheme.parse(name, group_size=group_size or usual, symmetric=symmetric)
     except UsageError as error:
@@ -91,3 +91,8 @@ def needs_channels(scheme: Scheme) -> bool:
     """Whether a scheme is defined with one scale per output channel only."""
     whole = scheme.dtype == "fp8" or (scheme.bits, scheme.activation_bits) == (8, 8)
     return whole and not scheme.blocks
+
+
+def has_own_groups(scheme: Scheme) -> bool:
+    """Whether a scheme is defined with groups of one size, whole channels among them."""
+    return needs_channels(scheme) or scheme.dtype in OWN_GROUPS

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from compress.core.errors import UsageError
 from compress.core.passes import Job, LayerPlan, Pass, Plan
 from compress.core.quantities import format_bytes
-from compress.core.scheme import Scheme
+from compress.core.scheme import OWN_GROUPS, Scheme
 from quantize._inputs import refuse_experts
 from quantize._overrides import Activations, GroupSize, Override, Pattern, SchemeName, make_scheme
 from quantize._prepare import Prepare, order_problem, preparation, prepared_bytes, scheme_problem
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _MADE = {"int": "whole numbers", "nf4": "nf4 alone"}
+_METHODS = {"fp8": "rtn and fp8", "nf4": "nf4", "mxfp4": "rtn and gptq", "nvfp4": "rtn and gptq"}
 
 
 class WeightQuantization(Pass):
@@ -47,10 +48,13 @@ class WeightQuantization(Pass):
     """Whether it stores the scales of static inputs."""
 
     scheme: SchemeName = Field(
-        "w4a16", description="weight and activation bits: w2a16 … w8a16, w4a8, w8a8; fp8, fp8_block, fp8a16 (rtn)"
+        "w4a16",
+        description="weight and activation bits: w2a16 … w8a16, w4a8, w8a8; mxfp4a16, nvfp4a16 (rtn, gptq); "
+        "fp8, fp8_block, fp8a16 (rtn)",
     )
     group_size: GroupSize | None = Field(
-        None, description="input channels that share a scale; -1: per output channel. Default 128, w8a8 and fp8: -1"
+        None,
+        description="input channels that share a scale; -1: per output channel. Default 128, or what the scheme has",
     )
     symmetric: bool = Field(
         True, description="no zero points; asymmetric artifacts need dequantize=True in transformers"
@@ -150,7 +154,8 @@ class WeightQuantization(Pass):
     def fitted(self, wanted: Scheme, width: int) -> Scheme:
         """The scheme wanted, with the groups that `uneven` allows for this width."""
         size = wanted.group_size
-        if size == -1 or width % size == 0 or self.uneven == "refuse":  # refused by name in `plan`, before any work
+        refused = self.uneven == "refuse" or wanted.dtype in OWN_GROUPS  # by name in `plan`, before any work
+        if size == -1 or width % size == 0 or refused:
             return wanted
         smaller = max((s for s in range(8, size) if width % s == 0), default=-1) if self.uneven == "smaller" else -1
         return replace(wanted, group_size=smaller, blocks=wanted.blocks and smaller != -1)
@@ -254,15 +259,18 @@ class WeightQuantization(Pass):
         ]
         if not ragged:
             return
-        size = ragged[0].scheme.group_size if ragged[0].scheme else -1
+        first = ragged[0].scheme
+        size = first.group_size if first else -1
         ragged = [layer for layer in ragged if layer.scheme and layer.scheme.group_size == size]
         widths = sorted({layer.shape[1] for layer in layers})
-        working = [s for s in self.usual_sizes if all(width % s == 0 for width in widths)]
+        hint = self.ragged_hint([s for s in self.usual_sizes if all(width % s == 0 for width in widths)])
+        if first and first.dtype in OWN_GROUPS:
+            hint = f"{first.name} has no others: give these layers another scheme in `overrides`, or `ignore` them"
         raise UsageError(
             f"group_size {size} does not divide the width of {len(ragged)} layers, e.g. {ragged[0].name} "
             f"({ragged[0].shape[1]} input channels)",
             where="quantize.group_size",
-            hint=self.ragged_hint(working),
+            hint=hint,
         )
 
     def ragged_hint(self, working: list[int]) -> str:
@@ -273,7 +281,7 @@ class WeightQuantization(Pass):
 def _method_for(scheme: Scheme) -> str:
     if scheme.dtype == "int":
         return f"others make {scheme.name}"
-    return f"methods for {scheme.name} are {'nf4' if scheme.dtype == 'nf4' else 'rtn and fp8'}"
+    return f"methods for {scheme.name} are {_METHODS[scheme.dtype]}"
 
 
 def _untied(added_bytes: int) -> list[str]:

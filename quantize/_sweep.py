@@ -1,9 +1,14 @@
-"""GPTQ's sweep on a grid: codes of whole rows. Shape suffixes: R rows, K input channels, G groups, B of a block."""
+"""GPTQ's sweep on a grid: codes of whole rows, those of floats as they are stored.
+
+Shape suffixes: R rows, K input channels, G groups, B of a block.
+"""
 
 import torch
 
 from compress.core import native
 from compress.core.grid import Grid
+from compress.core.levels import e2m1_codes, nearest_e2m1
+from compress.core.scheme import OWN_GROUPS
 from compress.core.solve import ByColumn, Columns, Factor, sweep
 
 
@@ -19,12 +24,13 @@ class _Codes:
 
     def __init__(self, weight_RK: torch.Tensor, grid: Grid) -> None:
         rows, width = weight_RK.shape
-        self.scale_GR = grid.scale.float().t().contiguous()
+        self.scale_GR = grid.unit.t().contiguous()
         self.zero_GR = None if grid.zero is None else grid.zero.float().t().contiguous()
         self.codes_KR = torch.empty((width, rows), dtype=torch.int8, device=weight_RK.device)
         self._scheme = grid.scheme
         self._size = grid.scheme.group_width(width)
         self._inverse_GR = 1 / self.scale_GR
+        self._floats = grid.scheme.dtype in OWN_GROUPS
         self._native = native.serves(weight_RK)
 
     def round_block(self, columns: Columns, error_BR: torch.Tensor, loss_R: torch.Tensor) -> None:
@@ -39,7 +45,7 @@ class _Codes:
             group_B=columns.channel_B // self._size,
             channel_B=columns.channel_B,
             cost_B=columns.cost_B,
-            levels=(self._scheme.lowest, self._scheme.highest),
+            levels=None if self._floats else (self._scheme.lowest, self._scheme.highest),
             error_BR=error_BR,
             codes_KR=self.codes_KR,
             loss_R=loss_R,
@@ -47,6 +53,10 @@ class _Codes:
 
     def _choose(self, k: int, target_R: torch.Tensor) -> torch.Tensor:
         g = k // self._size
+        if self._floats:
+            level_R = nearest_e2m1(target_R * self._inverse_GR[g])
+            self.codes_KR[k] = e2m1_codes(level_R).view(torch.int8)
+            return level_R.mul_(self.scale_GR[g])
         code_R = (target_R * self._inverse_GR[g]).round_()
         if self.zero_GR is None:
             self.codes_KR[k] = code_R.clamp_(self._scheme.lowest, self._scheme.highest)

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from compress.core.passes import Job
+from compress.core.scheme import OWN_GROUPS
 from quantize._settings import WeightQuantization
 
 
@@ -14,6 +15,7 @@ class GPTQ(WeightQuantization):
     paper: ClassVar = "Frantar et al., 2022, arXiv:2210.17323"
     needs_calibration: ClassVar = True
     prepares: ClassVar = True
+    dtypes: ClassVar = ("int", "mxfp4", "nvfp4")
     static: ClassVar = True
 
     damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
@@ -28,6 +30,10 @@ class GPTQ(WeightQuantization):
     refit: Annotated[int, Field(ge=0, le=8)] | Literal["auto"] = Field(
         "auto", description="rounds of fitting scales to codes, then codes to scales; auto: 2 up to 3 bits, else none"
     )
+
+    def own_problem(self) -> str | None:
+        unfitted = all(scheme.dtype in OWN_GROUPS for scheme in self.schemes) and self.refit not in ("auto", 0)
+        return f"refit fits scales that can be any number; those of {self.schemes[0].name} cannot" if unfitted else None
 
     @property
     def sequential(self) -> bool:

@@ -12,16 +12,19 @@ class RTN(WeightQuantization):
     paper: ClassVar = "baseline; span search as in Nagel et al., 2021, arXiv:2106.08295, section 3.1"
     needs_calibration: ClassVar = False
     prepares: ClassVar = True
-    dtypes: ClassVar = ("int", "fp8")
+    dtypes: ClassVar = ("int", "fp8", "mxfp4", "nvfp4")
     static: ClassVar = True
 
     def run(self, job: Job) -> None:
         from quantize._inputs import input_scale
-        from quantize._rounding import round_site
+        from quantize._rounding import round_site, shared_divisor
 
         dtype = job.checkpoint.dtype
 
         for block in self.blocks(job):
             for group in block.groups:
-                for site, scheme in self.chosen(group):
-                    round_site(site, scheme, dtype, self.clip, input_scale=input_scale(group, scheme, dtype))
+                chosen = self.chosen(group)
+                divisor = shared_divisor(chosen)
+                for site, scheme in chosen:
+                    inputs = input_scale(group, scheme, dtype)
+                    round_site(site, scheme, dtype, self.clip, input_scale=inputs, divisor=divisor)

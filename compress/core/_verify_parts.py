@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from compress.core.errors import ArtifactError
 from compress.core.formats import Reader
 from compress.core.safetensors_io import TensorInfo
-from compress.core.scheme import Scheme
+from compress.core.scheme import OWN_GROUPS, Scheme
 from compress.core.tensors import words_in
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -97,6 +97,12 @@ def _compressed_tensors(scheme: Scheme, rows: int, width: int) -> dict[str, Allo
     groups = scheme.groups_in(width)
     scale = FLOATS - {"F64"}
     one: Allowed = (scale, ((1,), ()))
+    if scheme.dtype in OWN_GROUPS:
+        return {
+            "weight_packed": (_U8, ((rows, width // 2),)),
+            "weight_scale": (_FP8 if scheme.dtype == "nvfp4" else _U8, ((rows, groups),)),
+            "weight_global_scale": (_F32, ((1,), ())),
+        }
     if scheme.dtype == "fp8":
         blocks = ((-(-rows // scheme.rows_per_scale), groups),)
         scales = blocks if scheme.blocks else ((rows, 1), (1,), (), (1, 1))

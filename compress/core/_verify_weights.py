@@ -17,8 +17,8 @@ from compress.core._verify_shapes import architecture_of, module_shapes, sizes_o
 from compress.core.errors import ArtifactError, InputError
 from compress.core.formats import NotKept, Reader, _reference, compressed_tensors
 from compress.core.safetensors_io import MappedFiles, TensorInfo, load_tensor
-from compress.core.scheme import Scheme
-from compress.core.tensors import QuantTensor, words_in
+from compress.core.scheme import OWN_GROUPS, Scheme
+from compress.core.tensors import words_in
 
 if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 _ROWS = 32  # output channels compared per large layer
 _WHOLE = 1 << 18  # layers of at most this many weights are compared whole
 _CHUNK = 1 << 22
-_SCALES = (".weight_scale", ".scales", ".input_scale")  # a block of zeros has a scale of zero in bitsandbytes
+# a block of zeros has a scale of zero in bitsandbytes
+_SCALES = (".weight_scale", ".weight_global_scale", ".scales", ".input_scale")
 _FP8_NAN = 0x7F  # with or without the sign
+_E8M0_NAN = 0xFF
 LIBRARY_LAYERS = 4
 _LIBRARY_ROWS = 256  # a multiple of 32, so that packed zero points can be cut as well
 
@@ -81,6 +83,8 @@ def check_finite(name: str, info: TensorInfo, files: MappedFiles) -> tuple[float
         for start in range(0, patterns.numel(), _CHUNK):
             if bool(((patterns[start : start + _CHUNK] & _FP8_NAN) == _FP8_NAN).any()):
                 raise ArtifactError("holds NaN", where=name)
+    if info.dtype == "U8" and name.endswith(".weight_scale") and bool((files.tensor(info) == _E8M0_NAN).any()):
+        raise ArtifactError("holds NaN", where=name)
     if info.dtype not in FLOATS or info.bytes == 0:
         return low, high
     flat = files.tensor(info).reshape(-1)
@@ -134,10 +138,7 @@ def sampled_weight(
         rows = sampled_rows((weight.shape[0], weight.shape[1]))
         return rows, weight[torch.from_numpy(rows)]
     rows = sampled_rows(whole.shape)
-    index = torch.from_numpy(rows)
-    zero = None if whole.zero is None else whole.zero[index]
-    part = QuantTensor(whole.packed[index], whole.scale[index], zero, whole.scheme, (len(rows), whole.shape[1]))
-    return rows, part.dequantize()
+    return rows, whole.at(torch.from_numpy(rows)).dequantize()
 
 
 @lru_cache(maxsize=64)  # a model has few shapes and many layers
@@ -158,26 +159,24 @@ def library_version(name: str) -> str | None:
 
 
 def check_library(reader: Reader, schemes: Mapping[str, Scheme], tensors: Mapping[str, TensorInfo]) -> str:
-    """The format's own library reads some layers as we do. Compared in fp32, where both are exact."""
+    """The format's own library reads some layers as we do. Compared in fp32, where both are exact, but 4-bit floats in
+    bf16, which it makes of them."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    from compress.core.formats._compressed_tensors_config import format_of
+    from compress.core.formats._compressed_tensors_config import format_of, weight_arguments
 
     chosen = spread(sorted(schemes), LIBRARY_LAYERS)
     for module in chosen:
         scheme = schemes[module]
-        kind = "int" if scheme.dtype == "int" else "float"
-        fields = {"num_bits": scheme.bits, "type": kind, "symmetric": scheme.symmetric, "strategy": scheme.strategy}
-        size = None if scheme.group_size == -1 else scheme.group_size
-        sizes = {"block_structure": [size, size]} if scheme.blocks else {"group_size": size}
-        weights = QuantizationArgs.model_validate(fields | sizes)
+        weights = QuantizationArgs.model_validate(weight_arguments(scheme))
         layer = QuantizationScheme(targets=["Linear"], weights=weights)
         parts = _first_rows(reader, module, scheme, tensors)
         theirs = BaseCompressor.get_value_from_registry(format_of(scheme)).decompress(dict(parts), layer)["weight"]
         prefixed = {f"{module}.{part}": value for part, value in parts.items()}
-        ours = reader.dequantize(module, prefixed.__getitem__, scheme, torch.float32)
-        if theirs is None or not torch.equal(theirs.float(), ours):
+        dtype = torch.bfloat16 if scheme.dtype in OWN_GROUPS else torch.float32
+        ours = reader.dequantize(module, prefixed.__getitem__, scheme, dtype)
+        if theirs is None or not torch.equal(theirs.to(dtype), ours):
             raise ArtifactError("compressed-tensors reads other values", where=module)
     return f"compressed-tensors {library_version('compressed-tensors')} agrees on {', '.join(chosen)}"
 
@@ -198,7 +197,8 @@ def _first_rows(
         parts["weight_zero_point"] = parts["weight_zero_point"][:packed_rows]
     if "weight_shape" in parts:
         parts["weight_shape"] = torch.tensor([rows, int(parts["weight_shape"][1])])
-    parts["weight_scale"] = parts["weight_scale"].float()
+    if scheme.dtype not in OWN_GROUPS:
+        parts["weight_scale"] = parts["weight_scale"].float()
     return parts
 
 

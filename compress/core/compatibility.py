@@ -318,6 +318,8 @@ def markdown() -> str:
         Scheme(8, -1, activation_bits=8, static_inputs=True),
         Scheme(8, -1, dtype="fp8", activation_bits=8),
         Scheme(8, 128, dtype="fp8", activation_bits=8, blocks=True),
+        Scheme(4, 32, dtype="mxfp4"),
+        Scheme(4, 16, dtype="nvfp4"),
         Scheme(4, 16),
         Scheme(3, 128),
         Scheme(2, 64),

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from compress.core import native
-from compress.core.levels import nearest, table
-from compress.core.scheme import Scheme
-from compress.core.tensors import QuantTensor, spread
+from compress.core import micro_scales
+from compress.core.levels import e2m1_codes, nearest, nearest_e2m1, table
+from compress.core.rounding_error import rounding_error
+from compress.core.scheme import OWN_GROUPS, Scheme
+from compress.core.tensors import QuantTensor, spread, unit_of
 
 FP8_LARGEST = 448.0
 _LEAST = 1e-38  # of a block of nf4: its reciprocal is still a number
@@ -19,20 +20,30 @@ INT8_REACH = 127.5  # of inputs: half of the codes -128 … 127, as compressed-t
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Scale [O, G] in its storage dtype and zero point int8 [O, G] (None: symmetric) of every group."""
+    """Scale [O, G] in its storage dtype and zero point int8 [O, G] (None: symmetric) of every group; of nvfp4 also the
+    divisor of the scales, fp32 [O, 1]."""
 
     scale: torch.Tensor
     zero: torch.Tensor | None
     scheme: Scheme
+    divisor: torch.Tensor | None = None
+
+    @property
+    def unit(self) -> torch.Tensor:
+        """What a level of 1 stands for, fp32 [O, G]."""
+        return unit_of(self.scale, self.divisor)
 
     def round(self, weight_OK: torch.Tensor) -> QuantTensor:
         """Nearest codes: round-to-nearest (RTN)."""
         width, size = weight_OK.shape[1], self.scheme.group_size
         if self.scheme.dtype == "nf4":
-            shrink = spread(1 / self.scale.float().clamp(min=_LEAST), size, width)
+            shrink = spread(1 / self.unit.clamp(min=_LEAST), size, width)
             stored = nearest(weight_OK.float() * shrink, table("nf4"))
             return QuantTensor.from_stored(stored, self.scale, None, self.scheme)
-        codes = weight_OK.float() / spread(self.scale.float(), size, width)
+        codes = weight_OK.float() / spread(self.unit, size, width)
+        if self.scheme.dtype in OWN_GROUPS:
+            stored = e2m1_codes(nearest_e2m1(codes))
+            return QuantTensor.from_stored(stored, self.scale, None, self.scheme, divisor=self.divisor)
         if self.scheme.dtype == "fp8":
             stored = codes.clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
             return QuantTensor.from_stored(stored, self.scale, None, self.scheme)
@@ -68,6 +79,7 @@ def fit_grid(
     scale_dtype: torch.dtype,
     clip: Clip | None = None,
     importance_K: torch.Tensor | None = None,
+    divisor: torch.Tensor | None = None,
 ) -> Grid:
     """Choose scale and zero point of every group of `weight_OK` (fp32).
 
@@ -75,12 +87,19 @@ def fit_grid(
     squared or cubed, weighted by `importance_K` (the mean square of each input channel, say). Scales are rounded to
     `scale_dtype` before they are judged: what is chosen is what is stored. Spans of fp8 are not searched: its steps
     grow with the numbers, so that clipping some gains the others nothing. The scale of a block of nf4 is its largest
-    magnitude without `clip`, as bitsandbytes has it.
+    magnitude without `clip`, as bitsandbytes has it. Of mxfp4 and nvfp4 the scales that they have are searched;
+    `divisor` fp32 [1] is that of nvfp4, from the largest weight if left out.
     """
     if scheme.dtype == "fp8":
         largest_OG = _shared(_grouped(weight_OK, scheme).abs().amax(-1), scheme.rows_per_scale)
         return Grid(_nonzero((largest_OG / FP8_LARGEST).to(scale_dtype)), None, scheme)
     rows_at_once = max(1, _CACHED_WEIGHTS // weight_OK.shape[1]) if clip else len(weight_OK)
+    if scheme.dtype in OWN_GROUPS:
+        if divisor is None and scheme.dtype == "nvfp4":
+            divisor = micro_scales.divisor_for(weight_OK.abs().amax())
+        micro = [_fit_micro(rows_OK, scheme, divisor, clip, importance_K) for rows_OK in weight_OK.split(rows_at_once)]
+        divisor_O1 = None if divisor is None else divisor.view(1, 1).expand(len(weight_OK), 1).contiguous()
+        return Grid(torch.cat(micro), None, scheme, divisor_O1)
     parts = [
         _fit(_grouped(rows_OK, scheme), scheme, scale_dtype, clip, importance_K)
         for rows_OK in weight_OK.split(rows_at_once)
@@ -90,7 +109,27 @@ def fit_grid(
     return Grid(scale, zero, scheme)
 
 
+def stored_dtype(scheme: Scheme, scale_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a grid's scales: `scale_dtype`, unless the scheme has one of its own."""
+    scales = micro_scales.SCALES.get(scheme.dtype)
+    return scale_dtype if scales is None else scales.dtype
+
+
 _CACHED_WEIGHTS = 1 << 20  # rows are searched in pieces that stay in the cache
+
+
+def _fit_micro(
+    weight_OK: torch.Tensor,
+    scheme: Scheme,
+    divisor: torch.Tensor | None,
+    clip: Clip | None,
+    importance_K: torch.Tensor | None,
+) -> torch.Tensor:
+    groups_OGS = _grouped(weight_OK, scheme)
+    if clip is None:
+        return micro_scales.reaching(groups_OGS, scheme, divisor)
+    weights_GS = None if importance_K is None else _grouped(importance_K[None], scheme)[0]
+    return micro_scales.search(groups_OGS, scheme, divisor, weights_GS, cubed=clip.cubed)
 
 
 def _fit(
@@ -143,41 +182,18 @@ class _Search:
         self.groups_OGS, self.low_OG, self.high_OG = groups_OGS, low_OG, high_OG
         self.scheme, self.scale_dtype, self.importance_GS = scheme, scale_dtype, importance_GS
         self.cubed = cubed
-        self.native = native.serves(groups_OGS)
         self.error = torch.full_like(low_OG, torch.inf)
         self.shrink = torch.ones_like(low_OG)
         self.scale, self.zero = _span(low_OG, high_OG, 1.0, scheme, scale_dtype)
 
     def try_shrink(self, shrink_OG: torch.Tensor) -> None:
         scale, zero = _span(self.low_OG, self.high_OG, shrink_OG, self.scheme, self.scale_dtype)
-        error = self._rounding_error(scale, zero)
+        error = rounding_error(self.groups_OGS, scale, zero, self.importance_GS, self.scheme, cubed=self.cubed)
         better = error < self.error
         self.error = torch.where(better, error, self.error)
         self.shrink = torch.where(better, shrink_OG, self.shrink)
         self.scale = torch.where(better, scale, self.scale)
         self.zero = None if zero is None or self.zero is None else torch.where(better, zero, self.zero)
-
-    def _rounding_error(self, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None) -> torch.Tensor:
-        if self.native and self.scheme.dtype == "nf4":
-            return native.level_error(self.groups_OGS, scale_OG, self.importance_GS, table("nf4"), self.cubed)
-        if self.native:
-            levels = (self.scheme.lowest, self.scheme.highest)
-            return native.rounding_error(self.groups_OGS, scale_OG, zero_OG, self.importance_GS, levels, self.cubed)
-        exact = self.groups_OGS * (1 / scale_OG)[..., None]
-        if zero_OG is not None:
-            exact += zero_OG[..., None]
-        residual = self._rounded(exact).sub_(exact)
-        power = 3 if self.cubed else 2
-        cost = residual.abs_().pow_(power)
-        if self.importance_GS is not None:
-            cost *= self.importance_GS
-        return cost.sum(-1).mul_(scale_OG.abs().pow_(power))
-
-    def _rounded(self, exact: torch.Tensor) -> torch.Tensor:
-        if self.scheme.dtype == "nf4":
-            levels = table("nf4")
-            return levels[nearest(exact, levels).int()]
-        return exact.round().clamp_(self.scheme.lowest, self.scheme.highest)
 
 
 def input_scale(largest: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:

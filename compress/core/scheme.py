@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from compress.core.errors import UsageError
 
-Dtype = Literal["int", "fp8", "nf4", "fp4"]
-_BITS_OF_FLOATS = {"fp8": 8, "nf4": 4, "fp4": 4}
+Dtype = Literal["int", "fp8", "nf4", "fp4", "mxfp4", "nvfp4"]
+_BITS_OF_FLOATS = {"fp8": 8, "nf4": 4, "fp4": 4, "mxfp4": 4, "nvfp4": 4}
+OWN_GROUPS = {"mxfp4": 32, "nvfp4": 16}
+"""Of the dtypes that are defined with groups of one size."""
 _BLOCK = 128
 _NAME = re.compile(r"(w(?P<weight>\d+)a(?P<activation>\d+)|fp8(?P<block>_block)?(?P<plain>a16)?)(?P<static>_static)?")
 
@@ -20,6 +22,9 @@ class Scheme:
     int       a whole number, signed: -2^(bits-1) … 2^(bits-1)-1; the weight is (code - zero) * scale
     fp8       an 8-bit float with 4 exponent and 3 mantissa bits (e4m3, no infinities); the weight is code * scale
     nf4, fp4  one of the 16 levels of levels.py; the weight is level * scale
+    mxfp4     a 4-bit float (e2m1) in groups of 32 whose scales are powers of two; the weight is level * scale
+    nvfp4     a 4-bit float (e2m1) in groups of 16 whose scales are 8-bit floats (e4m3) over one divisor of the whole
+              tensor; the weight is level * (scale / divisor)
     double_quantization: scales of nf4 and fp4 are 8-bit codes themselves, see nested_scales.py.
     blocks: a scale holds for group_size output channels, too: square blocks of fp8 weights, as in DeepSeek-V3.
     activation_bits 16 leaves activations alone; 8 rounds them to int8 or, beside fp8 weights, fp8, with a scale per
@@ -37,11 +42,15 @@ class Scheme:
     static_inputs: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in _BITS_OF_FLOATS and self.dtype != "int":
-            raise UsageError(f"weights of dtype {self.dtype!r} are not supported: choose int, fp8, nf4 or fp4")
+        if self.dtype not in get_args(Dtype):
+            known = ", ".join(get_args(Dtype))
+            raise UsageError(f"weights of dtype {self.dtype!r} are not supported: choose one of {known}")
         wanted = _BITS_OF_FLOATS.get(self.dtype, self.bits)
         if self.bits != wanted or (self.dtype != "int" and not self.symmetric):
             raise UsageError(f"{self.dtype} weights have {wanted} bits and no zero points")
+        size = OWN_GROUPS.get(self.dtype, self.group_size)
+        if self.group_size != size or (self.dtype in OWN_GROUPS and self.activation_bits != 16):
+            raise UsageError(f"{self.dtype} weights have groups of {size}, and 16-bit activations beside them")
         if not 2 <= self.bits <= 8:
             raise UsageError(f"weights of {self.bits} bits are not supported: choose 2 to 8")
         if self.group_size != -1 and self.group_size < 1:
@@ -73,7 +82,8 @@ class Scheme:
         if self.dtype == "int":
             return f"w{self.bits}a{self.activation_bits}{static}"
         name = "fp8_block" if self.blocks else self.dtype
-        return f"{name}a16" if self.dtype == "fp8" and self.activation_bits == 16 else f"{name}{static}"
+        plain_inputs = self.activation_bits == 16 and self.dtype not in ("nf4", "fp4")  # and the name says so
+        return f"{name}a16" if plain_inputs else f"{name}{static}"
 
     def group_width(self, width: int) -> int:
         """Input channels of a group, in a row of `width`."""
@@ -90,13 +100,18 @@ class Scheme:
 
     @classmethod
     def parse(cls, name: str, *, group_size: int | None = None, symmetric: bool = True) -> "Scheme":
-        """Scheme from its name: w4a16, w8a8_static, fp8, fp8a16, fp8_block, nf4 …; per channel or in blocks of 128, if
-        not told otherwise."""
+        """Scheme from its name: w4a16, w8a8_static, fp8, fp8a16, fp8_block, nf4, mxfp4a16 … Without a group size, per
+        channel, in blocks of 128, or as the name has it."""
         if name == "nf4":
             return cls(4, -1 if group_size is None else group_size, symmetric, "nf4")
+        dtype = name.removesuffix("a16")
+        if dtype in OWN_GROUPS:
+            if dtype == name:
+                raise UsageError(f"{name} rounds inputs to 4 bits, too, which is not supported: write {name}a16")
+            return cls(4, OWN_GROUPS[dtype] if group_size is None else group_size, symmetric, cast(Dtype, dtype))
         match = _NAME.fullmatch(name)
         if match is None:
-            known = "w4a16, w8a8, fp8, fp8a16, fp8_block or nf4"
+            known = "w4a16, w8a8, fp8, fp8a16, fp8_block, nf4 or mxfp4a16"
             raise UsageError(f"unknown scheme {name!r}: a scheme is written like {known}")
         blocks, static = match["block"] is not None, match["static"] is not None
         if group_size is None:

@@ -73,6 +73,11 @@ def spread(values_OG: torch.Tensor, group_size: int, width: int) -> torch.Tensor
     return values_OG.repeat_interleave(group_size, dim=1)[:, :width]
 
 
+def unit_of(scale_OG: torch.Tensor, divisor_O1: torch.Tensor | None) -> torch.Tensor:
+    """Scales as numbers, fp32 [O, G], divided where there is a divisor."""
+    return scale_OG.float() if divisor_O1 is None else scale_OG.float() / divisor_O1
+
+
 @dataclass(frozen=True, slots=True)
 class QuantTensor:
     """A linear layer's weight [out, in] as codes, scales and zero points.
@@ -83,7 +88,8 @@ class QuantTensor:
 
     nested: how the scales are stored where these are codes themselves; `scale` has their numbers then, fp32. A part of
     the rows or a stack of such parts has the numbers alone. input_scale [1] is that of static inputs, to be known
-    before the tensor is stored.
+    before the tensor is stored. divisor fp32 [out, 1], of nvfp4 alone: scales are to be divided by it; one number for
+    the whole tensor, unless several were stacked.
     """
 
     packed: torch.Tensor
@@ -93,6 +99,7 @@ class QuantTensor:
     shape: tuple[int, int]
     nested: NestedScales | None = None
     input_scale: torch.Tensor | None = None
+    divisor: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.shape
@@ -112,6 +119,10 @@ class QuantTensor:
             raise ArtifactError(f"blocks of {self.scheme.group_size} do not divide {width} input channels")
         if self.input_scale is not None and (not self.scheme.static_inputs or self.input_scale.shape != (1,)):
             raise ArtifactError("static inputs, and only those, have one scale")
+        if (self.divisor is not None) != (self.scheme.dtype == "nvfp4"):
+            raise ArtifactError("a divisor of scales belongs to nvfp4, and only to that")
+        if self.divisor is not None and tuple(self.divisor.shape) != (rows, 1):
+            raise ArtifactError(f"divisors have shape {tuple(self.divisor.shape)}, the scheme needs {(rows, 1)}")
 
     @classmethod
     def from_codes(
@@ -123,11 +134,17 @@ class QuantTensor:
 
     @classmethod
     def from_stored(
-        cls, stored_OK: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None, scheme: Scheme
+        cls,
+        stored_OK: torch.Tensor,
+        scale_OG: torch.Tensor,
+        zero_OG: torch.Tensor | None,
+        scheme: Scheme,
+        *,
+        divisor: torch.Tensor | None = None,
     ) -> "QuantTensor":
         """Pack codes uint8 [out, in] as they are to be stored."""
         rows, width = stored_OK.shape
-        return cls(pack_rows(stored_OK, scheme.bits), scale_OG, zero_OG, scheme, (rows, width))
+        return cls(pack_rows(stored_OK, scheme.bits), scale_OG, zero_OG, scheme, (rows, width), divisor=divisor)
 
     def stored(self) -> torch.Tensor:
         """Codes as they are packed, uint8 [out, in]."""
@@ -137,12 +154,23 @@ class QuantTensor:
         """Signed codes of an integer scheme, int8 [out, in]."""
         return (self.stored().to(torch.int16) + self.scheme.lowest).to(torch.int8)
 
+    @property
+    def unit(self) -> torch.Tensor:
+        """What a level of 1 stands for: the scales, divided if they have a divisor, fp32 [out, groups]."""
+        return unit_of(self.scale, self.divisor)
+
     def rows(self, start: int, stop: int) -> "QuantTensor":
         """Output channels `start` up to `stop`, which share this tensor's memory."""
-        part = slice(start, stop)
-        packed, zero = self.packed[part], None if self.zero is None else self.zero[part]
+        return self.at(slice(start, stop))
+
+    def at(self, rows: slice | torch.Tensor) -> "QuantTensor":
+        """Some output channels: copies of those in a tensor of indices, or the memory of a slice."""
+        packed, zero = self.packed[rows], None if self.zero is None else self.zero[rows]
+        divisor = None if self.divisor is None else self.divisor[rows]
         shape = (packed.shape[0], self.shape[1])
-        return QuantTensor(packed, self.scale[part], zero, self.scheme, shape, input_scale=self.input_scale)
+        return replace(
+            self, packed=packed, scale=self.scale[rows], zero=zero, shape=shape, nested=None, divisor=divisor
+        )
 
     @classmethod
     def stack(cls, parts: Sequence["QuantTensor"]) -> "QuantTensor":
@@ -151,21 +179,26 @@ class QuantTensor:
         if len(parts) == 1:
             return first
         zeros = [part.zero for part in parts if part.zero is not None]
+        divisors = [part.divisor for part in parts if part.divisor is not None]
         shape = (sum(part.shape[0] for part in parts), first.shape[1])
         packed, scale = torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts])
-        zero = torch.cat(zeros) if zeros else None
-        return cls(packed, scale, zero, first.scheme, shape, input_scale=first.input_scale)
+        zero, divisor = torch.cat(zeros) if zeros else None, torch.cat(divisors) if divisors else None
+        return cls(packed, scale, zero, first.scheme, shape, input_scale=first.input_scale, divisor=divisor)
 
     def to(self, device: str | torch.device) -> "QuantTensor":
         """The same tensor on another device."""
-        zero, inputs = (None if part is None else part.to(device) for part in (self.zero, self.input_scale))
+        rarer = (self.zero, self.input_scale, self.divisor)
+        zero, input_scale, divisor = (None if part is None else part.to(device) for part in rarer)
         nested = None if self.nested is None else self.nested.to(device)
-        return QuantTensor(self.packed.to(device), self.scale.to(device), zero, self.scheme, self.shape, nested, inputs)
+        packed, scale = self.packed.to(device), self.scale.to(device)
+        return QuantTensor(
+            packed, scale, zero, self.scheme, self.shape, nested=nested, input_scale=input_scale, divisor=divisor
+        )
 
     def with_nested_scales(self) -> "QuantTensor":
         """The same codes with scales that are quantized themselves: double quantization."""
         nested, scheme = nest(self.scale), replace(self.scheme, double_quantization=True)
-        return QuantTensor(self.packed, nested.numbers(), self.zero, scheme, self.shape, nested)
+        return replace(self, scale=nested.numbers(), scheme=scheme, nested=nested)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out, in], computed in fp32 and rounded once to `dtype`; some rows at a time, to hold little."""
@@ -182,10 +215,10 @@ class QuantTensor:
         weight = levels(self.stored(), self.scheme)
         if self.zero is not None:
             weight -= spread(self.zero.float(), size, width)
-        return weight.mul_(spread(self.scale.float(), size, width))
+        return weight.mul_(spread(self.unit, size, width))
 
     @property
     def bytes(self) -> int:
-        """Bytes of codes, scales and zero points in memory."""
-        parts = [self.packed, self.scale] + ([] if self.zero is None else [self.zero])
-        return sum(part.numel() * part.element_size() for part in parts)
+        """Bytes of codes, scales, zero points and divisors in memory."""
+        parts = (self.packed, self.scale, self.zero, self.divisor)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from compress.core.levels import table
 from compress.core.rounded_inputs import rounded_inputs
+from compress.core.scheme import OWN_GROUPS, Scheme
 from compress.core.tensors import QuantTensor, pack_rows
 from runtime.layers.base import LinearLayer, product_by_tiles
 from runtime.native.library import library
@@ -48,11 +49,11 @@ class CompiledLinear(LinearLayer):
         packed = weight.packed if self.bits == weight.scheme.bits else pack_rows(weight.stored(), self.bits)
         codes = packed.contiguous().view(torch.uint8)
         self.register_buffer("codes", functional.pad(codes, (0, -codes.shape[1] % _BLOCK_BYTES)))
-        self.register_buffer("scale", weight.scale.float().contiguous())
+        self.register_buffer("scale", weight.unit.mul(_range_of(self.scheme)).contiguous())
         unsigned = None if weight.zero is None else (weight.zero.to(torch.int16) - self.scheme.lowest).to(torch.uint8)
         self.register_buffer("zero", unsigned)
-        floating = self.scheme.dtype in ("nf4", "fp4")
-        self.register_buffer("table", table(self.scheme.dtype).clone() if floating else None)
+        floating = KINDS[self.scheme.dtype] == KINDS["nf4"]
+        self.register_buffer("table", table(self.scheme.dtype) / _range_of(self.scheme) if floating else None)
         self._described = self._description()
 
     @property
@@ -97,6 +98,11 @@ class CompiledLinear(LinearLayer):
         weight.zero = 0 if self.zero is None else self.zero.data_ptr()
         weight.table = 0 if self.table is None else self.table.data_ptr()
         return weight
+
+
+def _range_of(scheme: Scheme) -> float:
+    """A power of two that levels are divided by, for the kernels want tables within [-1, 1]."""
+    return 8.0 if scheme.dtype in OWN_GROUPS else 1.0
 
 
 def _kept_bits(weight: QuantTensor) -> int:

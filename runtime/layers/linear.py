@@ -116,9 +116,4 @@ def concatenate(weights: Sequence[Tensor] | Sequence[QuantTensor]) -> Tensor | Q
     first = packed[0]
     if dense or any(weight.scheme != first.scheme or weight.shape[1] != first.shape[1] for weight in packed):
         raise UsageError("layers of different schemes or widths cannot become one")
-    zeros = [weight.zero for weight in packed if weight.zero is not None]
-    rows = sum(weight.shape[0] for weight in packed)
-    words, scale = torch.cat([weight.packed for weight in packed]), torch.cat([weight.scale for weight in packed])
-    shape = (rows, first.shape[1])
-    zero = torch.cat(zeros) if zeros else None
-    return QuantTensor(words, scale, zero, first.scheme, shape, input_scale=first.input_scale)
+    return QuantTensor.stack(packed)

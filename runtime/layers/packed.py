@@ -19,6 +19,7 @@ class PackedLinear(LinearLayer):
     packed: Tensor
     scale: Tensor
     zero: Tensor | None
+    divisor: Tensor | None
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None, slow_reason: str = "") -> None:
         super().__init__(weight.shape, bias, slow_reason, weight.input_scale)
@@ -26,12 +27,20 @@ class PackedLinear(LinearLayer):
         self.register_buffer("packed", weight.packed)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero", weight.zero)
+        self.register_buffer("divisor", weight.divisor)
 
     @property
     def weight(self) -> QuantTensor:
         """The weight as it is kept."""
-        shape = (self.out_features, self.in_features)
-        return QuantTensor(self.packed, self.scale, self.zero, self.scheme, shape, input_scale=self.input_scale)
+        return QuantTensor(
+            self.packed,
+            self.scale,
+            self.zero,
+            self.scheme,
+            (self.out_features, self.in_features),
+            input_scale=self.input_scale,
+            divisor=self.divisor,
+        )
 
     def dequantized_tiles(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weight [O, K] in `dtype`, some output channels at a time; the tiles depend on the shape alone."""

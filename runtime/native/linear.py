@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.core.compiling import threads_for
 from runtime.native.library import library
 
-KINDS = {"int": 0, "nf4": 1, "fp4": 1, "fp8": 2}
+KINDS = {"int": 0, "nf4": 1, "fp4": 1, "mxfp4": 1, "nvfp4": 1, "fp8": 2}
 DENSE_KINDS = {torch.float32: 3, torch.bfloat16: 4}
 LEAST_CHANNELS = 4
 DENSE_STEP = 16  # dense weights are read so many at once

@@ -23,11 +23,9 @@ def low_bit_matmul(x_TK: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
 
 def matmul_reference(x_TK: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
     """`low_bit_matmul` in torch: weights in x's dtype, some output channels at a time."""
-    rows, width = weight.shape
+    rows = weight.shape[0]
     out_TO = x_TK.new_empty((x_TK.shape[0], rows))
     for first in range(0, rows, _ROWS):
         part = slice(first, min(first + _ROWS, rows))
-        zero = None if weight.zero is None else weight.zero[part]
-        some = QuantTensor(weight.packed[part], weight.scale[part], zero, weight.scheme, (part.stop - first, width))
-        torch.matmul(x_TK, some.dequantize(x_TK.dtype).T, out=out_TO[:, part])
+        torch.matmul(x_TK, weight.at(part).dequantize(x_TK.dtype).T, out=out_TO[:, part])
     return out_TO

@@ -12,6 +12,7 @@ from compress.core.solve import factorise
 from quantize._sweep import quantize_rows
 
 SCHEMES = [Scheme(4, 32), Scheme(3, 64, symmetric=False), Scheme(2, -1), Scheme(8, 16, symmetric=False), Scheme(8, 48)]
+SCHEMES += [Scheme(4, 32, dtype="mxfp4"), Scheme(4, 16, dtype="nvfp4")]
 NF4 = Scheme(4, 64, dtype="nf4")
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")

@@ -12,13 +12,16 @@ from typing import Any
 
 from compress.core.errors import InputError, UsageError
 from compress.core.formats import NotRead
-from compress.core.scheme import Scheme
+from compress.core.scheme import OWN_GROUPS, Scheme
 
-_KNOWN_FORMATS = frozenset(
-    {"naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized"}
-    | {"mxfp8-quantized", "marlin-24"}
-)
+_KNOWN_FORMATS = frozenset({"naive-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "marlin-24"})
 _PACKED, _INT, _FLOAT, _MIXED = "pack-quantized", "int-quantized", "float-quantized", "mixed-precision"
+_FP4 = {"mxfp4-pack-quantized": "mxfp4", "nvfp4-pack-quantized": "nvfp4"}
+_READ = (_PACKED, _INT, _FLOAT, *_FP4)
+_FP4_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "mxfp4": {"strategy": "group", "scale_dtype": "torch.uint8"},
+    "nvfp4": {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"},
+}
 _VERSION = "0.18.0"
 _ARGUMENTS = frozenset(
     {"num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"}
@@ -26,9 +29,11 @@ _ARGUMENTS = frozenset(
 )
 _GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
 _PRESET = re.compile(r"W(?P<bits>[2-8])A(?P<inputs>8|16)(?P<asymmetric>_ASYM)?")
-_FP8_PRESETS = {
-    "FP8_DYNAMIC": Scheme(8, dtype="fp8", activation_bits=8),
-    "FP8_BLOCK": Scheme(8, 128, dtype="fp8", activation_bits=8, blocks=True),
+_FLOAT_PRESETS = {
+    "FP8_DYNAMIC": "fp8",
+    "FP8_BLOCK": "fp8_block",
+    "MXFP4A16": "mxfp4a16",
+    "NVFP4A16": "nvfp4a16",
 }
 _LINEAR = "Linear"
 _MAX_PATTERN = 1000
@@ -75,14 +80,16 @@ def format_of(scheme: Scheme) -> str:
     """The format's name for the way a scheme is stored."""
     if scheme.dtype == "fp8":
         return _FLOAT
+    if scheme.dtype in OWN_GROUPS:
+        return f"{scheme.dtype}-pack-quantized"
     return _INT if is_int_quantized(scheme) else _PACKED
 
 
-def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    kind = "float" if scheme.dtype == "fp8" else "int"
+def weight_arguments(scheme: Scheme) -> dict[str, Any]:
+    """The `weights` of a config group."""
     weights: dict[str, Any] = {
         "num_bits": scheme.bits,
-        "type": kind,
+        "type": "int" if scheme.dtype == "int" else "float",
         "symmetric": scheme.symmetric,
         "strategy": scheme.strategy,
         "dynamic": False,
@@ -91,9 +98,15 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         weights["group_size"] = scheme.group_size
     if scheme.strategy == "block":
         weights["block_structure"] = [scheme.rows_per_scale, scheme.group_size]
+    return weights | _FP4_ARGUMENTS.get(scheme.dtype, {})
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    weights = weight_arguments(scheme)
     group: dict[str, Any] = {"targets": targets, "weights": weights}
     if scheme.activation_bits == 8:
-        group["input_activations"] = {"num_bits": 8, "type": kind, "symmetric": True} | _input_scales(scheme)
+        inputs = {"num_bits": 8, "type": weights["type"], "symmetric": True}
+        group["input_activations"] = inputs | _input_scales(scheme)
     return group
 
 
@@ -187,9 +200,11 @@ def group_scheme(config: Mapping[str, Any], key: str) -> Scheme | None:
     if group.get("output_activations") is not None:
         raise NotRead("quantized outputs are not supported", where=f"{where}.output_activations")
     written = group.get("format") or config.get("format")
-    if written not in (_PACKED, _INT, _FLOAT):
+    if written not in _READ:
         refusal = NotRead if written in _KNOWN_FORMATS else InputError
-        raise refusal(f"format {written!r} is not read", where=where, hint=f"{_PACKED}, {_INT} and {_FLOAT} are")
+        raise refusal(f"format {written!r} is not read", where=where, hint=f"{', '.join(_READ)} are")
+    if written in _FP4:
+        return _fp4(group, _FP4[written], where)
     kind = "float" if written == _FLOAT else "int"
     scheme = _weights(group["weights"], kind, f"{where}.weights")
     if group.get("input_activations") is not None:
@@ -199,9 +214,23 @@ def group_scheme(config: Mapping[str, Any], key: str) -> Scheme | None:
     return scheme
 
 
+def _fp4(group: Mapping[str, Any], dtype: str, where: str) -> Scheme:
+    """Weights as 4-bit floats, which have one form each, beside inputs that are left alone."""
+    if group.get("input_activations") is not None:
+        raise NotRead("4-bit inputs are not supported: only inputs in 16 bits are", where=f"{where}.input_activations")
+    arguments, where = group["weights"], f"{where}.weights"
+    _check_arguments(arguments, where)
+    scheme = Scheme.parse(f"{dtype}a16")
+    for key, value in weight_arguments(scheme).items():
+        found = arguments.get(key, value)
+        if found != value and not (key == "type" and str(found).lower() == value):
+            raise NotRead(f"{key} {found!r} is not read in this format: {value!r} is", where=where)
+    return scheme
+
+
 def _preset(key: str, where: str) -> Scheme:
-    if key.upper() in _FP8_PRESETS:
-        return _FP8_PRESETS[key.upper()]
+    if key.upper() in _FLOAT_PRESETS:
+        return Scheme.parse(_FLOAT_PRESETS[key.upper()])
     match = _PRESET.fullmatch(key.upper())
     if match is None:
         raise InputError(f"preset {key!r} is not supported", where=where)

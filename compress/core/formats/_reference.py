@@ -68,8 +68,12 @@ def bits_to_numbers(words_RW: Array, bits: int, count: int) -> Array:
 def compressed_tensors(
     module: str, tensors: Mapping[str, TensorInfo], scheme: Scheme, rows: Array, read: Bytes = raw_bytes
 ) -> Array:
-    """The same for a pack-quantized, int-quantized or float-quantized module."""
+    """The same for a module of any of the format's kinds."""
     scale_info = tensors[f"{module}.weight_scale"]
+    if scheme.dtype in ("mxfp4", "nvfp4"):
+        divisor = tensors.get(f"{module}.weight_global_scale")
+        whole = None if divisor is None else load(divisor, read).reshape(1)
+        return _fp4(load(tensors[f"{module}.weight_packed"], read)[rows], load(scale_info, read)[rows], whole)
     if scheme.dtype == "fp8":
         octets = load(tensors[f"{module}.weight"], read)[rows]
         return _fp8(octets, floats(load(scale_info, read), scale_info.dtype), rows, scheme)
@@ -159,11 +163,28 @@ def bitsandbytes_int8(
     return load(tensors[f"{module}.weight"], read)[rows].astype(np.float32) * scale[:, None]
 
 
+def _fp4(octets: Array, scale: Array, divisor: Array | None) -> Array:
+    """e2m1 (sign, 2 bits of exponent with bias 1, 1 of mantissa), two to a byte; scales are e4m3 over a divisor, or, if
+    there is none, powers of two."""
+    nibble = np.stack((octets & 15, octets >> 4), axis=-1).reshape(len(octets), -1)
+    level = _small_float(nibble, exponent_bits=2, mantissa_bits=1, bias=1)
+    if divisor is None:
+        unit = np.ldexp(np.float32(1), scale.astype(np.int32) - 127)
+    else:
+        unit = _small_float(scale, exponent_bits=4, mantissa_bits=3, bias=7) / divisor
+    return level * np.repeat(unit, level.shape[1] // unit.shape[1], axis=1)
+
+
+def _small_float(pattern: Array, *, exponent_bits: int, mantissa_bits: int, bias: int) -> Array:
+    """Floats of a few bits by their definition, fp32; exponent 0 is subnormal, and nothing is infinite."""
+    exponent = (pattern >> mantissa_bits).astype(np.int32) & ((1 << exponent_bits) - 1)
+    part = (pattern & ((1 << mantissa_bits) - 1)).astype(np.float32) / (1 << mantissa_bits)
+    magnitude = np.where(exponent == 0, part, 1 + part) * np.exp2(np.maximum(exponent, 1) - float(bias))
+    return np.where(pattern >> (exponent_bits + mantissa_bits), -magnitude, magnitude).astype(np.float32)
+
+
 def _fp8(octets: Array, scale: Array, rows: Array, scheme: Scheme) -> Array:
-    """e4m3 by its definition: sign, 4 bits of exponent (bias 7), 3 of mantissa; exponent 0 is subnormal."""
-    exponent, mantissa = (octets >> 3).astype(np.int32) & 15, (octets & 7).astype(np.float32)
-    magnitude = np.where(exponent == 0, mantissa / 8, 1 + mantissa / 8) * np.exp2(np.maximum(exponent, 1) - 7.0)
-    level = np.where(octets >> 7, -magnitude, magnitude).astype(np.float32)
+    level = _small_float(octets, exponent_bits=4, mantissa_bits=3, bias=7)
     if scheme.blocks:
         return level * scale[rows // scheme.group_size][:, group_of(octets.shape[1], scheme)]
     return level * (scale.reshape(-1, 1)[rows] if scale.size > 1 else scale.reshape(1, 1))

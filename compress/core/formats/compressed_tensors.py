@@ -1,5 +1,5 @@
-"""compressed-tensors on disk: pack-quantized (2 to 8 bits), int-quantized (8-bit weights and inputs) and
-float-quantized (fp8).
+"""compressed-tensors on disk: pack-quantized (2 to 8 bits), int-quantized (8-bit weights and inputs),
+float-quantized (fp8), mxfp4-pack-quantized and nvfp4-pack-quantized.
 
 Format: https://github.com/neuralmagic/compressed-tensors. O output channels, K input channels, G groups, b bits.
 
@@ -13,8 +13,13 @@ int-quantized    weight            int8 [O, K]
                  input_scale       [1]                       static inputs only
 float-quantized  weight            float8_e4m3fn [O, K]
                  weight_scale      [O, 1]; of square blocks [ceil(O/size), G]; read only: [1] for the whole tensor
+mxfp4-pack-…     weight_packed     uint8 [O, K/2]             the first of two codes in the low bits
+                 weight_scale      uint8 [O, K/32]            exponent + 127 of a power of two (E8M0)
+nvfp4-pack-…     weight_packed     uint8 [O, K/2]
+                 weight_scale      float8_e4m3fn [O, K/16]
+                 weight_global_scale fp32 [1]                 what scales are divided by
 
-weight = (code - zero) * scale, code and zero both in the signed domain -2^(b-1) … 2^(b-1)-1.
+weight = (code - zero) * scale, code and zero both in the signed domain -2^(b-1) … 2^(b-1)-1; or level * scale.
 """
 
 from __future__ import annotations
@@ -26,10 +31,11 @@ import torch
 
 from compress.core.errors import ArtifactError, UsageError
 from compress.core.formats import Read
+from compress.core.formats import _compressed_tensors_fp4 as fp4
 from compress.core.formats._checks import misfit, turned
 from compress.core.formats._compressed_tensors_config import is_int_quantized, quantization_config, scheme_of
 from compress.core.safetensors_io import TensorInfo, load_tensor
-from compress.core.scheme import Scheme
+from compress.core.scheme import OWN_GROUPS, Scheme
 from compress.core.tensors import QuantTensor, pack_rows, unpack_rows, words_in
 
 __all__ = [
@@ -52,9 +58,11 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def encode(module: str, tensor: QuantTensor) -> dict[str, torch.Tensor]:
     """The tensors that hold `tensor` on disk, by disk name."""
     scheme = tensor.scheme
-    if scheme.dtype not in ("int", "fp8"):
+    if scheme.dtype not in ("int", "fp8", *OWN_GROUPS):
         raise UsageError(f"{scheme.name} weights are not written")
-    if scheme.dtype == "fp8":
+    if scheme.dtype in OWN_GROUPS:
+        parts = fp4.encode(tensor)
+    elif scheme.dtype == "fp8":
         parts = {"weight": tensor.stored().view(torch.float8_e4m3fn), "weight_scale": _once_a_block(module, tensor)}
     elif is_int_quantized(scheme):
         parts = {"weight": tensor.codes(), "weight_scale": tensor.scale}
@@ -82,6 +90,8 @@ def modules_of(names: Iterable[str]) -> list[str]:
 
 def stored_names(module: str, scheme: Scheme) -> tuple[str, ...]:
     """Disk names of the tensors that hold `module` under `scheme`: all of them and no others."""
+    if scheme.dtype in OWN_GROUPS:
+        return tuple(f"{module}.{suffix}" for suffix in fp4.parts_of(scheme))
     plain = is_int_quantized(scheme) or scheme.dtype == "fp8"
     suffixes = ["weight", "weight_scale"] if plain else ["weight_packed", "weight_scale", "weight_shape"]
     if not scheme.symmetric:
@@ -98,6 +108,8 @@ def shape_of(module: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> 
         if len(shape) != 2:
             raise ArtifactError(f"has shape {list(shape)}, not two dimensions", where=f"{module}.weight")
         return shape[0], shape[1]
+    if scheme.dtype in OWN_GROUPS:
+        return fp4.shape_of(module, tensors)
     if f"{module}.weight_shape" not in tensors:
         raise ArtifactError("is missing", where=f"{module}.weight_shape")
     info = tensors[f"{module}.weight_shape"]
@@ -113,6 +125,8 @@ def encoded_bytes(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dty
     """Exact bytes of all tensors that `encode` gives for a weight [out, in] of `shape`, headers apart."""
     rows, width = shape
     groups = scheme.groups_in(width)
+    if scheme.dtype in OWN_GROUPS:
+        return fp4.encoded_bytes(shape, scheme)
     total = -(-rows // scheme.rows_per_scale) * groups * scale_dtype.itemsize
     total += scale_dtype.itemsize if scheme.static_inputs else 0
     if is_int_quantized(scheme) or scheme.dtype == "fp8":
@@ -138,6 +152,8 @@ def input_scale(module: str, read: Read) -> torch.Tensor:
 def _weight(module: str, read: Read, scheme: Scheme) -> QuantTensor:
     if scheme.dtype == "fp8":
         return _fp8(module, read, scheme)
+    if scheme.dtype in OWN_GROUPS:
+        return fp4.decode(module, read, scheme)
     scale = read(f"{module}.weight_scale")
     if scale.dtype not in _FLOATS or scale.dim() != 2:
         raise misfit(module, "weight_scale", scale, "a 2-dimensional float tensor")

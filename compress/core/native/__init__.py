@@ -29,6 +29,7 @@ class _Sweep(ctypes.Structure):
         ("rows", _INTEGER),
         ("lowest", _FLOAT),
         ("highest", _FLOAT),
+        ("floats", _INT),
     ]
 
 
@@ -73,21 +74,22 @@ def sweep_block(
     group_B: Tensor,
     channel_B: Tensor,
     cost_B: Tensor,
-    levels: tuple[int, int],
+    levels: tuple[int, int] | None,
     error_BR: Tensor,
     codes_KR: Tensor,
     loss_R: Tensor,
 ) -> None:
     """Round the columns of one block, last to first (see sweep.c); fills error_BR, rows of codes_KR, adds to loss_R.
 
-    All contiguous: fp32, indices int64, codes int8. levels: the lowest and the highest code.
+    All contiguous: fp32, indices int64, codes int8. levels: the lowest and the highest code; None: 4-bit floats.
     """
     sweep = _Sweep(
         *(each.data_ptr() for each in (target_BR, original_BR, feedback_BB, scale_GR)),
         None if zero_GR is None else zero_GR.data_ptr(),
         *(each.data_ptr() for each in (group_B, channel_B, cost_B, error_BR, codes_KR, loss_R)),
         *target_BR.shape,
-        *levels,
+        *(levels or (0, 0)),
+        levels is None,
     )
     if _loaded().sweep_block(ctypes.byref(sweep), threads_for(target_BR.numel())):
         raise MemoryError("no memory for the errors of one block of columns")

@@ -1,5 +1,7 @@
 /* The column sweep of GPTQ inside one block of columns, for rows that are independent of each other: a strip of rows
    keeps its errors in the first-level cache while the columns go by, from the last to the first. */
+#include "e2m1.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -22,7 +24,27 @@ typedef struct {
     float *loss;           /* [rows]: added to */
     int64_t columns, rows;
     float lowest, highest;
+    int floats; /* levels are 4-bit floats instead of whole numbers */
 } Sweep;
+
+/* A strip of one column: codes, and what they stand for. */
+static inline void round_strip(const Sweep *s, const float *target, const float *scale, const float *zero, float *code,
+                               float *chosen) {
+    for (int lane = 0; lane < STRIP; lane++) {
+        float rounded = rintf(target[lane] * (1 / scale[lane])) + zero[lane];
+        rounded = rounded < s->lowest ? s->lowest : rounded > s->highest ? s->highest : rounded;
+        chosen[lane] = (rounded - zero[lane]) * scale[lane];
+        code[lane] = rounded;
+    }
+}
+
+static inline void round_strip_e2m1(const float *target, const float *scale, float *code, float *chosen) {
+    for (int lane = 0; lane < STRIP; lane++) {
+        const float level = nearest_e2m1(target[lane] * (1 / scale[lane]));
+        chosen[lane] = level * scale[lane];
+        code[lane] = code_of_e2m1(level);
+    }
+}
 
 static void aim(const Sweep *s, int64_t i, const vector (*error)[VECTORS], float *target) {
     vector sum[VECTORS];
@@ -36,6 +58,7 @@ static void aim(const Sweep *s, int64_t i, const vector (*error)[VECTORS], float
 
 static void sweep_strip(const Sweep *s, int64_t first, int count, vector (*error)[VECTORS]) {
     float target[STRIP] = {0}, original[STRIP] = {0}, scale[STRIP], zero[STRIP] = {0}, code[STRIP], loss[STRIP] = {0};
+    float chosen[STRIP];
     for (int lane = 0; lane < STRIP; lane++)
         scale[lane] = 1;
     for (int64_t i = s->columns - 1; i >= 0; i--) {
@@ -47,12 +70,13 @@ static void sweep_strip(const Sweep *s, int64_t first, int count, vector (*error
             memcpy(zero, s->zero + grid, count * sizeof(float));
         aim(s, i, error, target);
         float *wrong = (float *)error[i];
+        if (s->floats)
+            round_strip_e2m1(target, scale, code, chosen);
+        else
+            round_strip(s, target, scale, zero, code, chosen);
         for (int lane = 0; lane < STRIP; lane++) {
-            float rounded = rintf(target[lane] * (1 / scale[lane])) + zero[lane];
-            rounded = rounded < s->lowest ? s->lowest : rounded > s->highest ? s->highest : rounded;
-            const float chosen = (rounded - zero[lane]) * scale[lane], residual = target[lane] - chosen;
-            code[lane] = rounded;
-            wrong[lane] = original[lane] - chosen;
+            const float residual = target[lane] - chosen[lane];
+            wrong[lane] = original[lane] - chosen[lane];
             loss[lane] += residual * residual * s->cost[i];
         }
         memcpy(s->error + at, wrong, count * sizeof(float));

@@ -207,7 +207,7 @@ def test_weights_that_are_not_read_are_named(weights: dict[str, object], message
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
+        ({"format": "mxfp8-quantized"}, "mxfp8-quantized"),
         ({"format": "zip"}, "'zip'"),
         ({"quantization_status": "initialized"}, "initialized"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),

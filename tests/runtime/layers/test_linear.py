@@ -43,6 +43,7 @@ FLOATS = [
     Scheme(8, dtype="fp8"),
     Scheme(8, dtype="fp8", activation_bits=8),
 ]
+GROUPED_FLOATS = [Scheme(4, 32, dtype="mxfp4"), Scheme(4, 16, dtype="nvfp4")]
 KERNELS = Path(native.__file__).parent
 SHAPES = [(48, 128), (4, 64), (33, 192), (16, 100), (5, 36), (22, 1280)]  # [out, in]
 needs_kernels = pytest.mark.skipif(library().loaded is None, reason="needs gcc and torch with libgomp")
@@ -58,7 +59,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def quantized(scheme: Scheme, shape: tuple[int, int], seed: int = 1) -> QuantTensor:
     """A random weight under a scheme, with the whole range of codes; the last group may be ragged."""
-    if scheme.dtype == "int":
+    if scheme.dtype in ("int", "mxfp4", "nvfp4"):
         return fit_grid(random(*shape, seed=seed), scheme, scale_dtype=torch.float32).round(random(*shape, seed=seed))
     generator = torch.Generator().manual_seed(seed)
     codes_OK = torch.randint(0, 1 << scheme.bits, shape, generator=generator).to(torch.uint8)
@@ -78,8 +79,11 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 # ---------------------------------------------------------------------- right
-@pytest.mark.parametrize("scheme", [*INTEGERS, *FLOATS], ids=name_of)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+CASES = [(scheme, shape) for scheme in [*INTEGERS, *FLOATS] for shape in SHAPES]
+CASES += [(scheme, shape) for scheme in GROUPED_FLOATS for shape in SHAPES if shape[1] % 32 == 0]
+
+
+@pytest.mark.parametrize(("scheme", "shape"), CASES, ids=name_of)
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
 def test_every_scheme_computes_with_its_dequantized_weight(scheme, shape, numerics) -> None:
     weight, bias = quantized(scheme, shape), random(shape[0], seed=2)
@@ -92,8 +96,7 @@ def test_every_scheme_computes_with_its_dequantized_weight(scheme, shape, numeri
         assert error(y - bias, expected(x, weight)) < limit
 
 
-@pytest.mark.parametrize("scheme", [*INTEGERS, *FLOATS], ids=name_of)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("scheme", "shape"), CASES, ids=name_of)
 def test_torchs_kernels_give_the_same_to_bf16(scheme, shape) -> None:
     weight = quantized(scheme, shape)
     layer = make_linear(weight, numerics="fast", compiled=False)
