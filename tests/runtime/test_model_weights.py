@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from compress.core._skeleton import StoredLinear
 from compress.core.checkpoint import Checkpoint
 from compress.core.scheme import Scheme
 from runtime.loader import load
@@ -130,10 +131,13 @@ def test_artifacts_of_other_tools(name: str) -> None:
     assert gap(folder, 64) < BOUND
 
 
-def test_inputs_in_8_bits_change_logits_a_little() -> None:
+def test_inputs_in_8_bits_are_rounded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ORACLES / "llmcompressor-w8a8"
     prompts = prompts_of((20,), 64)
-    assert 1e-4 < worst(exact(folder).feed(prompts, []), reference_logits(folder, prompts)) < 0.05
+    ours = exact(folder).feed(prompts, [])
+    assert worst(ours, reference_logits(folder, prompts)) < 1e-3  # sums in another order may flip a code
+    monkeypatch.setattr(StoredLinear, "round_inputs", lambda *_: None)
+    assert 1e-3 < worst(ours, reference_logits(folder, prompts)) < 0.05  # without rounding: a little else
 
 
 def test_bitsandbytes(tiny_model: TinyModel, tmp_path: Path) -> None:
