@@ -127,6 +127,8 @@ def layers_table(stage: "Plan", title: str, *, every: bool) -> Table:
 
 def fate(layer: "LayerPlan") -> str:
     """ "w4a16, groups of 64", or why the layer stays as it is."""
+    if len(layer.alternatives) > 1:
+        return f"one of {', '.join(scheme.name for scheme in layer.alternatives)}"
     if layer.scheme is None:
         return f"unchanged: {layer.reason}" if layer.reason else "unchanged"
     word = "blocks" if layer.scheme.blocks else "groups"

@@ -91,7 +91,9 @@ def summary(run: Mapping[str, Any]) -> str:
 def _stage_words(stage: Mapping[str, Any]) -> str:
     settings = stage.get("settings") or {}
     text = str(stage["method"])
-    if settings.get("scheme") and settings["scheme"] != text:
+    if settings.get("bits_per_weight"):
+        text += f" {settings['bits_per_weight']:g} bits"
+    elif settings.get("scheme") and settings["scheme"] != text:
         text += f" {settings['scheme']}"
     elif settings.get("bits"):
         text += f" {settings['bits']} bits"

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compress
+from compress.cli.tables import fate
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError, UsageError
 from compress.core.events import Event, Notice
 from compress.inputs import RunOptions
+from compress.report import data as report
 from quantize._mixed import Item, knapsack
 from tests.conftest import TinyModel
 
@@ -75,6 +77,17 @@ def test_the_budget_is_kept_and_siblings_agree(tiny_model: TinyModel, tmp_path: 
                 assert len({artifact.schemes[site] for site in sites}) == 1, name
         experts = {artifact.schemes[site] for site in artifact.sites(index) if site.endswith(("w2", "down_proj"))}
         assert len(experts) == 1
+
+
+def test_what_is_said_before_and_after(tiny_model: TinyModel, tmp_path: Path) -> None:
+    asked = recipe(
+        tiny_model("llama", dtype="bfloat16"), tmp_path, {"bits_per_weight": 4.5, "choices": ["w3a16", "w4a16"]}
+    )
+    plan = compress.plan(asked, RunOptions(output=tmp_path / "out", evaluate=False))
+    assert {fate(layer) for layer in plan.layers} == {"one of w3a16, w4a16"}
+    summary = compress.run(asked, RunOptions(output=tmp_path / "out", evaluate=False)).summary
+    assert report.summary(summary).startswith("mixed 4.5 bits")
+    assert {layer["scheme"] for layer in summary["stages"][0]["layers"]} == {"w3a16", "w4a16"}
 
 
 def test_bits_per_weight_and_size_are_budgets(tiny_model: TinyModel, tmp_path: Path) -> None:
