@@ -22,7 +22,7 @@ from compress.core.files import (
     write_entries,
     written_file,
 )
-from compress.core.formats import method_of, reader_for, stored_modules, writer_for
+from compress.core.formats import method_of, stored_modules, writer_for
 from compress.core.formats._checks import exact_as
 from compress.core.manifest import Coverage
 from compress.core.model_files import INDEX_NAME, SHARD_METADATA, shard_index, shard_name, unquantized, write_json
@@ -136,8 +136,7 @@ def require_held(schemes: Mapping[str, Scheme], shapes: Mapping[str, Shape], for
 
 def shapes_of(source: Checkpoint) -> dict[str, Shape]:
     """Shape [out, in] of every quantized module, from headers."""
-    reader = reader_for(source.config, source.source.id)
-    return {module: reader.shape_of(module, scheme, source.tensors) for module, scheme in source.schemes.items()}
+    return {module: source.matrix_shape(module) for module in source.schemes}
 
 
 def _encoded(source: Checkpoint, names: Iterable[str], format: str) -> list[Entry]:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from compress.core.scheme import Scheme
     from quantize.mixed import Mixed
 
-_ROUNDED_AT_ONCE = 4 << 20  # weights
 _SWEPT = ("gptq", "autoround")  # methods that let later columns make up for the error of earlier ones
 
 
@@ -59,9 +58,7 @@ def settled(settings: Mixed, found: dict[str, Any], checkpoint: Checkpoint) -> W
     """The settings of the method that rounds, with the schemes that were found."""
     names = checkpoint.architecture
     chosen: dict[str, str] = dict(found["schemes"])
-    outside = {
-        word: chosen.pop(module, None) for word, module in (("embedding", names.embedding), ("head", names.head))
-    }
+    embedding, head = chosen.pop(names.embedding, None), chosen.pop(names.head, None)
     method: Any = find_pass("quantize", settings.using)
     shared = {
         name: getattr(settings, name)
@@ -69,8 +66,8 @@ def settled(settings: Mixed, found: dict[str, Any], checkpoint: Checkpoint) -> W
     }
     overrides = [{"layers": layer, "scheme": scheme} for layer, scheme in chosen.items()]
     fixed = [override.model_dump() for override in settings.overrides]
-    if settings.vocabulary:
-        shared |= {word: scheme or None for word, scheme in outside.items()}
+    if settings.vocabulary:  # chosen, or left as they are
+        shared |= {"head": head or None, "embedding": embedding or None}
     else:
         shared |= {"head": settings.head, "embedding": settings.embedding}
     return method.model_validate({**shared, "overrides": (*overrides, *fixed)})
@@ -202,13 +199,13 @@ def _losses(
     import torch
 
     from compress.core.grid import fit_grid
-    from quantize._rounding import CLIPS
+    from quantize._rounding import CLIPS, rows_at_once
 
     importance_K = _left_by_sweep(curvature.inputs) if swept and settings.using in _SWEPT else None
     judged = curvature if importance_K is None else replace(curvature, inputs=importance_K)
     schemes = [settings.fitted(scheme, shape[1]) for scheme in settings.choice_schemes]
     losses = [0.0] * len(schemes)
-    for rows in torch.arange(shape[0]).split(max(1, _ROUNDED_AT_ONCE // shape[1])):
+    for rows in torch.arange(shape[0]).split(rows_at_once(shape[1])):
         piece = slice(int(rows[0]), int(rows[-1]) + 1)
         weight_RK = checkpoint.rows(f"{name}.weight", rows).float()
         for number, scheme in enumerate(schemes):

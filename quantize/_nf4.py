@@ -8,9 +8,7 @@ from compress.core.grid import fit_grid
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 from compress.core.walk import Site
-from quantize._rounding import CLIPS
-
-_ROUNDED_AT_ONCE = 4 << 20  # weights
+from quantize._rounding import CLIPS, rows_at_once
 
 
 def round_site(site: Site, scheme: Scheme, scale_dtype: torch.dtype, clip: str) -> None:
@@ -19,7 +17,8 @@ def round_site(site: Site, scheme: Scheme, scale_dtype: torch.dtype, clip: str) 
     With double quantization codes are those that the scales before it give, as in bitsandbytes.
     """
     outputs, width = site.shape
-    pieces = [slice(start, start + _rows(width)) for start in range(0, outputs, _rows(width))]
+    rows = rows_at_once(width)
+    pieces = [slice(start, start + rows) for start in range(0, outputs, rows)]
     plain = replace(scheme, double_quantization=False)
     parts = []
     for piece in pieces:
@@ -35,7 +34,3 @@ def round_site(site: Site, scheme: Scheme, scale_dtype: torch.dtype, clip: str) 
         error += float(tensor.rows(piece.start, piece.stop).dequantize().sub_(weight_OK).square_().sum())
     site.replace(tensor)
     site.note(method="nf4", bits=scheme.bits, group_size=scheme.group_size, error=error / power)
-
-
-def _rows(width: int) -> int:
-    return max(1, _ROUNDED_AT_ONCE // width)

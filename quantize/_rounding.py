@@ -17,6 +17,11 @@ CLIPS: dict[str, Clip | None] = {"mse": Clip(), "minmax": None}
 _ROUNDED_AT_ONCE = 4 << 20  # weights; a search and its rounding hold five numbers for each
 
 
+def rows_at_once(width: int, share: int = 1) -> int:
+    """Output channels of a layer with `width` inputs that are rounded together: whole blocks of `share` channels."""
+    return max(1, _ROUNDED_AT_ONCE // width // share) * share
+
+
 def round_site(
     site: Site,
     scheme: Scheme,
@@ -46,8 +51,7 @@ def round_rows(
     if divisor is None and scheme.dtype == "nvfp4":
         divisor = divisor_for(_largest(read, shape))
     outputs, width = shape
-    share = scheme.rows_per_scale
-    rows = max(1, _ROUNDED_AT_ONCE // width // share) * share
+    rows = rows_at_once(width, scheme.rows_per_scale)
     parts, error, power = [], 0.0, 1e-30
     for start in range(0, outputs, rows):
         weight_OK = read(slice(start, start + rows))
@@ -69,7 +73,7 @@ def shared_divisor(chosen: list[tuple[Site, Scheme]]) -> torch.Tensor | None:
 
 
 def _largest(read: Callable[[slice], torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-    rows = max(1, _ROUNDED_AT_ONCE // shape[1])
+    rows = rows_at_once(shape[1])
     pieces = [read(slice(start, start + rows)).abs().amax() for start in range(0, shape[0], rows)]
     return torch.stack(pieces).amax()
 

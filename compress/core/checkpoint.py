@@ -195,13 +195,9 @@ class Checkpoint:
         return load_tensor(self.info(name))
 
     def rows(self, name: str, row_ids: Tensor) -> Tensor:
-        """Rows `row_ids` of a matrix; only these are read. Of a quantized one: dequantized."""
-        module = name.removesuffix(".weight")
-        return (
-            self.weight(module, torch.float32)[row_ids]
-            if module in self.schemes
-            else load_rows(self.info(name), row_ids)
-        )
+        """Rows `row_ids` of a matrix; only these are read, or dequantized."""
+        packed = self.quant_tensor(name.removesuffix(".weight"))
+        return load_rows(self.info(name), row_ids) if packed is None else packed.at(row_ids).dequantize()
 
     def alters(self, name: str) -> bool:
         """Whether `tensor` gives something else than lies in the file: so in a view that transforms what it reads."""
