@@ -3,9 +3,11 @@
 Shape suffixes: R rows, K input channels, G groups, B of a block.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from compress.core import native
+from compress.core import gpu, native
 from compress.core.grid import Grid
 from compress.core.levels import e2m1_codes, nearest_e2m1
 from compress.core.scheme import OWN_GROUPS
@@ -31,12 +33,12 @@ class _Codes:
         self._size = grid.scheme.group_width(width)
         self._inverse_GR = 1 / self.scale_GR
         self._floats = grid.scheme.dtype in OWN_GROUPS
-        self._native = native.serves(weight_RK)
+        self._kernel = _kernel_for(weight_RK)
 
     def round_block(self, columns: Columns, error_BR: torch.Tensor, loss_R: torch.Tensor) -> None:
-        if not self._native:
+        if self._kernel is None:
             return ByColumn(self._choose).round_block(columns, error_BR, loss_R)
-        return native.sweep_block(
+        return self._kernel(
             target_BR=columns.target_BR,
             original_BR=columns.original_BR,
             feedback_BB=columns.feedback_BB,
@@ -64,3 +66,14 @@ class _Codes:
             self.codes_KR[k] = code_R.add_(self.zero_GR[g]).clamp_(self._scheme.lowest, self._scheme.highest)
             code_R.sub_(self.zero_GR[g])
         return code_R.mul_(self.scale_GR[g])
+
+
+def _kernel_for(weight: torch.Tensor) -> Callable[..., None] | None:
+    """What sweeps a block of columns where `weight` lies; None: torch, column by column."""
+    if native.serves(weight):
+        return native.sweep_block
+    if gpu.serves(weight):
+        from compress.core.gpu.sweep import sweep_block
+
+        return sweep_block
+    return None

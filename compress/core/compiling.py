@@ -1,4 +1,4 @@
-"""Compiling C kernels with the machine's gcc, and keeping the result in the user's cache.
+"""Compiling C kernels with the machine's gcc, and keeping the result in the user's cache; whether Triton is there.
 
 The cache is a folder that only its owner can write to; a file's name is a digest of everything that it is made from, so
 that a new source, compiler, torch or CPU makes a new one. Without such a folder the kernels are compiled each time.
@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,6 +28,12 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _TIMEOUT_S = 120
 _OURS_ALONE = 0o700
 _SERIAL_WORK = 1 << 16  # work that is not worth waking a second thread
+
+
+@cache
+def triton_installed() -> bool:
+    """Whether kernels for a GPU can be had; imports nothing."""
+    return find_spec("triton") is not None
 
 
 def load(folder: Path) -> ctypes.CDLL:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from compress.core.compiling import triton_installed
 from compress.core.rounded_inputs import rounded_inputs
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 from runtime.layers.packed import PackedLinear
-from runtime.ops.backend import triton_installed
 from runtime.ops.low_bit import low_bit_matmul
 
 

@@ -3,18 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 
+from compress.core.compiling import triton_installed
+
 _torch_only: ContextVar[bool] = ContextVar("torch_only", default=False)
-
-
-@cache
-def triton_installed() -> bool:
-    """Whether kernels can be had; imports nothing."""
-    return find_spec("triton") is not None
 
 
 def uses_triton(x: torch.Tensor) -> bool:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compress.core.grid import fit_grid
 from compress.core.scheme import Scheme
+from compress.core.solve import factorise
+from compress.core.statistics import Hessian
 from compress.core.tensors import QuantTensor
+from quantize._sweep import quantize_rows
 from runtime.ops.attention import AttentionBatch, paged_attention
 from runtime.ops.backend import torch_only, uses_triton
 from runtime.ops.low_bit import low_bit_matmul, matmul_reference
@@ -78,3 +82,29 @@ def test_low_bit_at_real_shapes(rows: int, outputs: int, inputs: int) -> None:
     x = random(rows, inputs, dtype=BF16, seed=1)
     wanted = matmul_reference(x.float(), weight)
     assert error_of(low_bit_matmul(x, weight), wanted) < 1e-2 * wanted.abs().max().item()
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 128), Scheme(3, 64, symmetric=False), Scheme(4, 16, dtype="nvfp4")])
+def test_gptq_on_a_gpu_is_that_of_the_cpu(scheme: Scheme) -> None:
+    """Codes may differ where a target lies half-way; the weighted error is the same."""
+    found = []
+    for device in ("cpu", "cuda"):
+        x_NK = random(4096, 1024, dtype=F32).cpu() @ random(1024, 1024, dtype=F32, seed=1).cpu()
+        weight = random(600, 1024, dtype=F32, seed=2).to(device)
+        factor = factorise((x_NK.T @ x_NK).to(device))
+        assert factor is not None
+        codes, loss = quantize_rows(weight, fit_grid(weight, scheme, scale_dtype=F32), factor)
+        found.append((codes.cpu(), loss.cpu()))
+    (ours, loss), (theirs, other) = found
+    assert (ours == theirs).float().mean() > 0.9
+    torch.testing.assert_close(loss.sum(), other.sum(), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_hessian_on_a_gpu_is_summed_in_fp32(dtype: torch.dtype) -> None:
+    """Neither TF32 nor bf16 sums: both are wrong by 1e-3 or more."""
+    hessian, batches = Hessian(700, "cuda"), [random(900, 700, dtype=dtype, seed=seed) for seed in range(3)]
+    for x_NK in batches:
+        hessian.update(x_NK)
+    every_NK = torch.cat(batches).double()
+    torch.testing.assert_close(hessian.result().double(), every_NK.T @ every_NK / 2700, rtol=1e-5, atol=1e-5)

@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from compress.core.gpu import sweep
 from runtime.ops.triton import attention, kv_store, low_bit, norm, rotary
 
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -26,7 +27,7 @@ INT_POINTERS = {
     "packed_ptr": "*i32", "zero_ptr": "*i8", "top_ptr": "*fp32", "sum_ptr": "*fp32", "part_ptr": "*fp32",
     "cos_ptr": "*fp32", "sin_ptr": "*fp32",
 }  # fmt: skip
-FLOATS = {"scale", "cap", "eps"}
+FLOATS = {"scale", "cap", "eps", "lowest", "highest"}
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,14 @@ def others() -> Iterator[Build]:
     yield Build("rotary", rotary._rotate, "bf16", turn, 1, 2, False, {})
 
 
+def sweeps() -> Iterator[Build]:
+    names = ("group_ptr", "channel_ptr")
+    pointers = dict.fromkeys(names, "*i64") | {"codes_ptr": "*i8", "zero_ptr": "*fp32"}
+    for zero, floats in ((True, False), (False, True)):
+        constants = {"HAS_ZERO": zero, "FLOATS": floats, "BLOCK_B": 128, "BLOCK_R": sweep.STRIP}
+        yield Build(f"sweep zero {zero} floats {floats}", sweep._sweep, "fp32", constants, 4, 2, False, pointers)
+
+
 def compile_for(build: Build, capability: int) -> dict[str, Any]:
     signature, aligned = {}, {}
     for index, name in enumerate(build.kernel.arg_names):
@@ -117,5 +126,5 @@ def compile_for(build: Build, capability: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     for capability in sys.argv[1:]:
-        for build in (*attentions(), *low_bits(), *others()):
+        for build in (*attentions(), *low_bits(), *others(), *sweeps()):
             print(json.dumps(compile_for(build, int(capability))), flush=True)

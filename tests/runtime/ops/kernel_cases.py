@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
+from compress.core.levels import table
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 from runtime.ops.kv_store import store_reference
@@ -246,8 +247,58 @@ def far_pages(device: str = "cpu") -> Iterator[Case]:
     yield "store", far.view(-1, 2, 64)[slots], rows, 0.0
 
 
+# columns, rows, scheme, zeros
+SWEEPS = [
+    (columns, rows, scheme, zeros)
+    for columns, rows in ((1, 1), (3, 17), (16, 16), (50, 5), (100, 40), (128, 33))
+    for scheme, zeros in (
+        (Scheme(4, 16), False), (Scheme(3, 16, symmetric=False), True), (Scheme(2, 16), False), (Scheme(8, 16), False),
+        (Scheme(4, 16, dtype="nvfp4"), False),
+    )
+]  # fmt: skip
+
+
+def sweep(device: str = "cpu") -> Iterator[Case]:
+    """No twin beside it, whose ties may fall elsewhere: every code must be the nearest to what its column should be."""
+    from compress.core.gpu.sweep import sweep_block
+
+    for columns, rows, scheme, zeros in SWEEPS:
+        floats = scheme.dtype != "int"
+        width, groups = columns + 30, -(-(columns + 30) // 16)
+        channel = torch.randperm(width, generator=torch.Generator().manual_seed(1))[:columns]
+        original = random(columns, rows)
+        target = original + 0.1 * random(columns, rows, seed=2)
+        feedback = 0.3 * random(columns, columns, seed=3)  # above the diagonal; the rest must not be read
+        feedback += torch.full_like(feedback, torch.nan).tril()
+        scale = random(groups, rows, seed=4).abs() * (3 / 2**scheme.bits) + 0.1
+        zero = random(groups, rows, seed=5).mul(2).round().clamp(scheme.lowest, scheme.highest) if zeros else None
+        group, cost, loss = channel // 16, random(columns, seed=6).square(), torch.ones(rows)
+        error, codes = torch.zeros(columns, rows), torch.full((width, rows), 99, dtype=torch.int8)
+        there = [
+            None if each is None else each.to(device)
+            for each in (target, original, feedback, scale, zero, group, channel, cost, error, codes, loss)
+        ]
+        names = "target_BR original_BR feedback_BB scale_GR zero_GR group_B channel_B cost_B error_BR codes_KR loss_R"
+        levels = None if floats else (scheme.lowest, scheme.highest)
+        sweep_block(**dict(zip(names.split(), there, strict=True)), levels=levels)
+        error, codes, found_loss = (each.cpu() for each in there[-3:])
+        untouched = torch.ones(width, dtype=torch.bool)
+        untouched[channel] = False
+        assert bool((codes[untouched] == 99).all())
+        points = table(scheme.dtype) if floats else torch.arange(scheme.lowest, scheme.highest + 1).float()
+        codes, scale = codes[channel], scale[group].double()
+        zero = torch.zeros_like(scale) if zero is None else zero[group].double()
+        chosen = ((table(scheme.dtype)[codes.int()] if floats else codes.double()) - zero) * scale
+        should = target + feedback.triu(1).nan_to_num(0).double() @ error.double()
+        distance = (should[..., None] - (points - zero[..., None]) * scale[..., None]).abs().amin(-1)
+        worse = ((should - chosen).abs() - distance) / scale
+        loss += ((should - chosen).square() * cost[:, None]).sum(0)
+        result = torch.cat((error - (original - chosen), worse, (found_loss / loss - 1)[None]))
+        yield f"{columns} x {rows} {scheme.name} {scheme.dtype} zeros {zeros}", result, torch.zeros_like(result), 1e-5
+
+
 CASES = {
-    "attention": attention, "low_bit": low_bit, "kv_store": kv_store, "norm": norm, "rotary": rotary,
+    "attention": attention, "low_bit": low_bit, "kv_store": kv_store, "norm": norm, "rotary": rotary, "sweep": sweep,
     "far_pages": far_pages,
 }  # fmt: skip
 

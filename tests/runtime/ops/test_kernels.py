@@ -30,7 +30,9 @@ def lines_of(module: str, *arguments: str, folder: Path, interpret: bool) -> lis
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("kernels", [("attention",), ("low_bit",), ("kv_store", "norm", "rotary")], ids="-".join)
+@pytest.mark.parametrize(
+    "kernels", [("attention",), ("low_bit",), ("sweep",), ("kv_store", "norm", "rotary")], ids="-".join
+)
 def test_kernels_agree_with_their_references(kernels: tuple[str, ...], tmp_path: Path) -> None:
     lines = lines_of("kernel_cases", *kernels, folder=tmp_path, interpret=True)
     assert [line for line in lines if not line["error"] <= line["bound"]] == []
