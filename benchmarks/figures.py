@@ -64,10 +64,10 @@ def quality_row(cases: list[dict[str, object]], bits: int, size: int) -> str | N
 
 def speed_tables() -> str:
     lines = []
-    for shape in ("135m", "135m-4", "1b"):
-        results = read(f"speed-{shape}")
-        if results is not None:
-            lines += [f"**Time and memory, {shape} shape.**", "", speed.render(results).strip(), ""]
+    for path in sorted(RESULTS.glob("speed-*.json")):
+        results = json.loads(path.read_text())
+        shapes = " and ".join(results["summary"])
+        lines += [f"**Time and memory of {results['method']}, {shapes} shape.**", "", speed.render(results).strip(), ""]
     return "\n".join(lines).strip() or "**Time and memory.** Not measured in this version."
 
 

@@ -1,6 +1,6 @@
-"""Time and memory of GPTQ W4 g64 on random-weight models, ours and the peers' in turn on the same machine.
+"""Time and memory of a method on random-weight models, ours and the peers' in turn on the same machine.
 
-    python benchmarks/speed.py --peers DIR [--shapes 135m 1b] [--runs 3] [--threads 2]
+    python benchmarks/speed.py --peers DIR [--method gptq] [--shapes 135m 1b] [--runs 3] [--threads 2]
     python benchmarks/speed.py --table              # print the table of what results/speed.json holds
 
 Everyone gets the same 32 x 512 token ids and two threads. A contestant is a tool and the dtype it computes in: on a
@@ -25,23 +25,35 @@ from measurement import after_imports, measure
 from runner import Job
 from safetensors.numpy import save_file
 
-CONTESTANTS = ("compress/auto", "llmcompressor/float32", "gptqmodel/float32", "llmcompressor/auto", "gptqmodel/auto")
-DEFAULT = CONTESTANTS[:3]
+CONTESTANTS = (
+    "compress/auto",
+    "llmcompressor/float32",
+    "gptqmodel/float32",
+    "autoround/float32",
+    "llmcompressor/auto",
+    "gptqmodel/auto",
+)
+METHODS = {  # what is written, and who has the method
+    "gptq": ("weights", 4, 64, CONTESTANTS[:3]),
+    "awq": ("weights", 4, 64, CONTESTANTS[:2]),
+    "smoothquant": ("w8a8", 8, -1, CONTESTANTS[:2]),
+    "autoround": ("weights", 4, 64, ("compress/auto", "autoround/float32")),
+}
 BARE = "import torch, transformers"
 OUR_IMPORTS = "import torch, transformers, compress.cli, compress.pipeline; from transformers import LlamaForCausalLM"
 SAMPLES, LENGTH = 32, 512
-BITS, GROUP_SIZE = 4, 64
 
 
 @dataclass(frozen=True)
 class Inputs:
+    method: str
     shape: str
     model: Path
     tokens: Path
 
 
-def prepare(shape: str, work: Path) -> Inputs:
-    inputs = Inputs(shape, work / "models" / shape, work / f"tokens-{shape}.safetensors")
+def prepare(method: str, shape: str, work: Path) -> Inputs:
+    inputs = Inputs(method, shape, work / "models" / shape, work / f"tokens-{shape}.safetensors")
     if not (inputs.model / "tokenizer_config.json").exists():  # written last
         make_model(SHAPES[shape], inputs.model, seed=0)
     if not inputs.tokens.exists():
@@ -63,10 +75,12 @@ def run_once(contestant: str, inputs: Inputs, work: Path, asked: argparse.Namesp
     tool, dtype = contestant.split("/")
     peers = tools.Peers(asked.peers.resolve())
     environment = tools.quiet_environment(asked.threads)
-    name = contestant.replace("/", "-")
+    name = f"{inputs.method}-{contestant.replace('/', '-')}"
     output = work / "artifacts" / f"{inputs.shape}-{name}"
     record = work / f"{inputs.shape}-{name}.json"
-    job = Job(str(inputs.model), str(inputs.tokens), str(output), str(record), BITS, GROUP_SIZE, dtype=dtype)
+    scheme, bits, group_size, _ = METHODS[inputs.method]
+    what = {"method": inputs.method, "scheme": scheme, "bits": bits, "group_size": group_size, "dtype": dtype}
+    job = Job(str(inputs.model), str(inputs.tokens), str(output), str(record), **what)
     for leftover in (output, Path(f"{output}.report"), Path(f"{output}.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
     if tool == tools.OURS:
@@ -125,10 +139,13 @@ def summarize(runs: list[dict[str, object]]) -> dict[str, object]:
 
 def render(results: dict[str, object]) -> str:
     lines = []
+    method = results["method"]
+    scheme, bits, group_size, _ = METHODS[method]
+    what = f"W{bits} g{group_size}" if scheme == "weights" else scheme.upper()
     for shape, summary in results["summary"].items():
         contestants = [run["contestant"] for run in results["runs"] if run["shape"] == shape]
         count = " / ".join(str(contestants.count(name)) for name in summary["medians"])
-        lines += ["", f"### {shape}, W{BITS} g{GROUP_SIZE}, {SAMPLES} x {LENGTH} tokens, median of {count} runs", ""]
+        lines += ["", f"### {shape}, {method} {what}, {SAMPLES} x {LENGTH} tokens, median of {count} runs", ""]
         lines += [
             "| tool / dtype | whole command s | after imports s | peak memory above bare imports MB |",
             "|---|---|---|---|",
@@ -146,18 +163,20 @@ def run(asked: argparse.Namespace) -> None:
     work = asked.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     peers = tools.Peers(asked.peers.resolve())
-    for tool in {name.split("/")[0] for name in asked.contestants} - {tools.OURS}:
+    contestants = asked.contestants or METHODS[asked.method][3]
+    for tool in {name.split("/")[0] for name in contestants} - {tools.OURS}:
         peers.python(tool)
     runs: list[dict[str, object]] = json.loads(asked.out.read_text())["runs"] if asked.add else []
     for shape in asked.shapes:
-        inputs = prepare(shape, work)
+        inputs = prepare(asked.method, shape, work)
         for number in range(asked.runs):
-            for contestant in asked.contestants:  # in turn, so that a slow minute hits all
+            for contestant in contestants:  # in turn, so that a slow minute hits all
                 runs.append(run_once(contestant, inputs, work, asked) | {"run": number})
                 print(json.dumps(runs[-1]), flush=True)
                 results = {
                     "environment": tools.describe_machine() | {"threads": asked.threads},
                     "protocol": " ".join(__doc__.split("\n\n")[2].split()),
+                    "method": asked.method,
                     "summary": summarize(runs),
                     "runs": runs,
                 }
@@ -168,8 +187,9 @@ def run(asked: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="the folder that benchmarks/peers.sh filled")
+    parser.add_argument("--method", choices=METHODS, default="gptq")
     parser.add_argument("--shapes", nargs="+", default=["135m"], choices=SHAPES)
-    parser.add_argument("--contestants", nargs="+", default=list(DEFAULT), choices=CONTESTANTS)
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="those that have the method")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=tools.REPOSITORY / ".bench" / "speed")
