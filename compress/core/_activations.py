@@ -17,7 +17,6 @@ from torch import Tensor
 from compress.core.errors import ResourceError
 
 JUDGED_EVERY = 16
-PLAYED_IN_MEMORY_BYTES = 32 << 20
 MICRO_BATCH_TOKENS = 1024
 
 
@@ -29,9 +28,10 @@ def default_micro_batch(length: int) -> int:
 class Activations:
     """Two buffers [N, T, D]: `inputs` of the block at hand and `targets`, its outputs with the original weights.
 
-    Buffers over `spill_above_bytes` live in files under `spill_folder`, mapped shared. The files are unlinked at
-    once, so that nothing is left behind however the process ends; their bytes are allocated first, so that a full
-    disk is an error here and not a signal later. Where a buffer lives changes no bit of any result.
+    Buffers over `spill_above_bytes` live in files under `spill_folder`, mapped shared: the system keeps them in memory
+    as long as there is some to spare. The files are unlinked at once, so that nothing is left behind however the
+    process ends; their bytes are allocated first, so that a full disk is an error here and not a signal later. Where a
+    buffer lives changes no bit of any result.
     """
 
     def __init__(
@@ -44,9 +44,8 @@ class Activations:
         spill_folder: str | Path | None,
         spill_above_bytes: int,
     ) -> None:
-        self._spill_folder = spill_folder
-        self._folder = spill_folder if math.prod(shape) * dtype.itemsize > spill_above_bytes else None
-        self.inputs = _buffer(shape, dtype, self._folder)
+        self._spill_folder, self._spill_above_bytes = spill_folder, spill_above_bytes
+        self.inputs = self._room(shape, dtype)
         self._targets: Tensor | None = None
         self.micro_batch = micro_batch
         positions = torch.arange(shape[1])
@@ -55,15 +54,15 @@ class Activations:
     @property
     def targets(self) -> Tensor:
         if self._targets is None:
-            self._targets = _buffer(self.inputs.shape, self.inputs.dtype, self._folder)
+            self._targets = self._room(self.inputs.shape, self.inputs.dtype)
         return self._targets
 
     def buffer(self, width: int, dtype: torch.dtype) -> Tensor:
-        """Room for [N, T, width] beside the stream, which is written once and read once for each block: in a file
-        unless it is small, where the system keeps it in memory as long as there is some to spare."""
-        shape = (*self.inputs.shape[:2], width)
-        small = math.prod(shape) * dtype.itemsize <= PLAYED_IN_MEMORY_BYTES
-        return _buffer(shape, dtype, None if small else self._spill_folder)
+        """Room for [N, T, width] beside the stream, which is written once and read once for each block."""
+        return self._room((*self.inputs.shape[:2], width), dtype)
+
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return room(shape, dtype, self._spill_folder, above_bytes=self._spill_above_bytes)
 
     def batches(self) -> Iterator[slice]:
         """Samples of each micro-batch, in order."""

@@ -25,6 +25,7 @@ from compress.core._block import Block, Group
 from compress.core._forward import LOGITS_BYTES, advance
 from compress.core._trim import trim_memory
 from compress.core.events import Finished, Listener, Progress, Started, silent
+from compress.core.memory import SPILL_ABOVE_BYTES
 from compress.core.statistics import Hessian, SquaredMean, Statistic
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def curvatures(
     dtype: str | torch.dtype = "auto",
     micro_batch: int | None = None,
     spill_folder: str | Path | None = None,
-    spill_above_bytes: int = walking.SPILL_ABOVE_BYTES,
+    spill_above_bytes: int = SPILL_ABOVE_BYTES,
     events: Listener = silent,
 ) -> Iterator[Curvature]:
     """The curvature of every group of layers, from the last block to the first; with `vocabulary` of the head before

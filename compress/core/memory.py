@@ -27,7 +27,8 @@ COLUMN_SECONDS = 15e-6  # what one column of a sweep costs beside its arithmetic
 ROUNDING_BYTES = 32 * (4 << 20)  # of one piece of a layer while it is rounded to nearest: search, quotients, codes
 SENSED_CHOICES = 6  # schemes whose rounding is judged for each layer
 CODES_BYTES = 1  # of each weight: what a block was replaced by, and what of it is being written
-SOLVER_BYTES = 3 * (64 << 20)  # weights, errors and codes of one chunk of rows
+SOLVER_BYTES = 5 * (32 << 20)  # of one chunk of rows: weights, errors, codes and the search for scales
+SPILL_ABOVE_BYTES = 32 << 20  # activations of all samples that are kept in a file from this size on
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,8 @@ class LayerGroup:
 
 def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: bool = False) -> Cost:
     """Cost of quantizing every block of `checkpoint`, calibrated on `tokens` (None: no forward passes)."""
-    from compress.core._activations import PLAYED_IN_MEMORY_BYTES
     from compress.core._gather import WAVE_BYTES
     from compress.core._skeleton import KEPT_CASTS_BYTES
-    from compress.core.walk import SPILL_ABOVE_BYTES
 
     blocks = [groups_of(checkpoint, index) for index in range(checkpoint.num_blocks)]
     largest = max(blocks, key=lambda groups: sum(group.rows * group.width for group in groups))
@@ -78,7 +77,7 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
         at_once = [g for g in largest if g.share < 1 and g.width == widest.width] if true_sequential else largest
         statistics = max(max(squares), min(WAVE_BYTES, sum(4 * group.width**2 for group in at_once)))
         passing = 4 * _at_once(tokens) * (2 * max(group.width for group in largest) + max(g.rows for g in largest))
-        chunk = min(SOLVER_BYTES, 12 * max(group.rows * group.width for group in largest))
+        chunk = min(SOLVER_BYTES, 10 * max(group.rows * group.width for group in largest))
         held += (
             KEPT_CASTS_BYTES
             + (0 if spilled else 2 * stream_bytes)
@@ -86,8 +85,8 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
             + max(passing, chunk, max(squares) // 2)
         )
     played = [4 * count * width for width in _played_widths(checkpoint)] if true_sequential else []
-    held += sum(size for size in played if size <= PLAYED_IN_MEMORY_BYTES)
-    spill_bytes = 2 * stream_bytes * spilled + sum(size for size in played if size > PLAYED_IN_MEMORY_BYTES)
+    held += sum(size for size in played if size <= SPILL_ABOVE_BYTES)
+    spill_bytes = 2 * stream_bytes * spilled + sum(size for size in played if size > SPILL_ABOVE_BYTES)
     speed = machine_speed()
     start = START_SECONDS + (IMPORT_SECONDS if tokens is None else 0)
     seconds = start + sum(_seconds(groups, count, speed, true_sequential) for groups in blocks)
@@ -96,7 +95,6 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
 
 def sensing_cost(checkpoint: Checkpoint, tokens: Tokens | None) -> Cost:
     """Cost of one forward and one backward pass with a block in memory, and of judging some roundings of each layer."""
-    from compress.core.walk import SPILL_ABOVE_BYTES
 
     blocks = [groups_of(checkpoint, index) for index in range(checkpoint.num_blocks)]
     count = 0 if tokens is None else tokens.ids.numel()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from compress.core.events import Listener, silent
+from compress.core.memory import SPILL_ABOVE_BYTES
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
@@ -64,7 +65,7 @@ class Job:
     dtype: str = "auto"
     micro_batch: int | None = None
     spill_folder: str | None = None
-    spill_above_bytes: int = 256 << 20
+    spill_above_bytes: int = SPILL_ABOVE_BYTES
     events: Listener = silent
     sampler: Sampler | None = None
     latency: Latency | None = None

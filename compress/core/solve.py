@@ -112,26 +112,28 @@ def sweep(weight_RK: torch.Tensor, factor: Factor, rounding: Rounding, block_siz
     """Replace the columns of `weight_RK` one by one; returns the weighted squared error of every row, [R].
 
     `weight_RK` is overwritten with the result. An error reaches columns of the same block at once, in `rounding`, and
-    the others as one matrix product a block ("lazy").
+    the others as one matrix product a block ("lazy"). Beside the weight there is one buffer of its size: weights that
+    are still to come, and the errors of those that went by.
     """
     width = weight_RK.shape[1]
-    original_KR = weight_RK.t()[factor.order_K].contiguous()
-    error_KR = torch.zeros_like(original_KR)
+    left_KR = weight_RK.t()[factor.order_K].contiguous()
     loss_R = weight_RK.new_zeros(weight_RK.shape[0])
     for end in range(width, 0, -block_size):
         start = max(0, end - block_size)
-        target_BR = original_KR[start:end]
+        channel_B, error_BR = factor.order_K[start:end], left_KR[start:end]
+        original_BR = error_BR.clone()
+        target_BR = original_BR
         if end < width:
-            target_BR = torch.addmm(target_BR, factor.feedback_KK[end:, start:end].t(), error_KR[end:])
+            target_BR = torch.addmm(target_BR, factor.feedback_KK[end:, start:end].t(), left_KR[end:])
         columns = Columns(
-            channel_B=factor.order_K[start:end],
-            original_BR=original_KR[start:end],
+            channel_B=channel_B,
+            original_BR=original_BR,
             target_BR=target_BR,
             feedback_BB=factor.feedback_KK[start:end, start:end].t().contiguous(),
             cost_B=factor.diagonal_K[start:end].square(),
         )
-        rounding.round_block(columns, error_KR[start:end], loss_R)
-    weight_RK.t()[factor.order_K] = original_KR.sub_(error_KR)
+        rounding.round_block(columns, error_BR, loss_R)
+        weight_RK.t()[channel_B] = original_BR.sub_(error_BR)
     return loss_R
 
 

@@ -31,6 +31,7 @@ from compress.core._trim import reuse_freed_memory, trim_memory
 from compress.core.cpu import fast_on_cpu
 from compress.core.errors import InputError, UsageError
 from compress.core.events import Finished, Listener, Metric, Progress, Started, silent
+from compress.core.memory import SPILL_ABOVE_BYTES
 from compress.core.safetensors_io import torch_dtype
 from compress.core.statistics import Statistic
 
@@ -56,8 +57,6 @@ __all__ = [
     "stream_logits",
     "walk",
 ]
-
-SPILL_ABOVE_BYTES = 256 << 20
 
 
 class BlockSink(Protocol):

@@ -286,8 +286,8 @@ def test_what_is_played_back_has_the_bits_of_a_plain_forward(
     checkpoint = Checkpoint.open(tiny_model(family))
     tokens = tokens_of(checkpoint)
     played, plain = Memory(), Memory()
-    monkeypatch.setattr("compress.core._activations.PLAYED_IN_MEMORY_BYTES", 0)
-    options = {"collect": {Hessian}, "order": "groups", "micro_batch": 2, "spill_folder": tmp_path}
+    options = {"collect": {Hessian}, "order": "groups", "micro_batch": 2}
+    options |= {"spill_folder": tmp_path, "spill_above_bytes": 0}
     compress_with_hessian(walk(checkpoint, tokens, sink=played, **options))
     monkeypatch.setattr("compress.core._playback.Playback.playing", lambda *_: nullcontext())
     compress_with_hessian(walk(checkpoint, tokens, sink=plain, **options))
