@@ -26,6 +26,7 @@ BLOCK_SECONDS = 0.25  # an empty block, its shard, fsync, the journal
 COLUMN_SECONDS = 15e-6  # what one column of a sweep costs beside its arithmetic
 ROUNDING_BYTES = 32 * (4 << 20)  # of one piece of a layer while it is rounded to nearest: search, quotients, codes
 SENSED_CHOICES = 6  # schemes whose rounding is judged for each layer
+GAPS_BYTES = 48 << 20  # freed between what is held, and not given back
 CODES_BYTES = 1  # of each weight: what a block was replaced by, and what of it is being written
 SOLVER_BYTES = 5 * (32 << 20)  # of one chunk of rows: weights, errors, codes and the search for scales
 SPILL_ABOVE_BYTES = 32 << 20  # activations of all samples that are kept in a file from this size on
@@ -65,12 +66,12 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
     blocks = [groups_of(checkpoint, index) for index in range(checkpoint.num_blocks)]
     largest = max(blocks, key=lambda groups: sum(group.rows * group.width for group in groups))
     weights = sum(group.rows * group.width for group in largest)
-    held = IMPORTS_BYTES + weights * checkpoint.dtype.itemsize
+    held = IMPORTS_BYTES + GAPS_BYTES + weights * (checkpoint.dtype.itemsize + CODES_BYTES)
     count = 0 if tokens is None else tokens.ids.numel()
     stream_bytes = count * checkpoint.config["hidden_size"] * checkpoint.dtype.itemsize
     spilled = stream_bytes > SPILL_ABOVE_BYTES
     if tokens is None:
-        held += ROUNDING_BYTES + CODES_BYTES * weights
+        held += ROUNDING_BYTES
     else:
         squares = [4 * group.width**2 for group in largest]
         widest = max(largest, key=lambda group: group.width)
