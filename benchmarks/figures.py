@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import pruning
 import quality_table
 import quantization_plot
 import quantization_table
@@ -197,6 +198,26 @@ def mixed_table() -> str:
     return "\n".join(lines)
 
 
+def pruning_tables() -> str:
+    results = read("pruning")
+    return "(not measured)" if results is None else pruning.render(results)
+
+
+def figure_tables() -> str:
+    tables = (quality_tables, speed_tables, memory_lines, throughput_tables, simulation_lines, batching_lines)
+    return "\n\n".join(part for part in (table() for table in tables) if part)
+
+
+PLACES = {  # markers -> where they are, and what is between them
+    "demo": (README, demo_table),
+    "figures": (README, figure_tables),
+    "quantize": (README, quantize_tables),
+    "recipes": (HERE.parent / "recipes" / "README.md", recipe_table),
+    "mixed": (HERE.parent / "docs" / "methods.md", mixed_table),
+    "pruning": (HERE.parent / "docs" / "pruning.md", pruning_tables),
+}
+
+
 def keep_demo(report: Path) -> None:
     run = json.loads((report / "run.json").read_text())
     kept = {field: run[field] for field in DEMO_FIELDS if field in run}
@@ -214,29 +235,13 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.demo:
         keep_demo(arguments.demo)
-    recipes = HERE.parent / "recipes" / "README.md"
-    old_recipes = recipes.read_text()
-    new_recipes = fill(old_recipes, "recipes", recipe_table())
-    old = README.read_text()
-    parts = (
-        quality_tables(),
-        speed_tables(),
-        memory_lines(),
-        throughput_tables(),
-        simulation_lines(),
-        batching_lines(),
-    )
-    figures = "\n\n".join(part for part in parts if part)
-    new = fill(fill(old, "demo", demo_table()), "figures", figures)
-    new = fill(new, "quantize", quantize_tables())
-    methods = HERE.parent / "docs" / "methods.md"
-    old_methods = methods.read_text()
-    new_methods = fill(old_methods, "mixed", mixed_table())
+    texts: dict[Path, str] = {}
+    for name, (path, content) in PLACES.items():
+        texts[path] = fill(texts.get(path) or path.read_text(), name, content())
     if arguments.check:
-        return int((new, new_recipes, new_methods) != (old, old_recipes, old_methods))
-    methods.write_text(new_methods)
-    README.write_text(new)
-    recipes.write_text(new_recipes)
+        return int(any(path.read_text() != text for path, text in texts.items()))
+    for path, text in texts.items():
+        path.write_text(text)
     return 0
 
 

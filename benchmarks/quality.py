@@ -41,9 +41,14 @@ class Case:
     group_size: int
     seed: int
     scheme: str = "weights"  # see runner.Job
+    sparsity: float = 0.0
+    pattern: str = "unstructured"
 
     @property
     def name(self) -> str:
+        if self.scheme == "pruned":
+            zeros = self.pattern.replace(":", "of") if self.sparsity == 0 else f"{100 * self.sparsity:g}"
+            return f"{self.tool}-{self.method}-{zeros}-s{self.seed}"
         if self.scheme != "weights":
             return f"{self.tool}-{self.variant}-{self.method}-{self.scheme}-s{self.seed}"
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
@@ -94,6 +99,8 @@ class Workplace:
             batch_size=16,
             offload=False,
             scheme=case.scheme,
+            sparsity=case.sparsity,
+            pattern=case.pattern,
         )
 
 

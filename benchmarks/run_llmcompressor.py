@@ -3,7 +3,7 @@
 Variants of GPTQ: `default` (static activation order, min-max scales), `mse` (the mse observer chooses the scales),
 `imatrix` (the importance-weighted observer of the project's own guide). RTN takes `default` and `mse`. AWQ takes
 `default` (symmetric, as the others) and `asymmetric` (its usual scheme). SmoothQuant has the strength 0.8 of the
-project's own example, and GPTQ behind it. fp8 is its FP8_DYNAMIC.
+project's own example, and GPTQ behind it. fp8 is its FP8_DYNAMIC. SparseGPT and Wanda have its defaults.
 """
 
 # ruff: noqa: E402, I001  (the memory of the bare imports is taken between two imports)
@@ -24,6 +24,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -62,7 +63,19 @@ def scheme(job: runner.Job) -> QuantizationScheme:
     )
 
 
+def pruning(job: runner.Job) -> dict[str, object]:
+    kept, _, among = job.pattern.partition(":")
+    if not among:
+        return {"sparsity": job.sparsity, "ignore": ["re:.*lm_head"]}
+    return {"sparsity": 1 - int(kept) / int(among), "mask_structure": job.pattern, "ignore": ["re:.*lm_head"]}
+
+
 def recipe(job: runner.Job) -> list[object]:
+    match job.method:
+        case "sparsegpt":
+            return [SparseGPTModifier(**pruning(job))]
+        case "wanda":
+            return [WandaPruningModifier(**pruning(job))]
     settings = {"config_groups": {"group_0": scheme(job)}, "ignore": ["lm_head"]}
     match job.method:
         case "rtn":

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-METHODS = ("gptq", "rtn", "awq", "autoround", "hqq", "smoothquant")
-SCHEMES = ("weights", "w8a8", "fp8")
+METHODS = ("gptq", "rtn", "awq", "autoround", "hqq", "smoothquant", "magnitude", "wanda", "sparsegpt", "alps")
+SCHEMES = ("weights", "w8a8", "fp8", "pruned")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Job:
     dtype: str = "float32"  # the peer computes in it; auto: the dtype of the weights on disk
     batch_size: int = 1  # samples in a forward pass; both peers' default is 1
     offload: bool = True  # GPTQModel alone: finished modules go to disk, its default
-    scheme: str = "weights"  # one of SCHEMES: codes for weights alone, or 8 bits for weights and inputs per token
+    scheme: str = "weights"  # one of SCHEMES: codes for weights, 8 bits for weights and inputs, or weights set to zero
+    sparsity: float = 0.0  # share of the weights that become zero
+    pattern: str = "unstructured"  # where zeros may lie, or N:M
 
 
 def process_age_s() -> float:
@@ -67,6 +69,8 @@ def parse_jobs(variants: tuple[str, ...]) -> list[Job]:
     parser.add_argument("--dtype", choices=("float32", "auto"), default="float32")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--scheme", choices=SCHEMES, default="weights")
+    parser.add_argument("--sparsity", type=float, default=0.0)
+    parser.add_argument("--pattern", default="unstructured")
     parser.add_argument("--no-offload", dest="offload", action="store_false")
     options = vars(parser.parse_args())
     listed = options.pop("jobs")

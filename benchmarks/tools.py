@@ -18,7 +18,7 @@ RECIPE = """\
 model: {model}
 calibration: {{dataset: {tokens}, samples: {samples}, length: {length}}}
 stages:
-  - quantize: {stage}
+  - {kind}: {stage}
 export: {{format: compressed-tensors}}
 """
 
@@ -61,14 +61,18 @@ def job_options(job: Job) -> list[str]:
 
 
 def write_recipe(job: Job, samples: int, length: int, path: Path) -> Path:
+    kind = "prune" if job.scheme == "pruned" else "quantize"
     model, tokens, stage = (json.dumps(value) for value in (job.model, job.tokens, our_stage(job)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(RECIPE.format(model=model, tokens=tokens, samples=samples, length=length, stage=stage))
+    path.write_text(RECIPE.format(model=model, tokens=tokens, samples=samples, length=length, kind=kind, stage=stage))
     return path
 
 
 def our_stage(job: Job) -> dict[str, object]:
-    """The settings of the quantize stage; what a job does not name has our default."""
+    """The settings of the one stage; what a job does not name has our default."""
+    if job.scheme == "pruned":
+        sparsity = {"sparsity": job.sparsity} if job.pattern == "unstructured" else {}
+        return {"method": job.method, "pattern": job.pattern} | sparsity
     if job.scheme == "fp8":
         return {"method": "fp8"}
     if job.method == "smoothquant":

@@ -7,6 +7,7 @@ from typing import Any
 
 import compress
 from compress.core.scheme import Scheme
+from compress.facts import DENSE
 from compress.report.data import as_yaml, model_name, protocol_lines, summary
 from compress.report.escape import visible
 from compress.report.figures import headline
@@ -40,6 +41,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         asymmetric=is_asymmetric(facts) and format == "compressed-tensors",
         format=format,
         packages=_PACKAGES.get(format, [format]),
+        dense=format == DENSE,
         loaders=_loaders(facts),
         version=compress.__version__,
         hashes=sorted((lineage.get("sha256") or {}).items()),

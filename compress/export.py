@@ -58,6 +58,9 @@ def export(
         else:
             link_or_copy(stage / name, staged / name)
             exported[name] = written
+    if rounds:
+        (staged / INDEX_NAME).unlink()
+        exported[INDEX_NAME] = write_json(staged / INDEX_NAME, shard_index(staged, exported))
     return exported
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from compress.inputs import Inputs
 
 RUN_SCHEMA_VERSION = 1
+DENSE = "dense"  # instead of a format, where nothing is quantized
 _LICENCE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
@@ -65,7 +66,7 @@ def artifact_facts(inputs: Inputs, artifact: Checkpoint, journal: Journal) -> di
         "artifact": {
             "bytes": bytes_out,
             "bits_per_weight": round(8 * bytes_out / origin["parameters"], 4),
-            "format": recipe.export.format,
+            "format": recipe.export.format if artifact.schemes else DENSE,
         },
         "stages": [
             {
@@ -101,6 +102,7 @@ def layer_facts(layer: LayerPlan) -> dict[str, Any]:
         "group_size": layer.scheme.group_size if layer.scheme else None,
         "symmetric": layer.scheme.symmetric if layer.scheme else None,
         "scheme": layer.scheme.name if layer.scheme else None,
+        "sparsity": layer.sparsity,
         "shape": list(layer.shape),
         "bytes_in": layer.bytes_in,
         "bytes_out": layer.bytes_out,

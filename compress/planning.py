@@ -121,10 +121,10 @@ def require_composition(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """InputError if a stage does not take the kind of weights that reaches it."""
     kind, left_by = checkpoint.kind, f"the source {checkpoint.source.id}"
     for number, stage in enumerate(recipe.stages):
-        if kind not in stage.settings.takes:
-            wanted = " or ".join(sorted(stage.settings.takes))
+        refusal = stage.settings.refusal(kind)
+        if refusal:
             raise InputError(
-                f"{stage.method} takes {wanted} weights, but {left_by} is {kind}",
+                f"{stage.method} {refusal}, but {left_by} is {kind}",
                 where=f"stages[{number}].{stage.kind}",
                 hint="start from the model before it was compressed",
             )

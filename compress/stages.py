@@ -63,6 +63,7 @@ def _run_stage(
             original=inputs.original,
             rounds=stage.settings.gives == "quantized",
             format=stage.settings.formats[0],
+            masked=(stage.settings.gives or source.kind) == "masked",
             after_commit=after_block,
         )
         if sink.finished():

@@ -69,7 +69,7 @@ def learn_block(block: Block, sites: Sequence[Site], targets: list[Tensor], how:
     then the sites are as they were."""
     samples = _Samples(block, targets, job)
     before = samples.error(samples.held_back)
-    learned = [_Rounding(site) for site in sites]
+    learned = [_Rounding(site, keep_zeros=job.checkpoint.kind == "masked") for site in sites]
     generator = torch.Generator().manual_seed(job.seed * _SEED_STRIDE + block.index)
     for step, batch in enumerate(samples.draw(how, generator)):
         decay = 2 * (1 - step / how.steps) / (how.steps + 1)
@@ -144,7 +144,7 @@ class _Samples:
 class _Rounding:
     """One layer's codes and scales while they are learned, installed as its weight."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, *, keep_zeros: bool) -> None:
         if not isinstance(site.replacement, QuantTensor):
             raise TypeError(f"{site.name} has no codes to start from")
         self._site, self._start = site, site.replacement
@@ -156,6 +156,7 @@ class _Rounding:
         self._stretch_OG1 = torch.ones_like(self._scale_OG1)
         self._place_OGS = self._places(site.original.detach())
         self._level_OGS = torch.empty_like(self._place_OGS)
+        self._still_OGS = site.original.detach().view(self._place_OGS.shape) == 0 if keep_zeros else None
         self._weight = nn.Parameter(torch.empty_like(site.module.weight, memory_format=torch.contiguous_format))
         self._weight_OGS = self._weight.detach().view(self._place_OGS.shape)
         self._installed = site.module.weight
@@ -168,6 +169,8 @@ class _Rounding:
             return  # an expert that this batch did not reach
         gradient_OGS = self._weight.grad.view(self._place_OGS.shape).float()
         self._weight.grad = None
+        if self._still_OGS is not None:
+            gradient_OGS.masked_fill_(self._still_OGS, 0)
         slope_OG1 = torch.linalg.vecdot(gradient_OGS, self._level_OGS)[..., None]
         sign_OG1 = self._scale_OG1.sign()
         self._stretch_OG1.sub_(slope_OG1.sign_().mul_(sign_OG1), alpha=scale_rate)

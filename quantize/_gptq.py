@@ -65,7 +65,7 @@ def solve_group(group: Group, chosen: list[tuple[Site, Scheme]], settings: Setti
     results: dict[str, _Result] = {}
     for scheme in dict.fromkeys(scheme for _, scheme in chosen):
         alike = [site for site, its in chosen if its == scheme]
-        results |= _solve_rows(alike, scheme, settings, factor, scale_dtype, divisor)
+        results |= _solve_rows(alike, scheme, settings, factor, scale_dtype, divisor, job.checkpoint.kind == "masked")
     damping, retries = factor.damping, factor.retries
     del hessian_KK, factor
     group.release()  # the factor lies in the Hessian's memory: give it back before weights are packed
@@ -91,6 +91,7 @@ def _solve_rows(
     factor: Factor,
     scale_dtype: torch.dtype,
     divisor: torch.Tensor | None,
+    keep_zeros: bool,
 ) -> dict[str, "_Result"]:
     """Codes and grids of all sites, their rows stacked and taken chunk by chunk."""
     width = sites[0].shape[1]
@@ -105,7 +106,7 @@ def _solve_rows(
         grid = fit_grid(
             weight_RK, scheme, scale_dtype=scale_dtype, clip=clip, importance_K=importance_K, divisor=divisor
         )
-        solution = solve(weight_RK, grid, factor, refits)
+        solution = solve(weight_RK, grid, factor, refits, keep_zeros=keep_zeros)
         start = 0
         for site, rows in pieces:
             end = start + rows.stop - rows.start

@@ -120,24 +120,11 @@ def _bytes(settings: Mixed, shape: tuple[int, int], scheme: Scheme, checkpoint: 
 # ---------------------------------------------------------------------- measuring
 def _measured(settings: Mixed, job: Job, layers: dict[str, tuple[int, int]]) -> list[Item]:
     """Every group of open layers with what each choice costs; the experts of a block go together."""
-    from compress.core.curvature import curvatures
-
     tokens = job.calibration
     if tokens is None:
         raise UsageError("needs calibration text to measure sensitivities on")
     found: dict[str, list[Item]] = {}
-    for curvature in curvatures(
-        job.checkpoint,
-        _some(tokens, settings.tokens),
-        vocabulary=settings.vocabulary,
-        seed=job.seed,
-        device=job.device,
-        dtype=job.dtype,
-        micro_batch=job.micro_batch,
-        spill_folder=job.spill_folder,
-        spill_above_bytes=job.spill_above_bytes,
-        events=job.events,
-    ):
+    for curvature in job.curvatures(_some(tokens, settings.tokens), vocabulary=settings.vocabulary):
         names = tuple(name for name in curvature.outputs if name in layers)
         if names:
             item = _item(settings, job.checkpoint, curvature, names, layers)

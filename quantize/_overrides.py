@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from compress.core.errors import UsageError
+from compress.core.patterns import Pattern, covered
 from compress.core.scheme import OWN_GROUPS, Scheme
 
 DEFAULT_GROUP_SIZE = 128
 NF4_BLOCK = 64
 _STATIC = "_static"
-
-
-def _shell_pattern(pattern: str) -> str:
-    if pattern.startswith("re:"):
-        raise ValueError(f"{pattern!r} is a regular expression; patterns are those of a shell: '*.q_proj'")
-    return pattern
 
 
 def _known_scheme(name: str) -> str:
@@ -38,7 +32,6 @@ def _sane_group_size(size: int) -> int:
     return size
 
 
-Pattern = Annotated[str, AfterValidator(_shell_pattern)]
 SchemeName = Annotated[str, AfterValidator(_known_scheme)]
 Activations = Literal["dynamic", "static"]
 GroupSize = Annotated[int, AfterValidator(_sane_group_size)]
@@ -67,7 +60,7 @@ class Override(BaseModel):
 
     def covers(self, layer: str) -> bool:
         """Whether a layer's name matches."""
-        return fnmatchcase(layer, self.layers)
+        return covered(layer, (self.layers,))
 
 
 def make_scheme(name: str, group_size: int | None, symmetric: bool, activations: Activations = "dynamic") -> Scheme:

@@ -24,17 +24,17 @@ class Solution:
     loss_R: torch.Tensor
 
 
-def solve(weight_RK: torch.Tensor, grid: Grid, factor: Factor, rounds: int) -> Solution:
+def solve(weight_RK: torch.Tensor, grid: Grid, factor: Factor, rounds: int, *, keep_zeros: bool = False) -> Solution:
     """GPTQ's sweep over `weight_RK` (overwritten if `rounds` is 0), then `rounds` times scales to codes and a sweep on
-    them; a row keeps the best that it has had."""
+    them; a row keeps the best that it has had. keep_zeros: weights that are zero stay zero."""
     if rounds == 0:
-        codes_RK, loss_R = quantize_rows(weight_RK, grid, factor)
+        codes_RK, loss_R = quantize_rows(weight_RK, grid, factor, keep_zeros=keep_zeros)
         return Solution(codes_RK, grid, loss_R)
-    codes_RK, loss_R = quantize_rows(weight_RK.clone(), grid, factor)
+    codes_RK, loss_R = quantize_rows(weight_RK.clone(), grid, factor, keep_zeros=keep_zeros)
     best = Solution(codes_RK, grid, loss_R)
     for _ in range(rounds):
         best = fit_scales(weight_RK, best, factor)
-        codes_RK, loss_R = quantize_rows(weight_RK.clone(), best.grid, factor)
+        codes_RK, loss_R = quantize_rows(weight_RK.clone(), best.grid, factor, keep_zeros=keep_zeros)
         better_R = loss_R < best.loss_R
         codes_RK = torch.where(better_R[:, None], codes_RK, best.codes_RK)
         best = Solution(codes_RK, best.grid, torch.minimum(loss_R, best.loss_R))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from compress.core.errors import UsageError
-from compress.core.passes import Job, LayerPlan, Pass, Plan
+from compress.core.passes import Job, LayerPlan, Pass, Plan, WeightKind
+from compress.core.patterns import Pattern, covered, unused
 from compress.core.quantities import format_bytes
 from compress.core.scheme import OWN_GROUPS, Scheme
 from quantize._inputs import refuse_experts
-from quantize._overrides import Activations, GroupSize, Override, Pattern, SchemeName, make_scheme
+from quantize._overrides import Activations, GroupSize, Override, SchemeName, make_scheme
 from quantize._prepare import Prepare, order_problem, preparation, prepared_bytes, scheme_problem
 from quantize.prepare._transform import Target, Transform
 
@@ -36,7 +36,7 @@ class WeightQuantization(Pass):
     """Settings shared by the methods that give every linear layer of the blocks codes."""
 
     kind: ClassVar = "quantize"
-    takes: ClassVar = frozenset({"dense"})
+    takes: ClassVar = frozenset({"dense", "masked"})
     gives: ClassVar = "quantized"
     prepares: ClassVar[bool] = False
     """Whether the method takes its blocks from `blocks`, so that transforms of `prepare` reach it."""
@@ -103,6 +103,12 @@ class WeightQuantization(Pass):
         if problem:
             raise ValueError(problem)
 
+    def refusal(self, kind: WeightKind) -> str | None:
+        mixing = next((step.name for step in self.prepare if step.transform.mixes), None)
+        if kind == "masked" and mixing:
+            return f"takes dense weights behind prepare: {mixing}, which leaves no zero a zero"
+        return super().refusal(kind)
+
     def _static_problem(self) -> str | None:
         if self.activations == "static" and not self.static:
             return "activations: static is for rtn, fp8 and gptq"
@@ -131,7 +137,7 @@ class WeightQuantization(Pass):
 
     def scheme_for(self, name: str, width: int) -> Scheme | None:
         """The scheme of the layer `name` with `width` input channels, None if it is left alone."""
-        if any(fnmatchcase(name, pattern) for pattern in self.ignore):
+        if covered(name, self.ignore):
             return None
         return self.fitted(self.wanted(name), width)
 
@@ -185,12 +191,8 @@ class WeightQuantization(Pass):
         refuse_experts(layers)
         if not any(layer.scheme for layer in layers):
             raise UsageError("every layer is ignored: there is nothing to quantize", hint="shorten `ignore`")
-        unused = [
-            f"{word} pattern {pattern!r} matches no layer"
-            for word, patterns in (("ignore", self.ignore), ("overrides", [each.layers for each in self.overrides]))
-            for pattern in patterns
-            if not any(fnmatchcase(layer.name, pattern) for layer in layers)
-        ]
+        names = [layer.name for layer in layers]
+        idle = [*unused("ignore", self.ignore, names), *unused("overrides", (o.layers for o in self.overrides), names)]
         added_bytes = sum(info.bytes for info in checkpoint.tensors.values()) - source_bytes
         bytes_out = source_bytes + added_bytes + sum(layer.bytes_out - layer.bytes_in for layer in layers)
         cost = estimate(checkpoint, calibration if self.calibrated else None, true_sequential=self.sequential)
@@ -203,7 +205,7 @@ class WeightQuantization(Pass):
             ),
             disk_bytes=bytes_out + cost.spill_bytes,
             minutes=cost.minutes,
-            notices=(*unused, *_untied(added_bytes)),
+            notices=(*idle, *_untied(added_bytes)),
         )
 
     @property

@@ -14,9 +14,12 @@ from compress.core.scheme import OWN_GROUPS
 from compress.core.solve import ByColumn, Columns, Factor, sweep
 
 
-def quantize_rows(weight_RK: torch.Tensor, grid: Grid, factor: Factor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 [R, K] of the sweep over `weight_RK` (overwritten), and each row's weighted squared error [R]."""
-    rounding = _Codes(weight_RK, grid)
+def quantize_rows(
+    weight_RK: torch.Tensor, grid: Grid, factor: Factor, *, keep_zeros: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [R, K] of the sweep over `weight_RK` (overwritten), and each row's weighted squared error [R].
+    keep_zeros: weights that are zero stay zero."""
+    rounding = _Codes(weight_RK, grid, keep_zeros)
     loss_R = sweep(weight_RK, factor, rounding)
     return rounding.codes_KR.t().contiguous(), loss_R
 
@@ -24,7 +27,7 @@ def quantize_rows(weight_RK: torch.Tensor, grid: Grid, factor: Factor) -> tuple[
 class _Codes:
     """Rounds to a grid, and keeps the codes: int8 [K, R]."""
 
-    def __init__(self, weight_RK: torch.Tensor, grid: Grid) -> None:
+    def __init__(self, weight_RK: torch.Tensor, grid: Grid, keep_zeros: bool) -> None:
         rows, width = weight_RK.shape
         self.scale_GR = grid.unit.t().contiguous()
         self.zero_GR = None if grid.zero is None else grid.zero.float().t().contiguous()
@@ -34,6 +37,7 @@ class _Codes:
         self._inverse_GR = 1 / self.scale_GR
         self._floats = grid.scheme.dtype in OWN_GROUPS
         self._kernel = _kernel_for(weight_RK)
+        self._weight_RK, self._keep_zeros = weight_RK, keep_zeros
 
     def round_block(self, columns: Columns, error_BR: torch.Tensor, loss_R: torch.Tensor) -> None:
         if self._kernel is None:
@@ -51,15 +55,19 @@ class _Codes:
             error_BR=error_BR,
             codes_KR=self.codes_KR,
             loss_R=loss_R,
+            keep_zeros=self._keep_zeros,
         )
 
     def _choose(self, k: int, target_R: torch.Tensor) -> torch.Tensor:
         g = k // self._size
+        exact_R = target_R * self._inverse_GR[g]
+        if self._keep_zeros:
+            exact_R[self._weight_RK[:, k] == 0] = 0
         if self._floats:
-            level_R = nearest_e2m1(target_R * self._inverse_GR[g])
+            level_R = nearest_e2m1(exact_R)
             self.codes_KR[k] = e2m1_codes(level_R).view(torch.int8)
             return level_R.mul_(self.scale_GR[g])
-        code_R = (target_R * self._inverse_GR[g]).round_()
+        code_R = exact_R.round_()
         if self.zero_GR is None:
             self.codes_KR[k] = code_R.clamp_(self._scheme.lowest, self._scheme.highest)
         else:

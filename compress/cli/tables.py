@@ -126,9 +126,11 @@ def layers_table(stage: "Plan", title: str, *, every: bool) -> Table:
 
 
 def fate(layer: "LayerPlan") -> str:
-    """ "w4a16, groups of 64", or why the layer stays as it is."""
+    """ "w4a16, groups of 64", "50 % zeros", or why the layer stays as it is."""
     if len(layer.alternatives) > 1:
         return f"one of {', '.join(scheme.name for scheme in layer.alternatives)}"
+    if layer.sparsity is not None:
+        return f"{100 * layer.sparsity:.4g} % zeros{f', {layer.reason}' if layer.reason else ''}"
     if layer.scheme is None:
         return f"unchanged: {layer.reason}" if layer.reason else "unchanged"
     word = "blocks" if layer.scheme.blocks else "groups"

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SiteRecord:
-    """What happened to one site. `error` is its relative weighted output error, `fallback` says why it got less."""
+    """What happened to one site. `error` is its relative weighted output error, `sparsity` the share of its weights
+    that a method has left zero, `fallback` says why it got less."""
 
     name: str
     method: str = ""
@@ -33,6 +34,7 @@ class SiteRecord:
     retries: int = 0
     fallback: str = ""
     tokens: int = 0
+    sparsity: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,12 @@ class Site:
         retries: int = 0,
         fallback: str = "",
         tokens: int = 0,
+        sparsity: float | None = None,
     ) -> None:
         """Record what was done, for the report."""
-        self.record = SiteRecord(self.name, method, bits, group_size, error, damping, retries, fallback, tokens)
+        self.record = SiteRecord(
+            self.name, method, bits, group_size, error, damping, retries, fallback, tokens, sparsity
+        )
 
 
 class Parameter:

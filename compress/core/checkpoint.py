@@ -15,6 +15,7 @@ from compress.core._model_folder import aux_files, load_tokenizer, read_config, 
 from compress.core.architectures import Architecture, lookup
 from compress.core.errors import InputError, UsageError
 from compress.core.lazy import lazy_module
+from compress.core.model_files import MASKED_KEY
 from compress.core.places import recorded_name
 from compress.core.safetensors_io import TensorInfo, load_rows, load_tensor, torch_dtype
 
@@ -115,7 +116,7 @@ class Checkpoint:
         """What the stages before this one left."""
         if self.config.get("quantization_config") is not None:
             return "quantized"
-        return "masked" if self.config.get("compress_masked") else "dense"
+        return "masked" if self.config.get(MASKED_KEY) else "dense"
 
     @cached_property
     def aux_files(self) -> list[Path]:

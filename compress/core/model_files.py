@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_METADATA = {"format": "pt"}
+MASKED_KEY = "compress_masked"  # in config.json: zeros among the weights are chosen, and are to stay zeros
 
 
 def shard_name(index: int, num_blocks: int) -> str:

@@ -15,6 +15,7 @@ from compress.core.memory import SPILL_ABOVE_BYTES
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
+    from compress.core.curvature import Curvature
     from compress.core.scheme import Scheme
     from compress.core.services import Latency, Sampler, TeacherWriter
     from compress.core.statistics import Statistic
@@ -26,8 +27,9 @@ WeightKind = Literal["dense", "masked", "quantized"]
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What happens to one linear layer: its scheme, or the reason why it stays as it is. With `alternatives` it gets
-    one of these, found out while the stage runs; scheme and bytes are then those of a uniform choice."""
+    """What happens to one linear layer: its scheme, or the share of its weights that becomes zero, or the reason why it
+    stays as it is. With `alternatives` it gets one of these schemes, found out while the stage runs; scheme and bytes
+    are then those of a uniform choice."""
 
     name: str
     shape: tuple[int, int]
@@ -36,6 +38,7 @@ class LayerPlan:
     scheme: Scheme | None = None
     reason: str = ""
     alternatives: tuple[Scheme, ...] = ()
+    sparsity: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +97,31 @@ class Job:
             preparation=preparation,
             sink=self.sink,
             stored_like=self.original,
-            device=self.device,
-            dtype=self.dtype,
-            micro_batch=self.micro_batch,
-            spill_folder=self.spill_folder,
-            spill_above_bytes=self.spill_above_bytes,
-            events=self.events,
+            **self._means,
         )
+
+    def measure(self, collect: frozenset[type[Statistic]], calibrate: bool = True) -> Iterator[Block]:
+        """Every block as it is, with statistics of its inputs, for what must see all layers before the work."""
+        from compress.core.walk import measure
+
+        return measure(self.checkpoint, self.calibration if calibrate else None, collect, **self._means)
+
+    def curvatures(self, tokens: Tokens, *, vocabulary: bool) -> Iterator[Curvature]:
+        """How much the model minds errors in each layer, on these tokens; `vocabulary`: of embedding and head, too."""
+        from compress.core.curvature import curvatures
+
+        return curvatures(self.checkpoint, tokens, vocabulary=vocabulary, seed=self.seed, **self._means)
+
+    @property
+    def _means(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "micro_batch": self.micro_batch,
+            "spill_folder": self.spill_folder,
+            "spill_above_bytes": self.spill_above_bytes,
+            "events": self.events,
+        }
 
 
 class Pass(BaseModel, ABC):
@@ -118,6 +139,10 @@ class Pass(BaseModel, ABC):
     paper: ClassVar[str]
     needs_calibration: ClassVar[bool]
     formats: ClassVar[tuple[str, ...]] = ("compressed-tensors", "gptq", "awq")
+
+    def refusal(self, kind: WeightKind) -> str | None:
+        """Why these settings cannot work on weights of `kind`, as what follows the method's name; None if they can."""
+        return None if kind in self.takes else f"takes {' or '.join(sorted(self.takes))} weights"
 
     @property
     def calibrated(self) -> bool:

@@ -90,9 +90,9 @@ def composition_problem(recipe: "Recipe") -> Problem | None:
     state, left_by = "dense", "the model's"
     for index, stage in enumerate(recipe.stages):
         settings, path = stage.settings, ("stages", index, stage.kind)
-        if state not in settings.takes:
-            wanted = " or ".join(sorted(settings.takes))
-            return Problem(path, f"{stage.method} takes {wanted} weights, but {left_by} are {state}", at_key=True)
+        refusal = settings.refusal(state)
+        if refusal:
+            return Problem(path, f"{stage.method} {refusal}, but {left_by} are {state}", at_key=True)
         if settings.calibrated and recipe.calibration is None:
             message = f"{stage.method} needs calibration data"
             return Problem(path, message, "add calibration: {dataset: …}", at_key=True)

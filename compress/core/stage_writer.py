@@ -14,7 +14,15 @@ from compress.core.errors import ArtifactError
 from compress.core.files import Written, copy_file, make_folder, write_entries, written_file
 from compress.core.formats import writer_for
 from compress.core.journal import Journal
-from compress.core.model_files import INDEX_NAME, SHARD_METADATA, shard_index, shard_name, unquantized, write_json
+from compress.core.model_files import (
+    INDEX_NAME,
+    MASKED_KEY,
+    SHARD_METADATA,
+    shard_index,
+    shard_name,
+    unquantized,
+    write_json,
+)
 from compress.core.safetensors_io import load_tensor, raw_bytes, read_header, torch_dtype
 from compress.core.safetensors_layout import Entry, dtype_name, tensor_bytes, tensor_entry
 from compress.core.scheme import Scheme
@@ -35,7 +43,8 @@ class StageWriter:
 
     `source` is what the stage reads, `original` what the run started from. A quantizing stage (`rounds`) is the last
     that touches weights: what it keeps is rounded once to the original's dtype; other stages keep what they are given.
-    Quantized weights are kept in `format`. `after_commit` is called when a block is durable and recorded.
+    Quantized weights are kept in `format`; `masked` says of dense ones that zeros are to stay. `after_commit` is called
+    when a block is durable and recorded.
     """
 
     def __init__(
@@ -48,6 +57,7 @@ class StageWriter:
         original: Checkpoint,
         rounds: bool,
         format: str = "compressed-tensors",
+        masked: bool = False,
         after_commit: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = make_folder(folder)
@@ -57,6 +67,7 @@ class StageWriter:
         self._original = original
         self._rounds = rounds
         self._format = writer_for(format)
+        self._masked = masked
         self._after_commit = after_commit
         self._since = time.monotonic()
         self._blocks = [data for data in journal.of("block") if data["stage"] == stage]
@@ -195,7 +206,9 @@ class StageWriter:
 
     # ------------------------------------------------------------------ JSON
     def _config(self) -> dict[str, Any]:
-        config = dict(self._source.config)
+        config = {key: value for key, value in self._source.config.items() if key != MASKED_KEY}
+        if self._masked:
+            config[MASKED_KEY] = True
         schemes = self.schemes()
         if schemes:
             kept = unquantized(self._source, schemes)

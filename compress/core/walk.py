@@ -161,7 +161,7 @@ def _require_finite(record: BlockRecord, checkpoint: Checkpoint) -> None:
 
 def measure(
     checkpoint: Checkpoint,
-    batches: Tokens,
+    batches: Tokens | None,
     collect: Iterable[type[Statistic]],
     *,
     device: str = "cpu",

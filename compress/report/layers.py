@@ -30,26 +30,25 @@ class LayerRow:
 
 def layer_rows(run: Mapping[str, Any], most: int) -> tuple[list[LayerRow], str]:
     """Rows in the model's order, and a note; of many layers only those with the largest errors."""
-    records = _site_records(run)
-    layers = [layer for stage in run.get("stages") or [] for layer in stage.get("layers") or []]
+    layers = []
+    for stage in run.get("stages") or []:
+        records = dict(_sites(stage))
+        layers += [(layer, records.get(layer["name"]) or {}) for layer in stage.get("layers") or []]
     note = ""
     if len(layers) > most:
         note = f"The {most} layers with the largest error of {len(layers):,}; run.json has all."
-        worst = sorted(layers, key=lambda layer: -((records.get(layer["name"]) or {}).get("error") or 0))[:most]
-        names = {layer["name"] for layer in worst}
-        layers = [layer for layer in layers if layer["name"] in names][:most]
-    return [_row(layer, records.get(layer["name"]) or {}) for layer in layers], note
+        worst = sorted(range(len(layers)), key=lambda place: -(layers[place][1].get("error") or 0))[:most]
+        layers = [layers[place] for place in sorted(worst)]
+    return [_row(layer, record) for layer, record in layers], note
 
 
 def _row(layer: Mapping[str, Any], record: Mapping[str, Any]) -> LayerRow:
-    bits, group = layer.get("bits"), layer.get("group_size")
-    scheme = "kept" if bits is None else f"{bits} bits, " + ("per channel" if group == -1 else f"groups of {group}")
     retries = record.get("retries") or 0
     damping = "" if record.get("damping") is None else words.number(record["damping"], 2)
     return LayerRow(
         name=str(layer["name"]),
         shape=" × ".join(str(width) for width in layer.get("shape") or []),
-        scheme=scheme,
+        scheme=_became(layer, record),
         size=f"{format_bytes(layer['bytes_in'])} → {format_bytes(layer['bytes_out'])}",
         error="" if record.get("error") is None else words.number(record["error"], 3),
         damping=f"{damping}, {retries} retries" if retries else damping,
@@ -57,9 +56,18 @@ def _row(layer: Mapping[str, Any], record: Mapping[str, Any]) -> LayerRow:
     )
 
 
+def _became(layer: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    if layer.get("sparsity") is not None:
+        sparsity = record.get("sparsity")
+        return f"{100 * (layer['sparsity'] if sparsity is None else sparsity):.1f} % zeros"
+    bits, group = layer.get("bits"), layer.get("group_size")
+    return "kept" if bits is None else f"{bits} bits, " + ("per channel" if group == -1 else f"groups of {group}")
+
+
 def fallback_lines(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Each layer that got less than its method, or on a second try, and in words what was done and why."""
-    done = {(name, str(record.get("fallback") or "")): _what_was_done(record) for name, record in _sites(run)}
+    records = [found for stage in run.get("stages") or [] for found in _sites(stage)]
+    done = {(name, str(record.get("fallback") or "")): _what_was_done(record) for name, record in records}
     listed = [(str(item["where"]), str(item["reason"])) for item in run.get("fallbacks") or []]
     return [(where, done.get((where, reason)) or reason) for where, reason in listed]
 
@@ -70,17 +78,8 @@ def _what_was_done(record: Mapping[str, Any]) -> str:
     return f"rounded to nearest: {reason}" if reason and record.get("method") == "rtn" else reason
 
 
-def _site_records(run: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return dict(_sites(run))
-
-
-def _sites(run: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return [
-        (str(site["name"]), site)
-        for stage in run.get("stages") or []
-        for block in stage.get("blocks") or []
-        for site in block.get("sites") or []
-    ]
+def _sites(stage: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(str(site["name"]), site) for block in stage.get("blocks") or [] for site in block.get("sites") or []]
 
 
 def layer_plots(run: Mapping[str, Any]) -> list[Plot]:

@@ -32,6 +32,7 @@ class Transform(BaseModel):
 
     `reads`: it is applied as weights are read, before anything else (and needs no calibration data).
     `balances`: it moves scales between layers; there can be one such transform in a stage.
+    `mixes`: a weight becomes a sum of others, so that none stays zero.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -39,6 +40,7 @@ class Transform(BaseModel):
     paper: ClassVar[str]
     reads: ClassVar[bool] = False
     balances: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     def refusal(self, wanted: Scheme) -> str | None:
         """Why it makes no sense for a scheme, in a sentence; None if it does."""

@@ -18,6 +18,7 @@ class Rotate(Transform):
 
     paper: ClassVar = "Ashkboos et al., 2024, arXiv:2404.00456"
     reads: ClassVar = True
+    mixes: ClassVar = True
 
     seed: int = Field(0, ge=0, description="signs of the randomized Hadamard matrices")
     heads: bool = Field(True, description="also turn the values of each head, and the output projection back")

@@ -82,15 +82,21 @@ def test_the_committed_schema_is_current() -> None:
     assert committed == recipe_schema(), "run `compress recipes schema > recipes/schema.json`"
 
 
+WRONG_SETTINGS = {
+    "quantize": ({"group_sise": 3}, {"group_size": "big"}, {"clip": "mes"}),
+    "prune": ({"sparcity": 0.5}, {"sparsity": "much"}, {"allocation": "owls"}),
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_schema_takes_what_the_reader_takes(name: str) -> None:
     schema, data = recipe_schema(), read_yaml(shipped_recipes()[name]).data
     assert fits(data, schema, schema)
     assert not fits({**data, "modle": "m"}, schema, schema)
     assert not fits({**data, "gate": {"max_size": "much"}}, schema, schema)
-    settings = data["stages"][0]["quantize"]
-    for wrong in ({"group_sise": 3}, {"method": "gptk"}, {"group_size": "big"}, {"clip": "mes"}):
-        assert not fits({**data, "stages": [{"quantize": {**settings, **wrong}}]}, schema, schema)
+    [(kind, settings)] = data["stages"][0].items()
+    for wrong in ({"method": "gptk"}, *WRONG_SETTINGS[kind]):
+        assert not fits({**data, "stages": [{kind: {**settings, **wrong}}]}, schema, schema)
 
 
 @pytest.mark.parametrize("page", ["docs/recipes.md", "recipes/ci/README.md"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,10 @@ from compress.core.checkpoint import Checkpoint
 from compress.core.errors import UsageError
 from compress.core.formats import writer_for
 from compress.core.methods import available_kinds, find_pass
-from compress.core.passes import Job, Pass
+from compress.core.passes import Pass
 from compress.core.scheme import Scheme
-from compress.core.tensors import QuantTensor
-from compress.core.walk import BlockRecord
 from tests.conftest import TinyModel
+from tests.contracts.shelf import Shelf, run, tokens_for
 from tests.tiny import FAMILIES, LAYERS
 
 METHODS = [(kind, method) for kind, methods in available_kinds().items() for method in methods]
@@ -45,46 +43,8 @@ def settings_of(method: str, **asked: object) -> Pass:
     return find_pass("quantize", method).model_validate_json(json.dumps(settings))
 
 
-class Shelf:
-    """A BlockSink in memory, with the first `done` blocks of an earlier run."""
-
-    def __init__(self, earlier: Shelf | None = None, done: int = 0) -> None:
-        self.blocks: list[Mapping[str, torch.Tensor | QuantTensor]] = earlier.blocks[:done] if earlier else []
-        self.records: list[BlockRecord] = earlier.records[:done] if earlier else []
-
-    def finished(self) -> int:
-        return len(self.blocks)
-
-    def load(self, index: int) -> Mapping[str, torch.Tensor | QuantTensor]:
-        return self.blocks[index]
-
-    def record(self, index: int) -> BlockRecord:
-        return self.records[index]
-
-    def commit(self, index: int, tensors: dict[str, torch.Tensor | QuantTensor], record: BlockRecord) -> None:
-        assert index == len(self.blocks)
-        self.blocks.append(tensors)
-        self.records.append(record)
-
-
-def tokens_for(checkpoint: Checkpoint, samples: int = 6, length: int = 48) -> Tokens:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, checkpoint.config["vocab_size"], (samples, length), generator=generator)
-    return Tokens(ids, None, sha256="", source="random")
-
-
-def run(folder: Path, settings: Pass, shelf: Shelf, tokens: Tokens | None = None) -> Shelf:
-    checkpoint = Checkpoint.open(folder)
-    settings.run(Job(checkpoint, tokens or tokens_for(checkpoint), shelf))
-    return shelf
-
-
-def quantized(shelf: Shelf) -> dict[str, QuantTensor]:
-    return {name: value for block in shelf.blocks for name, value in block.items() if isinstance(value, QuantTensor)}
-
-
 def same(left: Shelf, right: Shelf) -> bool:
-    ours, theirs = quantized(left), quantized(right)
+    ours, theirs = left.quantized, right.quantized
     return ours.keys() == theirs.keys() and all(
         torch.equal(value.packed, theirs[name].packed) and torch.equal(value.scale, theirs[name].scale)
         for name, value in ours.items()
@@ -123,7 +83,7 @@ def test_every_family_is_quantized_as_planned(tiny_model: TinyModel, method: str
         return
     plan = settings.plan(checkpoint, tokens_for(checkpoint))
     shelf = run(folder, settings, Shelf())
-    done = quantized(shelf)
+    done = shelf.quantized
     assert {layer.name for layer in plan.layers if layer.scheme} == set(done)
     for layer in plan.layers:
         encoded = writer_for(settings.formats[0]).encode(layer.name, done[layer.name])
@@ -145,7 +105,7 @@ def test_every_family_is_quantized_as_planned(tiny_model: TinyModel, method: str
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_width_of_code(tiny_model: TinyModel, method: str, bits: int, symmetric: bool) -> None:
     settings = settings_of(method, scheme=f"w{bits}a16", group_size=-1, symmetric=symmetric)
-    tensors = quantized(run(tiny_model("llama"), settings, Shelf()))
+    tensors = run(tiny_model("llama"), settings, Shelf()).quantized
     assert all(tensor.scheme == settings.schemes[0] for tensor in tensors.values())  # type: ignore[attr-defined]
     used = torch.cat([tensor.codes().flatten() for tensor in tensors.values()])
     assert int(used.min()) >= -(1 << (bits - 1)) and int(used.max()) <= (1 << (bits - 1)) - 1
@@ -160,7 +120,7 @@ def test_layers_get_the_schemes_of_their_overrides(tiny_model: TinyModel, method
         {"layers": "*.1.mlp.down_proj", "symmetric": False},
     ]
     settings = settings_of(method, scheme="w4a16", group_size=16, overrides=overrides, ignore=["*.0.mlp.down_proj"])
-    done = quantized(run(tiny_model("llama"), settings, Shelf()))
+    done = run(tiny_model("llama"), settings, Shelf()).quantized
     assert {name: tensor.scheme for name, tensor in done.items() if "layers.2" not in name or "v_proj" in name} == {
         **{f"model.layers.0.self_attn.{kind}_proj": Scheme(4, 16) for kind in "qko"},
         **{f"model.layers.0.mlp.{kind}_proj": Scheme(4, 16) for kind in ("gate", "up")},
@@ -210,7 +170,7 @@ def test_a_group_that_does_not_divide_is_refused_or_handled(tiny_model: TinyMode
             for layer in plan.layers
             if layer.scheme
         )
-        tensors = quantized(run(folder, settings, Shelf()))
+        tensors = run(folder, settings, Shelf()).quantized
         assert {name: tensor.scheme for name, tensor in tensors.items()} == {
             layer.name: layer.scheme for layer in plan.layers
         }
@@ -222,25 +182,25 @@ def test_ignored_layers_are_left_alone(tiny_model: TinyModel, method: str) -> No
     checkpoint = Checkpoint.open(tiny_model("llama"))
     plan = settings.plan(checkpoint, tokens_for(checkpoint))
     assert any("*.nothing" in notice for notice in plan.notices)
-    names = set(quantized(run(tiny_model("llama"), settings, Shelf())))
+    names = set(run(tiny_model("llama"), settings, Shelf()).quantized)
     assert names and not any("down_proj" in name or ".layers.1." in name for name in names)
 
 
 @methods
 @pytest.mark.parametrize("trouble", ["dead channels", "zero layer", "huge weight", "one token", "constant input"])
 def test_numerics_under_stress(tiny_model: TinyModel, tmp_path: Path, method: str, trouble: str) -> None:
-    folder = _troubled(tiny_model("llama"), tmp_path / "model", trouble)
+    folder = troubled(tiny_model("llama"), tmp_path / "model", trouble)
     checkpoint = Checkpoint.open(folder)
     tokens = tokens_for(checkpoint, 1, 1) if trouble == "one token" else tokens_for(checkpoint)
     if trouble == "constant input":
         tokens = Tokens(torch.zeros_like(tokens.ids), None, sha256="", source="constant")
     shelf = run(folder, settings_of(method, group_size=16), Shelf(), tokens)
-    for tensor in quantized(shelf).values():
+    for tensor in shelf.quantized.values():
         assert bool(tensor.dequantize().isfinite().all())
     assert all(record.output_error is None or record.output_error < 1 for record in shelf.records)
 
 
-def _troubled(source: Path, folder: Path, trouble: str) -> Path:
+def troubled(source: Path, folder: Path, trouble: str) -> Path:
     from safetensors.torch import load_file, save_file
 
     folder.mkdir()

@@ -17,7 +17,8 @@ from compress.core.tensors import QuantTensor
 from quantize._autoround import original_outputs
 from quantize.autoround import AutoRound
 from tests.conftest import TinyModel
-from tests.contracts.test_passes import Shelf, quantized, run, same, tokens_for
+from tests.contracts.shelf import Shelf, run, tokens_for
+from tests.contracts.test_passes import same
 
 
 def job_of(
@@ -33,7 +34,7 @@ def output_error(checkpoint: Checkpoint, tokens: Tokens, shelf: Shelf) -> float:
     weights = dict(model.named_parameters())
     with torch.no_grad():
         expected = model(input_ids=tokens.ids).logits
-        for name, tensor in quantized(shelf).items():
+        for name, tensor in shelf.quantized.items():
             weights[f"{name}.weight"].copy_(tensor.dequantize())
         return float((model(input_ids=tokens.ids).logits - expected).square().mean())
 
@@ -88,7 +89,7 @@ def test_padding_is_not_learned_from(tiny_model: TinyModel) -> None:
         shelf = Shelf()
         padded = Tokens(ids, lengths, sha256="", source="padded")
         AutoRound(group_size=16, steps=5, tokens_per_step=64).run(job_of(checkpoint, padded, shelf=shelf))
-        shelves.append(quantized(shelf))
+        shelves.append(shelf.quantized)
     first, second = shelves
     assert all(torch.equal(first[name].packed, second[name].packed) for name in first)
 
@@ -115,7 +116,7 @@ def test_what_is_not_better_on_held_back_samples_is_not_kept(tiny_model: TinyMod
     for settings in (wild, wild.model_copy(update={"reach": 1e-9, "scale_reach": 0.0})):
         shelf = Shelf()
         settings.run(job_of(checkpoint, tokens, events, shelf))
-        shelves.append(quantized(shelf))
+        shelves.append(shelf.quantized)
     worse, untouched = shelves
     assert all(torch.equal(worse[name].packed, untouched[name].packed) for name in worse)
     left = [event.value for event in events if isinstance(event, Metric) and event.name == "error_left"]
@@ -132,7 +133,7 @@ def test_another_seed_learns_otherwise(tiny_model: TinyModel) -> None:
             scheme="w2a16", group_size=16, start="rtn", steps=30, reach=0.2, scale_reach=0.1, tokens_per_step=96
         )
         settings.run(replace(job_of(checkpoint, tokens, shelf=shelf), seed=seed))
-        results.append(quantized(shelf))
+        results.append(shelf.quantized)
     assert any(not torch.equal(results[0][name].packed, results[1][name].packed) for name in results[0])
 
 
@@ -150,7 +151,7 @@ def test_learned_tensors_are_ordinary(tiny_model: TinyModel) -> None:
     shelf = Shelf()
     settings = AutoRound(scheme="w2a16", group_size=16, symmetric=False, steps=10, reach=2)
     settings.run(job_of(checkpoint, tokens_for(checkpoint), shelf=shelf))
-    for tensor in quantized(shelf).values():
+    for tensor in shelf.quantized.values():
         assert isinstance(tensor, QuantTensor) and tensor.scale.dtype is checkpoint.dtype
         assert int(tensor.codes().min()) >= -2 and int(tensor.codes().max()) <= 1
 
@@ -164,7 +165,7 @@ def test_learning_starts_from_prepared_weights(tiny_model: TinyModel, step: dict
     gptq = find_pass("quantize", "gptq")(**same_for_both)
     whole = run(folder, settings, Shelf())
     assert same(whole, run(folder, settings, Shelf(whole, 1)))
-    expected = quantized(run(folder, gptq, Shelf()))
-    for name, tensor in quantized(whole).items():
+    expected = run(folder, gptq, Shelf()).quantized
+    for name, tensor in whole.quantized.items():
         weight = expected[name].dequantize()
         assert float((tensor.dequantize() - weight).square().mean() / weight.square().mean()) < 0.03, name

@@ -12,7 +12,8 @@ from compress.core.scheme import Scheme
 from compress.core.solve import factorise
 from quantize._sweep import quantize_rows
 from tests.conftest import TinyModel
-from tests.contracts.test_passes import Shelf, quantized, run, settings_of, tokens_for
+from tests.contracts.shelf import Shelf, run, tokens_for
+from tests.contracts.test_passes import settings_of
 from tests.tiny import FAMILIES
 
 SCHEMES = ("mxfp4a16", "nvfp4a16")
@@ -29,7 +30,7 @@ def test_every_family_is_quantized_as_planned(tiny_model: TinyModel, method: str
     checkpoint = Checkpoint.open(folder)
     settings = settings_of(method, scheme=scheme, ignore=["*.experts.*.down_proj"] if family in NARROW else [])
     plan = settings.plan(checkpoint, tokens_for(checkpoint))
-    done = quantized(run(folder, settings, Shelf()))
+    done = run(folder, settings, Shelf()).quantized
     assert {layer.name for layer in plan.layers if layer.scheme} == set(done)
     for layer in (layer for layer in plan.layers if layer.scheme):
         encoded = compressed_tensors.encode(layer.name, done[layer.name])
@@ -46,7 +47,7 @@ def test_a_resumed_run_gives_the_same_bits(tiny_model: TinyModel, method: str, s
     whole = run(tiny_model("llama"), settings, Shelf())
     resumed = run(tiny_model("llama"), settings, Shelf(whole, 1))
     assert whole.records == resumed.records
-    ours, theirs = quantized(whole), quantized(resumed)
+    ours, theirs = whole.quantized, resumed.quantized
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor.packed, theirs[name].packed) and torch.equal(tensor.unit, theirs[name].unit)
@@ -55,7 +56,7 @@ def test_a_resumed_run_gives_the_same_bits(tiny_model: TinyModel, method: str, s
 @methods
 def test_layers_with_a_common_input_share_their_divisor(tiny_model: TinyModel, method: str) -> None:
     overrides = [{"layers": "*.1.self_attn.v_proj", "scheme": "w4a16", "group_size": 16}]
-    done = quantized(run(tiny_model("llama"), settings_of(method, scheme="nvfp4a16", overrides=overrides), Shelf()))
+    done = run(tiny_model("llama"), settings_of(method, scheme="nvfp4a16", overrides=overrides), Shelf()).quantized
     checkpoint = Checkpoint.open(tiny_model("llama"))
     for block in range(2):
         for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",)):

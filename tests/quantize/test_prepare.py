@@ -16,7 +16,8 @@ from compress.core.statistics import AbsMax, Hessian, Sample, SquaredMean
 from compress.core.walk import Preparation, stream_logits, walk
 from quantize._settings import WeightQuantization
 from tests.conftest import TinyModel
-from tests.contracts.test_passes import Shelf, quantized, run, same
+from tests.contracts.shelf import Shelf, run
+from tests.contracts.test_passes import same
 from tests.tiny import FAMILIES, LAYERS
 
 ROTATED = [family for family in FAMILIES if not family.startswith("gemma")]
@@ -178,7 +179,7 @@ def test_prepared_models_say_about_the_same(tiny_model: TinyModel, family: str, 
     expected = logits(checkpoint, tokens)
     error_BT = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(error_BT.median()) < 0.1
-    assert len(quantized(shelf)) == sum(len(checkpoint.sites(index)) for index in range(LAYERS))
+    assert len(shelf.quantized) == sum(len(checkpoint.sites(index)) for index in range(LAYERS))
 
 
 @pytest.mark.parametrize("name", ["awq_scale", "smoothquant", "rotate+awq_scale"])

@@ -18,7 +18,7 @@ from compress.core.checkpoint import Checkpoint
 from compress.core.methods import find_pass
 from compress.core.walk import stream_logits
 from tests.conftest import TinyModel
-from tests.contracts.test_passes import Shelf, run
+from tests.contracts.shelf import Shelf, run
 from tests.tiny import LAYERS
 
 OUTLIERS, STRETCH = 4, 60.0

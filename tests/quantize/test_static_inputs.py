@@ -16,7 +16,7 @@ from compress.core.tensors import QuantTensor
 from compress.core.verify import verify
 from compress.pipeline import RunOptions, plan, run
 from tests.conftest import TinyModel
-from tests.contracts.test_passes import Shelf, quantized, tokens_for
+from tests.contracts.shelf import Shelf, tokens_for
 
 STATIC = {"scheme": "w8a8", "activations": "static"}
 
@@ -53,7 +53,7 @@ def test_scales_reach_to_the_largest_input(tiny_model: TinyModel, method: str, a
     checkpoint, shelf = Checkpoint.open(folder), Shelf()
     tokens = tokens_for(checkpoint)
     settings(method, **asked).run(Job(checkpoint, tokens, shelf))
-    done = quantized(shelf)
+    done = shelf.quantized
     for name, largest in largest_inputs(folder, tokens).items():
         scale = done[name].input_scale
         assert scale is not None and scale.dtype is checkpoint.dtype
@@ -77,7 +77,7 @@ def test_smoothed_inputs_have_the_scales_of_what_is_left_of_them(tiny_model: Tin
         found.append(float(query.input_scale))
     plain = Shelf()
     settings("gptq", **STATIC).run(Job(checkpoint, tokens_for(checkpoint), plain))
-    before = quantized(plain)["model.layers.0.self_attn.q_proj"].input_scale
+    before = plain.quantized["model.layers.0.self_attn.q_proj"].input_scale
     assert before is not None and found[0] == pytest.approx(found[1], rel=0.01)
     assert abs(found[0] / float(before) - 1) > 0.05
 
@@ -106,7 +106,7 @@ def test_a_resumed_run_gives_the_same_scales(tiny_model: TinyModel) -> None:
 
     def scales(shelf: Shelf) -> dict[str, float]:
         settings("gptq", **STATIC).run(Job(checkpoint, tokens_for(checkpoint), shelf))
-        return {name: float(tensor.input_scale or 0) for name, tensor in quantized(shelf).items()}
+        return {name: float(tensor.input_scale or 0) for name, tensor in shelf.quantized.items()}
 
     whole = Shelf()
     found = scales(whole)

@@ -30,6 +30,7 @@ def sweep_block(
     error_BR: Tensor,
     codes_KR: Tensor,
     loss_R: Tensor,
+    keep_zeros: bool,
 ) -> None:
     """`compress.core.native.sweep_block`."""
     columns, rows = target_BR.shape
@@ -53,6 +54,7 @@ def sweep_block(
         float(highest),
         HAS_ZERO=zero_GR is not None,
         FLOATS=levels is None,
+        KEEP_ZEROS=keep_zeros,
         BLOCK_B=max(triton.next_power_of_2(columns), 16),
         BLOCK_R=STRIP,
         num_warps=_WARPS,
@@ -79,6 +81,7 @@ def _sweep(
     highest,
     HAS_ZERO: tl.constexpr,
     FLOATS: tl.constexpr,
+    KEEP_ZEROS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -95,19 +98,23 @@ def _sweep(
         target_R = tl.sum(tl.where((column_B == i)[:, None], aim_BR, 0.0), 0)
         scale_R = tl.load(scale_ptr + grid_R, mask=real_R, other=1.0)
         scaled_R = target_R * tl.load(inverse_ptr + grid_R, mask=real_R, other=1.0)
+        zero_R = tl.load(zero_ptr + grid_R, mask=real_R, other=0.0) if HAS_ZERO else tl.zeros_like(target_R)
         if FLOATS:
             level_R, code_R = _nearest_e2m1(scaled_R)
         elif HAS_ZERO:
-            zero_R = tl.load(zero_ptr + grid_R, mask=real_R, other=0.0)
             level_R = _round(tl.minimum(tl.maximum(scaled_R, lowest - zero_R), highest - zero_R))
             code_R = level_R + zero_R
         else:
             level_R = _round(tl.minimum(tl.maximum(scaled_R, lowest), highest))
             code_R = level_R
+        original_R = tl.load(original_ptr + at_R, mask=real_R, other=0.0)
+        if KEEP_ZEROS:
+            level_R = tl.where(original_R == 0.0, 0.0, level_R)
+            code_R = tl.where(original_R == 0.0, zero_R, code_R)
         chosen_R = level_R * scale_R
         residual_R = target_R - chosen_R
         loss_R += residual_R * residual_R * tl.load(cost_ptr + i)
-        error_R = tl.load(original_ptr + at_R, mask=real_R, other=0.0) - chosen_R
+        error_R = original_R - chosen_R
         feedback_B = tl.load(feedback_ptr + i * columns + column_B, mask=column_B < i, other=0.0)
         aim_BR += feedback_B[:, None] * error_R[None, :]
         tl.store(error_ptr + at_R, error_R, mask=real_R)

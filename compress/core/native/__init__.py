@@ -30,6 +30,7 @@ class _Sweep(ctypes.Structure):
         ("lowest", _FLOAT),
         ("highest", _FLOAT),
         ("floats", _INT),
+        ("keep_zeros", _INT),
     ]
 
 
@@ -78,10 +79,12 @@ def sweep_block(
     error_BR: Tensor,
     codes_KR: Tensor,
     loss_R: Tensor,
+    keep_zeros: bool,
 ) -> None:
     """Round the columns of one block, last to first (see sweep.c); fills error_BR, rows of codes_KR, adds to loss_R.
 
     All contiguous: fp32, indices int64, codes int8. levels: the lowest and the highest code; None: 4-bit floats.
+    keep_zeros: columns whose original is zero become zero, and later ones make up for what they would have taken on.
     """
     sweep = _Sweep(
         *(each.data_ptr() for each in (target_BR, original_BR, feedback_BB, scale_GR)),
@@ -90,6 +93,7 @@ def sweep_block(
         *target_BR.shape,
         *(levels or (0, 0)),
         levels is None,
+        keep_zeros,
     )
     if _loaded().sweep_block(ctypes.byref(sweep), threads_for(target_BR.numel())):
         raise MemoryError("no memory for the errors of one block of columns")

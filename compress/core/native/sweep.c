@@ -25,6 +25,7 @@ typedef struct {
     int64_t columns, rows;
     float lowest, highest;
     int floats; /* levels are 4-bit floats instead of whole numbers */
+    int keep_zeros; /* weights that are zero stay zero */
 } Sweep;
 
 /* A strip of one column: codes, and what they stand for. */
@@ -43,6 +44,13 @@ static inline void round_strip_e2m1(const float *target, const float *scale, flo
         const float level = nearest_e2m1(target[lane] * (1 / scale[lane]));
         chosen[lane] = level * scale[lane];
         code[lane] = code_of_e2m1(level);
+    }
+}
+
+static inline void keep_zeros(const float *original, const float *zero, float *code, float *chosen) {
+    for (int lane = 0; lane < STRIP; lane++) {
+        code[lane] = original[lane] == 0 ? zero[lane] : code[lane];
+        chosen[lane] = original[lane] == 0 ? 0 : chosen[lane];
     }
 }
 
@@ -74,6 +82,8 @@ static void sweep_strip(const Sweep *s, int64_t first, int count, vector (*error
             round_strip_e2m1(target, scale, code, chosen);
         else
             round_strip(s, target, scale, zero, code, chosen);
+        if (s->keep_zeros)
+            keep_zeros(original, zero, code, chosen);
         for (int lane = 0; lane < STRIP; lane++) {
             const float residual = target[lane] - chosen[lane];
             wrong[lane] = original[lane] - chosen[lane];

@@ -1,0 +1,154 @@
+"""What every method that sets single weights to zero has in common: how many, in which pattern, and the plan."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from compress.core.errors import UsageError
+from compress.core.passes import LayerPlan, Pass, Plan
+from compress.core.patterns import Pattern, covered, unused
+from prune._pattern import Spread, parse_pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.walk import Group, Site
+
+DEFAULT_SPARSITY = 0.5
+_DENSE_ON_DISK = (
+    "zeros are stored like other weights: they make the artifact no smaller, and an engine that does not look for them "
+    "no faster"
+)
+
+
+def _known_pattern(pattern: str) -> str:
+    parse_pattern(pattern)
+    return pattern
+
+
+class WeightPruning(Pass):
+    """Settings shared by the methods that set single weights of the blocks' linear layers to zero."""
+
+    kind: ClassVar = "prune"
+    takes: ClassVar = frozenset({"dense", "masked"})
+    gives: ClassVar = "masked"
+
+    sparsity: float | None = Field(
+        None, gt=0, lt=1, description="share of the weights that become zero, default 0.5; a pattern N:M says it itself"
+    )
+    pattern: Annotated[str, AfterValidator(_known_pattern)] = Field(
+        "unstructured", description="where zeros may lie: unstructured, or N:M, N weights kept of M neighbours: '2:4'"
+    )
+    allocation: Literal["uniform", "owl"] = Field(
+        "uniform", description="the same sparsity in all blocks, or less where there are outliers (OWL)"
+    )
+    owl_spread: float = Field(
+        0.08, gt=0, lt=0.5, description="of owl: sparsities lie this far around the one that is asked for"
+    )
+    owl_outlier: float = Field(
+        5.0, gt=1, description="of owl: a weight's product with its input is an outlier from this multiple of the mean"
+    )
+    ignore: tuple[Pattern, ...] = Field(
+        (), description="layers left alone, by name pattern: '*.down_proj', 'model.layers.0.*'"
+    )
+
+    def model_post_init(self, context: object) -> None:
+        problem = self._problem()
+        if problem:
+            raise ValueError(problem)
+
+    def _problem(self) -> str | None:
+        group = parse_pattern(self.pattern)
+        if group is None:
+            return None
+        if self.sparsity is not None and abs(self.sparsity - group.sparsity) > 1e-9:
+            return f"pattern {self.pattern} has a sparsity of {group.sparsity:g}, not {self.sparsity:g}: leave it out"
+        if self.allocation != "uniform":
+            return (
+                f"pattern {self.pattern} has one sparsity everywhere: allocation {self.allocation} needs unstructured"
+            )
+        return None
+
+    @cached_property
+    def spread(self) -> Spread | None:
+        """N of M of the pattern; None: unstructured."""
+        return parse_pattern(self.pattern)
+
+    @property
+    def share(self) -> float:
+        """Of the weights that become zero."""
+        if self.spread is not None:
+            return self.spread.sparsity
+        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        return (type(self).__module__.rpartition(".")[2],)
+
+    @property
+    def calibrated(self) -> bool:
+        return self.needs_calibration or self.allocation == "owl"
+
+    @property
+    def sequential(self) -> bool:
+        """Whether statistics are gathered group by group (true-sequential) instead of once a block."""
+        return False
+
+    def chosen(self, group: Group) -> list[Site]:
+        """The layers of a group that are not left alone."""
+        return [site for site in group.sites if not covered(site.name, self.ignore)]
+
+    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
+        """Bytes from headers; memory and minutes from the shapes."""
+        from compress.core.memory import estimate
+
+        layers = tuple(self._layers(checkpoint))
+        if not any(layer.sparsity is not None for layer in layers):
+            raise UsageError("every layer is ignored: there is nothing to prune", hint="shorten `ignore`")
+        self._refuse_ragged(layers)
+        bytes_in = sum(info.bytes for info in checkpoint.tensors.values())
+        numbers = sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.sparsity is not None)
+        kept_bytes = bytes_in - sum(layer.bytes_in for layer in layers if layer.sparsity is not None)
+        cost = estimate(checkpoint, calibration if self.calibrated else None, true_sequential=self.sequential)
+        return Plan(
+            layers=layers,
+            bytes_out=bytes_in,
+            peak_memory_bytes=cost.memory_bytes,
+            disk_bytes=kept_bytes + 4 * numbers + cost.spill_bytes,  # a stage keeps what it changed in fp32
+            minutes=cost.minutes,
+            notices=(*unused("ignore", self.ignore, (layer.name for layer in layers)), _DENSE_ON_DISK),
+        )
+
+    def _layers(self, checkpoint: Checkpoint) -> Iterator[LayerPlan]:
+        for index in range(checkpoint.num_blocks):
+            for name in checkpoint.sites(index):
+                size = checkpoint.info(f"{name}.weight").bytes
+                ignored = covered(name, self.ignore)
+                reason = "ignored by the recipe" if ignored else self._reason
+                shape = checkpoint.matrix_shape(name)
+                yield LayerPlan(name, shape, size, size, reason=reason, sparsity=None if ignored else self.share)
+
+    @property
+    def _reason(self) -> str:
+        """What else there is to say about a layer's zeros."""
+        if self.spread is not None:
+            return f"{self.pattern}"
+        return "on the whole, more or less of it in each block" if self.allocation != "uniform" else ""
+
+    def _refuse_ragged(self, layers: tuple[LayerPlan, ...]) -> None:
+        spread = self.spread
+        if spread is None:
+            return
+        ragged = [layer for layer in layers if layer.sparsity is not None and layer.shape[1] % spread.among]
+        if ragged:
+            raise UsageError(
+                f"pattern {self.pattern} does not fit {len(ragged)} layers, e.g. {ragged[0].name}: {spread.among} does "
+                f"not divide its {ragged[0].shape[1]} input channels",
+                where="prune.pattern",
+                hint="leave these layers alone with `ignore`, or choose another pattern",
+            )

@@ -1,0 +1,43 @@
+"""ALPS (Meng et al., 2024, arXiv:2406.07831): masks by ADMM, then the weights that are left by conjugate gradients."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from compress.core.passes import Job
+from prune._settings import WeightPruning
+
+
+class ALPS(WeightPruning):
+    """ALPS: mask and weights of a layer are found together, for the least error of its outputs on calibration text."""
+
+    paper: ClassVar = "Meng et al., 2024, arXiv:2406.07831"
+    needs_calibration: ClassVar = True
+
+    damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
+    compare: Literal["row", "layer"] = Field(
+        "layer", description="the same share of every output channel, or of the layer"
+    )
+    iterations: int = Field(300, ge=1, le=10_000, description="of ADMM at most; it ends when the mask stays as it is")
+    refinements: int = Field(10, ge=0, le=1000, description="steps of conjugate gradients on the mask that was found")
+    order: Literal["block", "groups"] = Field(
+        "groups", description="statistics of each group after the groups before it (true sequential), or once a block"
+    )
+
+    @property
+    def sequential(self) -> bool:
+        return self.order == "groups"
+
+    def run(self, job: Job) -> None:
+        from compress.core.statistics import Hessian
+        from prune._allocation import shares_of
+        from prune._alps import Settings, prune_group
+
+        shares = shares_of(self, job, by_inputs=True)
+        settings = Settings(self.damping, self.spread, self.compare, self.iterations, self.refinements)
+        for block in job.walk(frozenset({Hessian}), self.order):
+            for group in block.groups:
+                sites = self.chosen(group)
+                if sites:
+                    prune_group(group, sites, shares, settings, job)
+                group.release()

@@ -1,0 +1,41 @@
+"""SparseGPT (Frantar & Alistarh, 2023, arXiv:2301.00774): column by column, later columns make up for what goes."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from compress.core.passes import Job
+from prune._settings import WeightPruning
+
+
+class SparseGPT(WeightPruning):
+    """SparseGPT: weights go where that costs the outputs least, and those that are left take on what the others did."""
+
+    paper: ClassVar = "Frantar & Alistarh, 2023, arXiv:2301.00774"
+    needs_calibration: ClassVar = True
+
+    damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
+    block_size: int = Field(
+        16, ge=1, le=4096, description="input channels whose weights are compared at a time, unless there is a pattern"
+    )
+    order: Literal["block", "groups"] = Field(
+        "groups", description="statistics of each group after the groups before it (true sequential), or once a block"
+    )
+
+    @property
+    def sequential(self) -> bool:
+        return self.order == "groups"
+
+    def run(self, job: Job) -> None:
+        from compress.core.statistics import Hessian
+        from prune._allocation import shares_of
+        from prune._sparsegpt import Settings, prune_group
+
+        shares = shares_of(self, job, by_inputs=True)
+        settings = Settings(self.damping, self.block_size, self.spread)
+        for block in job.walk(frozenset({Hessian}), self.order):
+            for group in block.groups:
+                sites = self.chosen(group)
+                if sites:
+                    prune_group(group, sites, shares, settings, job)
+                group.release()
