@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 # Triton is there on Linux alone, and its kernels are called by subscript.
 """The column sweep of GPTQ inside one block of columns, in Triton: one program per strip of rows.
 
