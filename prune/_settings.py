@@ -99,28 +99,38 @@ class WeightPruning(Pass):
         """Whether statistics are gathered group by group (true-sequential) instead of once a block."""
         return False
 
+    def solver_bytes(self, rows: int, width: int) -> int:
+        """Memory of the work on one layer, beside its input's statistics: weight, scores and mask, in fp32."""
+        return 3 * 4 * rows * width
+
+    def solver_operations(self, rows: int, width: int) -> float:
+        """Of the work on one layer, beyond those of a sweep."""
+        return 0
+
     def chosen(self, group: Group) -> list[Site]:
         """The layers of a group that are not left alone."""
         return [site for site in group.sites if not covered(site.name, self.ignore)]
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         """Bytes from headers; memory and minutes from the shapes."""
-        from compress.core.memory import estimate
+        from compress.core.memory import estimate, machine_speed
 
         layers = tuple(self._layers(checkpoint))
         if not any(layer.sparsity is not None for layer in layers):
             raise UsageError("every layer is ignored: there is nothing to prune", hint="shorten `ignore`")
         self._refuse_ragged(layers)
         bytes_in = sum(info.bytes for info in checkpoint.tensors.values())
-        numbers = sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.sparsity is not None)
-        kept_bytes = bytes_in - sum(layer.bytes_in for layer in layers if layer.sparsity is not None)
+        pruned = [layer for layer in layers if layer.sparsity is not None]
+        numbers = sum(layer.shape[0] * layer.shape[1] for layer in pruned)
+        kept_bytes = bytes_in - sum(layer.bytes_in for layer in pruned)
+        operations = sum(self.solver_operations(*layer.shape) for layer in pruned)
         cost = estimate(checkpoint, calibration if self.calibrated else None, true_sequential=self.sequential)
         return Plan(
             layers=layers,
             bytes_out=bytes_in,
-            peak_memory_bytes=cost.memory_bytes,
+            peak_memory_bytes=cost.memory_bytes + max(self.solver_bytes(*layer.shape) for layer in pruned),
             disk_bytes=kept_bytes + 4 * numbers + cost.spill_bytes,  # a stage keeps what it changed in fp32
-            minutes=cost.minutes,
+            minutes=cost.minutes + operations / machine_speed().matmul / 60,
             notices=(*unused("ignore", self.ignore, (layer.name for layer in layers)), _DENSE_ON_DISK),
         )
 

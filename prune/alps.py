@@ -7,6 +7,8 @@ from pydantic import Field
 from compress.core.passes import Job
 from prune._settings import WeightPruning
 
+_USUAL_ITERATIONS = 90  # until a mask stays as it is
+
 
 class ALPS(WeightPruning):
     """ALPS: mask and weights of a layer are found together, for the least error of its outputs on calibration text."""
@@ -27,6 +29,12 @@ class ALPS(WeightPruning):
     @property
     def sequential(self) -> bool:
         return self.order == "groups"
+
+    def solver_bytes(self, rows: int, width: int) -> int:
+        return 8 * 4 * rows * width + 4 * 8 * width**2  # copies of the weight in ADMM; the eigenvectors, in fp64
+
+    def solver_operations(self, rows: int, width: int) -> float:
+        return 4 * rows * width**2 * (min(self.iterations, _USUAL_ITERATIONS) + self.refinements) + 20 * width**3
 
     def run(self, job: Job) -> None:
         from compress.core.statistics import Hessian

@@ -26,6 +26,9 @@ class SparseGPT(WeightPruning):
     def sequential(self) -> bool:
         return self.order == "groups"
 
+    def solver_bytes(self, rows: int, width: int) -> int:
+        return 4 * 4 * rows * width  # the weight twice, and what the sweep has left of it and its errors
+
     def run(self, job: Job) -> None:
         from compress.core.statistics import Hessian
         from prune._allocation import shares_of

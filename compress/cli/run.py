@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,55 +24,40 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over; replaces an ol
 KeepStages = Annotated[bool, typer.Option("--keep-stages", help="Keep the folders between stages.")]
 
 
-def run(
-    recipe: opt.RecipeName,
-    model: opt.Model = None,
-    output: OutputFolder = None,
-    set_: opt.Set = None,
-    dry_run: DryRun = False,
-    fresh: Fresh = False,
-    keep_stages: KeepStages = False,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
-    offline: opt.Offline = False,
-    allow_code: opt.AllowCode = None,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-) -> None:
-    """Run a recipe: compress, verify, evaluate, report.
+def _command(kind: str | None, sentence: str) -> Callable[..., None]:
+    """The command for the stages of a kind (None: all), with its help."""
 
-    Interrupted, the same command goes on where it was.
-    """
-    execute(None, recipe, model, output, set_ or [], dry_run, fresh, keep_stages, device, dtype, offline,
-            tuple(allow_code or ()), speak(json=json, quiet=quiet, verbose=verbose))  # fmt: skip
+    def command(
+        recipe: opt.RecipeName,
+        model: opt.Model = None,
+        output: OutputFolder = None,
+        set_: opt.Set = None,
+        dry_run: DryRun = False,
+        fresh: Fresh = False,
+        keep_stages: KeepStages = False,
+        device: opt.Device = "auto",
+        dtype: opt.DType = "auto",
+        offline: opt.Offline = False,
+        allow_code: opt.AllowCode = None,
+        json: opt.Json = False,
+        quiet: opt.Quiet = False,
+        verbose: opt.Verbose = False,
+    ) -> None:
+        execute(kind, recipe, model, output, set_ or [], dry_run, fresh, keep_stages, device, dtype, offline,
+                tuple(allow_code or ()), speak(json=json, quiet=quiet, verbose=verbose))  # fmt: skip
 
-
-def quantize(
-    recipe: opt.RecipeName,
-    model: opt.Model = None,
-    output: OutputFolder = None,
-    set_: opt.Set = None,
-    dry_run: DryRun = False,
-    fresh: Fresh = False,
-    keep_stages: KeepStages = False,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
-    offline: opt.Offline = False,
-    allow_code: opt.AllowCode = None,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-) -> None:
-    """Run only the quantize stages of a recipe."""
-    execute("quantize", recipe, model, output, set_ or [], dry_run, fresh, keep_stages, device, dtype, offline,
-            tuple(allow_code or ()), speak(json=json, quiet=quiet, verbose=verbose))  # fmt: skip
+    command.__doc__ = sentence
+    return command
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    app.command()(run)
-    app.command()(quantize)
+    everything = (
+        "Run a recipe: compress, verify, evaluate, report.\n\nInterrupted, the same command goes on where it was."
+    )
+    app.command("run")(_command(None, everything))
+    for kind in ("prune", "quantize"):
+        app.command(kind)(_command(kind, f"Run only the {kind} stages of a recipe."))
 
 
 def execute(

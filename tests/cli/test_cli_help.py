@@ -9,9 +9,11 @@ import typer
 
 from compress.cli.app import app
 
+_OF_RUNS = "recipe model output set dry-run fresh keep-stages device dtype offline allow-code json quiet verbose"
 OPTIONS = {
-    "run": "recipe model output set dry-run fresh keep-stages device dtype offline allow-code json quiet verbose",
-    "quantize": "recipe model output set dry-run fresh keep-stages device dtype offline allow-code json quiet verbose",
+    "run": _OF_RUNS,
+    "prune": _OF_RUNS,
+    "quantize": _OF_RUNS,
     "calibrate": "recipe output model set offline json quiet",
     "inspect": "json quiet verbose",
     "verify": "source level library json quiet verbose",

@@ -130,8 +130,14 @@ def test_a_missed_gate_is_5_and_leaves_artifact_and_report(call, recipe: Path, t
 
 
 def test_only_the_stages_of_a_kind_are_run(call, recipe: Path, tiny_model, tmp_path: Path) -> None:
-    called = call("quantize", "-r", recipe, "-m", tiny_model("llama"), "-o", tmp_path / "out", "--dry-run")
-    assert called.code == 0, called.err
+    asked = ("-m", tiny_model("llama"), "-o", tmp_path / "out", "--dry-run")
+    assert call("quantize", "-r", recipe, *asked).code == 0
+    called = call("prune", "-r", recipe, *asked)
+    assert called.code == 2 and "the recipe has no prune stage, it has quantize" in called.err
+    both = [*asked, "--set", "calibration.dataset=demo", "--set", "stages[1].quantize.group_size=16"]
+    called = call("prune", "-r", "sparsegpt-gptq-w4", *both)
+    assert called.code == 0 and "stages[1] (quantize) is left out" in called.err
+    assert "50 % zeros" in called.out and "w4a16" not in called.out
 
 
 def test_interrupted_it_says_how_to_go_on_and_goes_on(recipe: Path, tiny_model, finished: Path, tmp_path: Path) -> None:

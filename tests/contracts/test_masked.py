@@ -82,4 +82,4 @@ def test_a_pruned_model_may_be_pruned_further(masked: Path) -> None:
         settings = find_pass("prune", method).model_validate_json('{"sparsity": 0.7}')
         for name, weight in run(masked, settings, Shelf()).dense.items():
             assert bool((weight[checkpoint.tensor(name) == 0] == 0).all()), (method, name)
-            assert float((weight == 0).float().mean()) == pytest.approx(0.7, abs=0.01), (method, name)
+            assert float((weight == 0).float().mean()) == pytest.approx(0.7, abs=0.02), (method, name)

@@ -44,15 +44,20 @@ def plain_grid(weight: torch.Tensor, scheme: Scheme) -> Grid:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("rows", [1, 31, 32, 200])
-def test_the_sweep_is_that_of_torch(scheme: Scheme, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keep_zeros", [False, True])
+def test_the_sweep_is_that_of_torch(
+    scheme: Scheme, rows: int, keep_zeros: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     width = 192 if scheme.group_size != 48 else 144
     factor = factorise(hessian(width))
     assert factor is not None
-    ours, theirs = weights(rows, width), weights(rows, width)
+    zero = weights(rows, width, seed=4) > 0
+    ours, theirs = (weights(rows, width).masked_fill(zero, 0) for _ in range(2))
     grid = plain_grid(ours, scheme)
-    codes, loss = quantize_rows(ours, grid, factor)
+    codes, loss = quantize_rows(ours, grid, factor, keep_zeros=keep_zeros)
+    assert bool((ours[zero] == 0).all()) is (keep_zeros or not bool(zero.any()))
     in_torch(monkeypatch)
-    expected_codes, expected_loss = quantize_rows(theirs, grid, factor)
+    expected_codes, expected_loss = quantize_rows(theirs, grid, factor, keep_zeros=keep_zeros)
     # a target half-way between two codes may fall either way, and moves what follows in its row
     same = (codes == expected_codes).all(1)
     assert same.float().mean() >= 0.97
@@ -88,6 +93,7 @@ def test_threads_change_no_bit() -> None:
                 error_BR=blank,
                 codes_KR=codes,
                 loss_R=loss,
+                keep_zeros=False,
             )
             found.append((error, blank, codes, loss))
     finally:

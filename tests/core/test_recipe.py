@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from compress.core import methods
 from compress.core.errors import EnvironmentRefused, RecipeError, UsageError
-from compress.core.methods import list_methods
+from compress.core.methods import available_kinds
 from compress.core.quantities import format_bytes, parse_fraction, parse_size
 from compress.core.recipe import load_recipe, parse_recipe
 from compress.core.recipe_text import recipe_schema, recipe_yaml
@@ -223,9 +223,12 @@ def test_sizes_and_percentages_as_people_write_them() -> None:
 
 def test_the_schema_offers_each_method_with_its_settings() -> None:
     schema = recipe_schema()
-    stage = schema["properties"]["stages"]["items"]["oneOf"][0]
-    by_method = {s["properties"]["method"]["const"]: s for s in stage["properties"]["quantize"]["oneOf"]}
-    assert set(by_method) == set(list_methods("quantize")) >= {"gptq", "rtn", "awq"}
+    stages = schema["properties"]["stages"]["items"]["oneOf"]
+    kinds = {kind: offered["oneOf"] for stage in stages for kind, offered in stage["properties"].items()}
+    methods = {kind: {s["properties"]["method"]["const"]: s for s in offered} for kind, offered in kinds.items()}
+    assert {kind: sorted(offered) for kind, offered in methods.items()} == available_kinds()
+    assert set(methods["prune"]) >= {"wanda", "sparsegpt"}
+    by_method = methods["quantize"]
     assert "damping" in by_method["gptq"]["properties"] and "damping" not in by_method["rtn"]["properties"]
     assert by_method["gptq"]["additionalProperties"] is False
     assert schema["additionalProperties"] is False

@@ -127,9 +127,10 @@ BAD = {
     "unknown kind": ("- quantize", "- quantise", "4:5", "unknown kind of stage", "did you mean quantize?"),
     "kind without methods": (
         "- quantize",
-        "- prune",
+        "- distill",
         "4:5",
-        "no prune stages; it has quantize (autoround, awq, fp8, gptq, hqq, mixed, nf4, rtn)",
+        "no distill stages; it has prune (alps, magnitude, sparsegpt, wanda); "
+        "quantize (autoround, awq, fp8, gptq, hqq, mixed, nf4, rtn)",
         None,
     ),
     "kind of kv": ("- quantize", "- kv_cache", "4:5", "this version has no kv_cache stages", None),
@@ -180,7 +181,7 @@ BAD = {
         "group_size: 64}",
         "group_size: 64}\n  - quantize: {method: rtn}",
         "5:5",
-        "rtn takes dense weights, but those that stages[0] leaves are quantized",
+        "rtn takes dense or masked weights, but those that stages[0] leaves are quantized",
         None,
     ),
     "no calibration": (

@@ -267,6 +267,8 @@ def sweep(device: str = "cpu") -> Iterator[Case]:
         width, groups = columns + 30, -(-(columns + 30) // 16)
         channel = torch.randperm(width, generator=torch.Generator().manual_seed(1))[:columns]
         original = random(columns, rows)
+        keep_zeros = columns > 16
+        original[random(columns, rows, seed=7) > 0.5] = 0  # which have to stay where that is asked for
         target = original + 0.1 * random(columns, rows, seed=2)
         feedback = 0.3 * random(columns, columns, seed=3)  # above the diagonal; the rest must not be read
         feedback += torch.full_like(feedback, torch.nan).tril()
@@ -280,7 +282,7 @@ def sweep(device: str = "cpu") -> Iterator[Case]:
         ]
         names = "target_BR original_BR feedback_BB scale_GR zero_GR group_B channel_B cost_B error_BR codes_KR loss_R"
         levels = None if floats else (scheme.lowest, scheme.highest)
-        sweep_block(**dict(zip(names.split(), there, strict=True)), levels=levels)
+        sweep_block(**dict(zip(names.split(), there, strict=True)), levels=levels, keep_zeros=keep_zeros)
         error, codes, found_loss = (each.cpu() for each in there[-3:])
         untouched = torch.ones(width, dtype=torch.bool)
         untouched[channel] = False
@@ -292,6 +294,8 @@ def sweep(device: str = "cpu") -> Iterator[Case]:
         should = target + feedback.triu(1).nan_to_num(0).double() @ error.double()
         distance = (should[..., None] - (points - zero[..., None]) * scale[..., None]).abs().amin(-1)
         worse = ((should - chosen).abs() - distance) / scale
+        if keep_zeros:
+            worse = torch.where(original == 0, chosen.abs(), worse)
         loss += ((should - chosen).square() * cost[:, None]).sum(0)
         result = torch.cat((error - (original - chosen), worse, (found_loss / loss - 1)[None]))
         yield f"{columns} x {rows} {scheme.name} {scheme.dtype} zeros {zeros}", result, torch.zeros_like(result), 1e-5
