@@ -33,8 +33,7 @@ def wanted_cases(asked: argparse.Namespace) -> Iterator[Case]:
 def run(asked: argparse.Namespace) -> None:
     place = Workplace(asked.work.resolve(), asked.data.resolve(), asked.threads)
     peers = tools.Peers(asked.peers.resolve())
-    for tool in set(asked.tools) - {tools.OURS}:
-        peers.python(tool)
+    peers.require(asked.tools)
     place.root.mkdir(parents=True, exist_ok=True)
     pending = [case for case in wanted_cases(asked) if not place.record(case).exists()]
     for model in asked.models:

@@ -177,8 +177,7 @@ def score_original(model: str, place: Workplace) -> None:
 def run(asked: argparse.Namespace) -> None:
     place = Workplace(asked.work.resolve(), asked.data.resolve(), asked.threads)
     peers = tools.Peers(asked.peers.resolve())
-    for tool in set(asked.tools) - {tools.OURS}:
-        peers.python(tool)
+    peers.require(asked.tools)
     place.root.mkdir(parents=True, exist_ok=True)
     for model in asked.models:
         score_original(model, place)

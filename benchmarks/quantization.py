@@ -117,8 +117,7 @@ def remove(job: Job) -> None:
 def run(asked: argparse.Namespace) -> None:
     place = Workplace(asked.work.resolve(), asked.data.resolve(), asked.threads)
     peers = tools.Peers(asked.peers.resolve())
-    for tool in set(asked.tools) - {tools.OURS}:
-        peers.python(tool)
+    peers.require(asked.tools)
     place.root.mkdir(parents=True, exist_ok=True)
     for model in asked.models:
         quantization_table.score_original(model, place)

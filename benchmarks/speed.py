@@ -164,8 +164,7 @@ def run(asked: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     peers = tools.Peers(asked.peers.resolve())
     contestants = asked.contestants or METHODS[asked.method][3]
-    for tool in {name.split("/")[0] for name in contestants} - {tools.OURS}:
-        peers.python(tool)
+    peers.require(name.split("/")[0] for name in contestants)
     runs: list[dict[str, object]] = json.loads(asked.out.read_text())["runs"] if asked.add else []
     for shape in asked.shapes:
         inputs = prepare(asked.method, shape, work)

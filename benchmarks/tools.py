@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,6 +44,11 @@ class Peers:
         if not (folder / ".ready").is_file():
             raise MissingPeer(peer, folder)
         return folder / "bin" / "python"
+
+    def require(self, names: Iterable[str]) -> None:
+        """MissingPeer unless all tools of `names` that are not ours are installed."""
+        for name in set(names) - {OURS}:
+            self.python(name)
 
 
 def peer_command(peers: Peers, peer: str, *options: str) -> list[str]:

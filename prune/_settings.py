@@ -162,3 +162,18 @@ class WeightPruning(Pass):
                 where="prune.pattern",
                 hint="leave these layers alone with `ignore`, or choose another pattern",
             )
+
+
+class UpdatingPruning(WeightPruning):
+    """Settings of the methods whose weights that stay make up for those that go."""
+
+    needs_calibration: ClassVar = True
+
+    damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
+    order: Literal["block", "groups"] = Field(
+        "groups", description="statistics of each group after the groups before it (true sequential), or once a block"
+    )
+
+    @property
+    def sequential(self) -> bool:
+        return self.order == "groups"

@@ -5,30 +5,21 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compress.core.passes import Job
-from prune._settings import WeightPruning
+from prune._settings import UpdatingPruning
 
 _USUAL_ITERATIONS = 90  # until a mask stays as it is
 
 
-class ALPS(WeightPruning):
+class ALPS(UpdatingPruning):
     """ALPS: mask and weights of a layer are found together, for the least error of its outputs on calibration text."""
 
     paper: ClassVar = "Meng et al., 2024, arXiv:2406.07831"
-    needs_calibration: ClassVar = True
 
-    damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
     compare: Literal["row", "layer"] = Field(
         "layer", description="the same share of every output channel, or of the layer"
     )
     iterations: int = Field(300, ge=1, le=10_000, description="of ADMM at most; it ends when the mask stays as it is")
     refinements: int = Field(10, ge=0, le=1000, description="steps of conjugate gradients on the mask that was found")
-    order: Literal["block", "groups"] = Field(
-        "groups", description="statistics of each group after the groups before it (true sequential), or once a block"
-    )
-
-    @property
-    def sequential(self) -> bool:
-        return self.order == "groups"
 
     def solver_bytes(self, rows: int, width: int) -> int:
         return 8 * 4 * rows * width + 4 * 8 * width**2  # copies of the weight in ADMM; the eigenvectors, in fp64

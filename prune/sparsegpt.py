@@ -1,30 +1,21 @@
 """SparseGPT (Frantar & Alistarh, 2023, arXiv:2301.00774): column by column, later columns make up for what goes."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
 from compress.core.passes import Job
-from prune._settings import WeightPruning
+from prune._settings import UpdatingPruning
 
 
-class SparseGPT(WeightPruning):
+class SparseGPT(UpdatingPruning):
     """SparseGPT: weights go where that costs the outputs least, and those that are left take on what the others did."""
 
     paper: ClassVar = "Frantar & Alistarh, 2023, arXiv:2301.00774"
-    needs_calibration: ClassVar = True
 
-    damping: float = Field(0.01, gt=0, le=10, description="part of the Hessian's mean diagonal that is added to it")
     block_size: int = Field(
         16, ge=1, le=4096, description="input channels whose weights are compared at a time, unless there is a pattern"
     )
-    order: Literal["block", "groups"] = Field(
-        "groups", description="statistics of each group after the groups before it (true sequential), or once a block"
-    )
-
-    @property
-    def sequential(self) -> bool:
-        return self.order == "groups"
 
     def solver_bytes(self, rows: int, width: int) -> int:
         return 4 * 4 * rows * width  # the weight twice, and what the sweep has left of it and its errors

@@ -96,7 +96,6 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
 
 def sensing_cost(checkpoint: Checkpoint, tokens: Tokens | None) -> Cost:
     """Cost of one forward and one backward pass with a block in memory, and of judging some roundings of each layer."""
-
     blocks = [groups_of(checkpoint, index) for index in range(checkpoint.num_blocks)]
     count = 0 if tokens is None else tokens.ids.numel()
     width = checkpoint.config["hidden_size"]
