@@ -44,7 +44,7 @@ lint: setup
 	$(VENV)/bin/lint-imports
 
 crash: setup
-	OMP_NUM_THREADS=1 COMPRESS_CRASH_POINTS=all $(PY) -m pytest -q tests/crash
+	OMP_NUM_THREADS=1 COMPRESS_CRASH_POINTS=all $(PY) -m pytest -q --timeout 0 tests/crash
 
 bench: setup
 	@cat benchmarks/README.md

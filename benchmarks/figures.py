@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import narrow
 import pruning
 import quality_table
 import quantization_plot
@@ -198,6 +199,11 @@ def mixed_table() -> str:
     return "\n".join(lines)
 
 
+def narrow_table() -> str:
+    results = read("narrow")
+    return "(not measured)" if results is None else narrow.render(results)
+
+
 def pruning_tables() -> str:
     results = read("pruning")
     return "(not measured)" if results is None else pruning.render(results)
@@ -214,6 +220,7 @@ PLACES = {  # markers -> where they are, and what is between them
     "quantize": (README, quantize_tables),
     "recipes": (HERE.parent / "recipes" / "README.md", recipe_table),
     "mixed": (HERE.parent / "docs" / "methods.md", mixed_table),
+    "narrow": (HERE.parent / "docs" / "pruning.md", narrow_table),
     "pruning": (HERE.parent / "docs" / "pruning.md", pruning_tables),
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes one Python environment per peer tool, outside the repository, with pinned versions.
 #
-#   benchmarks/peers.sh DIR [llmcompressor] [gptqmodel] [autoround] [llamacpp]      (the first two where none is named)
+#   benchmarks/peers.sh DIR [llmcompressor] [gptqmodel] [autoround] [torchpruning] [llamacpp]      (the first two where none is named)
 #
 # An environment that is already complete is left alone. PYTHON chooses the interpreter (3.11 or newer).
 set -euo pipefail
@@ -9,7 +9,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 repository=$(dirname "$here")
 if [ $# -lt 1 ]; then
-    echo "usage: benchmarks/peers.sh DIR [llmcompressor] [gptqmodel] [autoround] [llamacpp]" >&2
+    echo "usage: benchmarks/peers.sh DIR [llmcompressor] [gptqmodel] [autoround] [torchpruning] [llamacpp]" >&2
     exit 2
 fi
 root=$(realpath -m "$1")

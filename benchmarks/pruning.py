@@ -1,4 +1,4 @@
-"""Perplexity after single weights became zero, ours and llm-compressor's, on the same token ids.
+"""Perplexity after single weights became zero, or structures went, ours and the peers', on the same token ids.
 
     python benchmarks/pruning.py --peers DIR --data DIR [--models ...] [--seeds 0 1 2 3 4]
     python benchmarks/pruning.py --table            # print the table of what results/pruning.json holds
@@ -20,14 +20,31 @@ from quality import MODELS, Case, Workplace, chunks, quantize, score, score_orig
 PATTERNS = {"50 %": (0.5, "unstructured"), "60 %": (0.6, "unstructured"), "70 %": (0.7, "unstructured")}
 PATTERNS |= {pattern: (0.0, pattern) for pattern in ("2:4", "4:8")}
 METHODS = {tools.OURS: ("magnitude", "wanda", "sparsegpt", "alps"), "llmcompressor": ("wanda", "sparsegpt")}
+WIDTHS = {f"{share} % of the {what}": (share / 100, pattern) for share, what, pattern in (
+    (25, "channels", "channels"), (50, "channels", "channels"),
+    (25, "key-value heads", "groups"), (50, "key-value heads", "groups"), (50, "query heads", "queries"),
+)}  # fmt: skip
+IMPORTANCES = {tools.OURS: ("magnitude", "activation", "fluctuation", "osscar"), "torchpruning": ("magnitude",)}
+ALLOCATIONS = ("owl", "sensitivity")
+ALLOCATED = {tools.OURS: tuple(f"{method} {way}" for method in ("wanda", "sparsegpt") for way in ALLOCATIONS)}
+TABLES = {
+    "zeros": (PATTERNS, METHODS),
+    "zeros, as many as each block stands": ({label: PATTERNS[label] for label in ("60 %", "70 %")}, ALLOCATED),
+    "what goes": (WIDTHS, IMPORTANCES),
+}
+TOOLS = tuple(dict.fromkeys((*METHODS, *IMPORTANCES)))
 
 
 def wanted_cases(asked: argparse.Namespace) -> Iterator[Case]:
     """One seed of everything before the next."""
     for seed, model, tool in product(asked.seeds, asked.models, asked.tools):
-        for method, (sparsity, pattern) in product(METHODS[tool], PATTERNS.values()):
-            if method != "magnitude" or seed == asked.seeds[0]:  # it needs no text
-                yield Case(model, tool, "default", method, 16, -1, seed, "pruned", sparsity, pattern)
+        for cases, methods in TABLES.values():
+            for method, (sparsity, pattern) in product(methods.get(tool, ()), cases.values()):
+                if tool == "torchpruning" and pattern != "channels":
+                    continue  # its heads of grouped queries did not come to an end
+                if method != "magnitude" or seed == asked.seeds[0]:  # it needs no text
+                    name, _, variant = method.partition(" ")
+                    yield Case(model, tool, variant or "default", name, 16, -1, seed, "pruned", sparsity, pattern)
 
 
 def run(asked: argparse.Namespace) -> None:
@@ -50,11 +67,11 @@ def run(asked: argparse.Namespace) -> None:
 def write_results(work: Path, out: Path) -> None:
     cases = [json.loads(path.read_text()) for path in sorted(work.glob("*/cases/*.json"))]
     originals = {path.parent.name: json.loads(path.read_text())["perplexity"] for path in work.glob("*/original.json")}
-    peers = (tools.HERE / "peers" / "llmcompressor.txt").read_text().split()
+    pins = [word for tool in TOOLS[1:] for word in (tools.HERE / "peers" / f"{tool}.txt").read_text().split()]
     results = {
         "protocol": " ".join(__doc__.split("\n\n")[2].split()),
         "environment": tools.describe_machine(),
-        "peers": {"llmcompressor": [word for word in peers if "==" in word]},
+        "peers": [word for word in pins if "==" in word],
         "original": originals,
         "cases": cases,
     }
@@ -63,29 +80,33 @@ def write_results(work: Path, out: Path) -> None:
 
 
 def render(results: dict[str, object]) -> str:
-    """One table per model: means over seeds, (n) where there are not five; the lowest of a row is bold."""
-    columns = [(tool, method) for tool, methods in METHODS.items() for method in methods]
-    lines: list[str] = []
-    for model, original in results["original"].items():
-        lines += ["", f"**{model}** (perplexity {original:.3f})", ""]
-        lines.append("| zeros | " + " | ".join(f"{method}, {tool}" for tool, method in columns) + " |")
-        lines.append("|---|" + "--:|" * len(columns))
-        for label, (sparsity, pattern) in PATTERNS.items():
+    """Tables per model: means over seeds, (n) where there are not five; the lowest of a row is bold."""
+    return "\n\n".join("\n".join(_of_model(results, model)) for model in results["original"])
+
+
+def _of_model(results: dict[str, object], model: str) -> Iterator[str]:
+    yield f"**{model}** (perplexity {results['original'][model]:.3f})"
+    for title, (rows, methods) in TABLES.items():
+        columns = [(tool, method) for tool, found in methods.items() for method in found]
+        yield from ("", f"| {title} | " + " | ".join(f"{method}, {tool}" for tool, method in columns) + " |")
+        yield "|---|" + "--:|" * len(columns)
+        for label, (sparsity, pattern) in rows.items():
             wanted = (model, sparsity, pattern)
             found = [case for case in results["cases"] if (case["model"], case["sparsity"], case["pattern"]) == wanted]
             means = [seeds_of(found, tool, method) for tool, method in columns]
             best = min((mean(figures) for figures in means if figures), default=None)
             cells = [cell(figures, method, best) for figures, (_, method) in zip(means, columns, strict=True)]
-            lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines).strip()
+            yield f"| {label} | {' | '.join(cells)} |"
 
 
 def seeds_of(cases: list[dict[str, object]], tool: str, method: str) -> list[float]:
     return [
-        case["perplexity"]
-        for case in cases
-        if (case["tool"], case["method"]) == (tool, method) and "failure" not in case
+        case["perplexity"] for case in cases if (case["tool"], _named(case)) == (tool, method) and "failure" not in case
     ]
+
+
+def _named(case: dict[str, object]) -> str:
+    return case["method"] if case["variant"] == "default" else f"{case['method']} {case['variant']}"
 
 
 def cell(figures: list[float], method: str, best: float | None) -> str:
@@ -101,7 +122,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="the folder that benchmarks/peers.sh filled")
     parser.add_argument("--data", type=Path, help="the folder with models/ and text/")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--tools", nargs="+", default=[*METHODS], choices=[*METHODS])
+    parser.add_argument("--tools", nargs="+", default=[*TOOLS], choices=[*TOOLS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=tools.REPOSITORY / ".bench" / "pruning")

@@ -48,7 +48,9 @@ class Case:
     def name(self) -> str:
         if self.scheme == "pruned":
             zeros = self.pattern.replace(":", "of") if self.sparsity == 0 else f"{100 * self.sparsity:g}"
-            return f"{self.tool}-{self.method}-{zeros}-s{self.seed}"
+            zeros += "" if self.sparsity == 0 or self.pattern == "unstructured" else f"-{self.pattern}"
+            variant = "" if self.variant == "default" else f"-{self.variant}"
+            return f"{self.tool}-{self.method}{variant}-{zeros}-s{self.seed}"
         if self.scheme != "weights":
             return f"{self.tool}-{self.variant}-{self.method}-{self.scheme}-s{self.seed}"
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 METHODS = ("gptq", "rtn", "awq", "autoround", "hqq", "smoothquant", "magnitude", "wanda", "sparsegpt", "alps")
+METHODS += ("osscar", "activation", "fluctuation")
 SCHEMES = ("weights", "w8a8", "fp8", "pruned")
 
 
@@ -39,7 +40,7 @@ class Job:
     offload: bool = True  # GPTQModel alone: finished modules go to disk, its default
     scheme: str = "weights"  # one of SCHEMES: codes for weights, 8 bits for weights and inputs, or weights set to zero
     sparsity: float = 0.0  # share of the weights that become zero
-    pattern: str = "unstructured"  # where zeros may lie, or N:M
+    pattern: str = "unstructured"  # where zeros may lie, or N:M, or the structures that go
 
 
 def process_age_s() -> float:

@@ -13,7 +13,12 @@ from runner import Job
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 OURS = "compress"
-PEERS = ("llmcompressor", "gptqmodel", "autoround")
+STRUCTURES = {
+    "channels": {"method": "channels"},
+    "groups": {"method": "heads", "unit": "groups"},
+    "queries": {"method": "heads", "unit": "queries"},
+}
+PEERS = ("llmcompressor", "gptqmodel", "autoround", "torchpruning")
 
 RECIPE = """\
 model: {model}
@@ -76,9 +81,12 @@ def write_recipe(job: Job, samples: int, length: int, path: Path) -> Path:
 
 def our_stage(job: Job) -> dict[str, object]:
     """The settings of the one stage; what a job does not name has our default."""
+    if job.pattern in STRUCTURES:
+        return STRUCTURES[job.pattern] | {"importance": job.method, "ratio": job.sparsity}
     if job.scheme == "pruned":
         sparsity = {"sparsity": job.sparsity} if job.pattern == "unstructured" else {}
-        return {"method": job.method, "pattern": job.pattern} | sparsity
+        allocation = {} if job.variant == "default" else {"allocation": job.variant}
+        return {"method": job.method, "pattern": job.pattern} | sparsity | allocation
     if job.scheme == "fp8":
         return {"method": "fp8"}
     if job.method == "smoothquant":

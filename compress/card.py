@@ -42,6 +42,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         format=format,
         packages=_PACKAGES.get(format, [format]),
         dense=format == DENSE,
+        uneven=bool(facts["artifact"].get("uneven")),
         loaders=_loaders(facts),
         version=compress.__version__,
         hashes=sorted((lineage.get("sha256") or {}).items()),
@@ -86,7 +87,8 @@ def _loaders(facts: Mapping[str, Any]) -> list[str]:
                 )
                 shapes[layer["name"]] = tuple(layer["shape"])
     format = facts["artifact"].get("format") or "compressed-tensors"
-    verdicts = preflight(as_written(schemes, format), shapes, format) if schemes else []
+    uneven = bool(facts["artifact"].get("uneven"))
+    verdicts = preflight(as_written(schemes, format), shapes, format, uneven=uneven) if schemes else []
     return [_brief(verdict.sentence) for verdict in verdicts]
 
 

@@ -189,6 +189,10 @@ def coverage(
         if name not in original.tensors and (name in artifact.tensors or module in artifact.schemes):
             stored = f", {quantized[module]}" if module in artifact.schemes else ""
             fates.append(Coverage(name, "added", f"embedding and head are two tensors now{stored}{after}"))
+    said = {fate.tensor for fate in fates}
+    packed = stored_modules(artifact)
+    names = [f"{packed[name]}.weight" if name in packed else name for name in artifact.tensors]
+    fates += [Coverage(name, "added", after.strip()) for name in dict.fromkeys(names) if name not in said]
     return tuple(fates)
 
 

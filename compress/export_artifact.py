@@ -19,6 +19,7 @@ from compress.core.events import Finished, Listener, Started, silent
 from compress.core.files import Written, atomic_write, copy_file, make_folder, publish_dir, remove_tree, written_file
 from compress.core.lock import FolderLock
 from compress.core.manifest import MANIFEST_NAME, Coverage, FileRecord, Manifest
+from compress.core.sizes import widths_of
 from compress.export import require_writable, rewrite, shapes_of
 from compress.export_gguf import write_gguf
 from compress.facts import lineage
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gguf", "gptq")
 _CARRIED = ("recipe.yaml", "evaluation.json")
+_FROM = {"export": "exported_from", "level": "levelled_from"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def export_artifact(
         events(Started("export", task.source.num_blocks, "block"))
         files = task.write(staged)
         files |= describe(task.source, task.manifest, staged, format, verdicts, rounded=task.rounds)
-        write_manifest(task.source, task.manifest, staged, files, format)
+        write_manifest(task.source, task.manifest, staged, files, {"export": {"format": format}})
         require_verified(staged)
         size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
     events(Finished("export", str(output)))
@@ -116,7 +118,8 @@ class _Task:
         """Who will load the result, split over so many devices."""
         schemes = as_written(self.source.schemes, self.format)
         shapes = shapes_of(self.source) if schemes else {}
-        return preflight(schemes, shapes, self.format, tensor_parallel=tensor_parallel)
+        uneven = widths_of(self.source.config) is not None
+        return preflight(schemes, shapes, self.format, tensor_parallel=tensor_parallel, uneven=uneven)
 
     def write(self, staged: Path) -> dict[str, Written]:
         """Weights and all that belongs to them; every value is compared with the source's."""
@@ -189,12 +192,7 @@ def describe(
     rounded: bool = False,
 ) -> dict[str, Written]:
     """The files beside the weights: recipe and figures as the source has them, and a card of its own."""
-    files = {}
-    carried = _CARRIED if manifest is not None and not rounded else ()
-    for name in carried:
-        if (source.folder / name).is_file():
-            copy_file(source.folder / name, staged / name)
-            files[name] = written_file(staged / name)
+    files = {} if rounded else carry_over(source, manifest, staged)
     weights = "matrices were rounded anew, so that the figures of the source do not hold"
     if not rounded:
         weights = "every weight means the same number, to the bit"
@@ -203,11 +201,25 @@ def describe(
     return files | {"README.md": written_file(staged / "README.md")}
 
 
-def _card(source: Checkpoint, format: str, verdicts: list[Verdict], weights: str) -> str:
+def carry_over(source: Checkpoint, manifest: Manifest | None, staged: Path) -> dict[str, Written]:
+    """Recipe and figures of one of our artifacts, for another one that computes the same."""
+    files = {}
+    for name in _CARRIED if manifest is not None else ():
+        if (source.folder / name).is_file():
+            copy_file(source.folder / name, staged / name)
+            files[name] = written_file(staged / name)
+    return files
+
+
+def front_matter(source: Checkpoint) -> str:
+    """What the source's card tells the hub, with the lines around it and an empty one; nothing if it has none."""
     card = source.folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = text.split("---\n", 2)[1] if text.startswith("---\n") and text.count("---\n") >= 2 else ""
-    front = front.replace("compressed-tensors", format)
+    return f"---\n{front}---\n\n" if front else ""
+
+
+def _card(source: Checkpoint, format: str, verdicts: list[Verdict], weights: str) -> str:
     lines = [
         f"# {source.source.id}, as {format}",
         "",
@@ -218,22 +230,29 @@ def _card(source: Checkpoint, format: str, verdicts: list[Verdict], weights: str
         "",
         *(f"- {verdict.sentence}" for verdict in verdicts),
     ]
-    return (f"---\n{front}---\n\n" if front else "") + "\n".join(lines) + "\n"
+    return front_matter(source).replace("compressed-tensors", format) + "\n".join(lines) + "\n"
 
 
 def write_manifest(
-    source: Checkpoint, manifest: Manifest | None, staged: Path, files: dict[str, Written], format: str
+    source: Checkpoint,
+    manifest: Manifest | None,
+    staged: Path,
+    files: dict[str, Written],
+    work: dict[str, dict[str, str]],
+    coverage: tuple[Coverage, ...] | None = None,
 ) -> None:
-    """compress.json: lineage, recipe and coverage of the source, and from which files these were written."""
-    from_files = {"format": format, "sha256": source.sha256()}
+    """compress.json: lineage, recipe and coverage of the source, and from which files these were written. `work` says
+    by which command, and with which options; `coverage` stands in for the source's."""
+    digests = source.sha256()
+    ((command, options),) = work.items()
     origin: dict[str, Any] = lineage(source) if manifest is None else manifest.lineage
     text = Manifest(
         version=compress.__version__,
         files=tuple(FileRecord(name, written.bytes, written.sha256) for name, written in files.items()),
         recipe={} if manifest is None else manifest.recipe,
-        fingerprint={"export": from_files} | ({} if manifest is None else manifest.fingerprint),
-        lineage=origin | {"exported_from": from_files["sha256"]},
-        coverage=_coverage(source) if manifest is None else manifest.coverage,
+        fingerprint={command: options | {"sha256": digests}} | ({} if manifest is None else manifest.fingerprint),
+        lineage=origin | {_FROM[command]: digests},
+        coverage=coverage or (_coverage(source) if manifest is None else manifest.coverage),
         stages=[] if manifest is None else manifest.stages,
         kv_cache=None if manifest is None else manifest.kv_cache,
     ).text()

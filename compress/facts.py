@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.core.passes import LayerPlan
+from compress.core.sizes import sizes_of, widths_of
 from compress.planning import RunPlan
 
 if TYPE_CHECKING:
@@ -57,16 +58,24 @@ def artifact_facts(inputs: Inputs, artifact: Checkpoint, journal: Journal) -> di
     recipe, original, plan = inputs.recipe, inputs.original, inputs.plan
     origin = lineage(original)
     bytes_out = sum(info.bytes for info in artifact.tensors.values())
+    parameters = _parameters(artifact)
     blocks = [_blocks(journal, number) for number in range(len(recipe.stages))]
     evaluation = (journal.last("evaluation") or {}).get("result")
     return {
         "schema_version": RUN_SCHEMA_VERSION,
         "recipe": recipe.model_dump(mode="json"),
-        "source": {"id": origin["source"], **{key: origin[key] for key in ("revision", "bytes", "parameters")}},
+        "source": {
+            "id": origin["source"],
+            **{key: origin[key] for key in ("revision", "bytes", "parameters")},
+            "sizes": sizes_of(original.config),
+        },
         "artifact": {
             "bytes": bytes_out,
-            "bits_per_weight": round(8 * bytes_out / origin["parameters"], 4),
+            "sizes": sizes_of(artifact.config),
+            "parameters": parameters,
+            "bits_per_weight": round(8 * bytes_out / parameters, 4),
             "format": recipe.export.format if artifact.schemes else DENSE,
+            "uneven": widths_of(artifact.config) is not None,
         },
         "stages": [
             {
@@ -83,6 +92,13 @@ def artifact_facts(inputs: Inputs, artifact: Checkpoint, journal: Journal) -> di
         "fallbacks": list(_fallbacks(block for stage in blocks for block in stage)),
         "lineage": origin,
     }
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    """Weights that a model has, however they are stored."""
+    packed = {name for module in checkpoint.schemes for name in checkpoint.stored_names(module)}
+    dense = sum(math.prod(info.shape) for name, info in checkpoint.tensors.items() if name not in packed)
+    return dense + sum(math.prod(checkpoint.matrix_shape(module)) for module in checkpoint.schemes)
 
 
 def _as_done(layer: LayerPlan, artifact: Checkpoint) -> LayerPlan:
@@ -104,6 +120,7 @@ def layer_facts(layer: LayerPlan) -> dict[str, Any]:
         "scheme": layer.scheme.name if layer.scheme else None,
         "sparsity": layer.sparsity,
         "shape": list(layer.shape),
+        "becomes": list(layer.becomes) if layer.becomes else None,
         "bytes_in": layer.bytes_in,
         "bytes_out": layer.bytes_out,
         "reason": layer.reason,
@@ -150,6 +167,7 @@ def run_json(
             "peak_memory_bytes": max(peaks),
             "minutes": seconds / 60,
         },
+        "speed": journal.last("speed"),
         "environment": environment(),
         "gate": {"asked": gate.model_dump(mode="json") if gate else None, "failures": failures},
     }

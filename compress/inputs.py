@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.core.events import Listener, silent
+from compress.latency import with_counts
 from compress.planning import RunPlan, make_plan, require_composition
 
 if TYPE_CHECKING:
@@ -47,8 +49,9 @@ class Inputs:
     plan: RunPlan
 
 
-def read_inputs(recipe: Recipe, options: RunOptions) -> Inputs:
-    """Open the model, tokenize the calibration data, plan. Raises CompressError for what cannot work."""
+def read_inputs(recipe: Recipe, options: RunOptions, journal: Path, events: Listener = silent) -> Inputs:
+    """Open the model, measure latencies that the recipe names, tokenize the calibration data, plan. `journal` is that
+    of an unfinished run. Raises CompressError for what cannot work."""
     from compress.core._verify_shapes import require_shapes
     from compress.core.calibration import load_tokens
     from compress.core.checkpoint import Checkpoint
@@ -62,6 +65,8 @@ def read_inputs(recipe: Recipe, options: RunOptions) -> Inputs:
     original = Checkpoint.open(located.model, revision=recipe.revision, offline=options.offline)
     require_composition(recipe, original)
     require_shapes(original)
+    earlier = None if options.fresh else journal
+    recipe = with_counts(recipe, original, earlier, options.device, events)
     _ = original.skeleton  # InputError for a config.json that no model can be built from
     if located.evaluate is not None and located.evaluate.perplexity is not None and options.evaluate:
         require_window(located.evaluate.perplexity.window, original)

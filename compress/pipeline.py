@@ -40,7 +40,7 @@ def plan(recipe: Recipe, options: RunOptions, events: Listener = silent) -> RunP
     """What `run` would write, hold and take. Raises as `run` would for what cannot work or fit; writes nothing."""
     workspace = Workspace(options.output)
     workspace.refuse(recipe, fresh=options.fresh, keep_stages=options.keep_stages)
-    return _affordable(read_inputs(recipe, options), options, workspace, events).plan
+    return _affordable(read_inputs(recipe, options, workspace.journal, events), options, workspace, events).plan
 
 
 def run(recipe: Recipe, options: RunOptions, events: Listener = silent) -> RunResult:
@@ -52,13 +52,14 @@ def run(recipe: Recipe, options: RunOptions, events: Listener = silent) -> RunRe
     workspace.refuse(recipe, fresh=options.fresh, keep_stages=options.keep_stages)
     with workspace.opened(fresh=options.fresh):
         events(Started("run", len(recipe.stages), "stage"))
-        inputs = _affordable(read_inputs(recipe, options), options, workspace, events)
+        inputs = _affordable(read_inputs(recipe, options, workspace.journal, events), options, workspace, events)
         journal = workspace.open_journal(fingerprint_of(inputs, options), fresh=options.fresh)
         if journal.last("ready") is None:
             last = run_stages(inputs, options, workspace, journal, events)
             stage_artifact(last, inputs, options, workspace, journal, events)
         if not workspace.is_published(journal):
             workspace.publish(journal)
+        _measure_speed(inputs, options, workspace, journal, events)
         result = _report(inputs, workspace, journal)
         workspace.close(keep_stages=options.keep_stages)
     events(Finished("run", str(workspace.output)))
@@ -72,6 +73,34 @@ def _affordable(inputs: Inputs, options: RunOptions, workspace: Workspace, event
     used_bytes = workspace.used_bytes()
     require_room(inputs.plan, workspace.output, used_bytes=used_bytes, memory_bytes=options.max_memory_bytes)
     return inputs
+
+
+def _measure_speed(
+    inputs: Inputs, options: RunOptions, workspace: Workspace, journal: Journal, events: Listener
+) -> None:
+    """Record how fast original and artifact are side by side, if the recipe asks: for the report, since another machine
+    would say something else."""
+    evaluation = inputs.located.evaluate
+    asked = evaluation.speed if evaluation is not None and options.evaluate else None
+    if evaluation is None or asked is None or journal.last("speed") is not None:
+        return
+    from compress.benchmark import Asked, benchmark
+
+    found = []
+    for batch in asked.batches:
+        result = benchmark(
+            workspace.output,
+            Asked(batch, str(asked.prompt_tokens), str(asked.output_tokens), seed=evaluation.seed),
+            against=inputs.original.folder,
+            numerics=evaluation.numerics,
+            device=options.device,
+            rounds=asked.rounds,
+            events=events,
+        )
+        rates = {model["role"]: model["figures"]["generated_tokens_per_second"] for model in result["models"]}
+        first = {model["role"]: model["figures"]["first_token"]["p50"] for model in result["models"]}
+        found.append({"batch": batch, "tokens_per_second": rates, "first_token_seconds": first})
+    journal.add("speed", {"asked": asked.model_dump(mode="json"), "numerics": evaluation.numerics, "found": found})
 
 
 def _report(inputs: Inputs, workspace: Workspace, journal: Journal) -> RunResult:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from compress.core.errors import InputError, ResourceError
+from compress.core.errors import InputError, ResourceError, UsageError
 from compress.core.files import free_bytes
 from compress.core.passes import LayerPlan, Plan
 from compress.core.quantities import format_bytes
+from compress.core.sizes import UNEVEN_NOTICE, widths_of
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
@@ -27,7 +28,8 @@ _EXTRA_FILES_BYTES = 16 << 10  # manifest, recipe, evaluation, card
 class RunPlan:
     """A recipe's plan. `bytes_out` are the artifact's tensors (exact), `artifact_bytes` all of its files.
 
-    `disk_bytes` is the most that output and partial folder hold at one time; `notices` are worth reading first.
+    `disk_bytes` is the most that output and partial folder hold at one time; `notices` are worth reading first;
+    `uneven`: layers of the result differ in width.
     """
 
     stages: tuple[Plan, ...]
@@ -38,6 +40,7 @@ class RunPlan:
     disk_bytes: int
     minutes: float
     notices: tuple[str, ...]
+    uneven: bool = False
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -48,14 +51,16 @@ class RunPlan:
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> RunPlan:
     """Plan every stage. CompressError says which stage, layer or setting cannot work."""
     require_composition(recipe, checkpoint)
-    stages = tuple(stage.settings.plan(checkpoint, tokens) for stage in recipe.stages)
+    stages, result = _stage_plans(recipe, checkpoint, tokens)
     bytes_in = sum(info.bytes for info in checkpoint.tensors.values())
     bytes_out = stages[-1].bytes_out + _rewritten(recipe, checkpoint, stages)
     extra_bytes = bytes_beside_tensors(checkpoint, [layer.name for layer in stages[-1].layers if layer.scheme])
+    uneven = widths_of(result.config) is not None  # only the bundled runtime opens that
     notices = [
         *_unknown(checkpoint),
         *_speechless(checkpoint),
         *(notice for stage in stages for notice in stage.notices),
+        *((UNEVEN_NOTICE,) if uneven else ()),
         *_too_large(recipe, bytes_out + extra_bytes),
     ]
     return RunPlan(
@@ -67,7 +72,20 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> 
         disk_bytes=_disk_bytes(recipe, stages) + extra_bytes,
         minutes=sum(stage.minutes for stage in stages),
         notices=tuple(dict.fromkeys(notices)),
+        uneven=uneven,
     )
+
+
+def _stage_plans(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> tuple[tuple[Plan, ...], Checkpoint]:
+    """The plan of each stage, for the shapes that the stages before it leave; and what the last one leaves."""
+    plans = []
+    for number, stage in enumerate(recipe.stages):
+        try:
+            plans.append(stage.settings.plan(checkpoint, tokens))
+            checkpoint = stage.settings.after(checkpoint)
+        except UsageError as error:
+            raise stage.refused(error, number) from error
+    return tuple(plans), checkpoint
 
 
 def _rewritten(recipe: Recipe, checkpoint: Checkpoint, stages: tuple[Plan, ...]) -> int:

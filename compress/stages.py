@@ -16,6 +16,7 @@ from compress.peak_memory import PeakMemory
 from compress.workspace import Workspace
 
 if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
 
 
@@ -48,6 +49,7 @@ def _run_stage(
     journal: Journal,
     events: Listener,
 ) -> None:
+    from compress.core.saves import Saves
     from compress.core.stage_writer import StageWriter
 
     stage = inputs.recipe.stages[number]
@@ -70,7 +72,7 @@ def _run_stage(
             events(Notice(f"going on behind block {sink.finished()} of {source.num_blocks}", name))
         job = Job(
             checkpoint=source,
-            calibration=inputs.tokens,
+            calibration=calibration_behind(number, source, inputs, journal, offline=options.offline),
             sink=sink,
             original=inputs.original,
             seed=inputs.recipe.calibration.seed if inputs.recipe.calibration else 0,
@@ -80,11 +82,33 @@ def _run_stage(
             spill_folder=str(make_folder(workspace.spill)),
             events=events,
             remember=partial(_remembered, journal, number),
+            saves=Saves(workspace.saves, journal, number),
         )
         stage.settings.run(job)
         sink.finish(stage.settings.outside(job))
     journal.add("memory", {"stage": number, "peak_memory_bytes": memory.peak_bytes})
     events(Finished(name, f"{source.num_blocks} blocks"))
+
+
+def calibration_behind(
+    number: int, source: Checkpoint, inputs: Inputs, journal: Journal, *, offline: bool
+) -> Tokens | None:
+    """The calibration tokens for stage `number`, which reads `source`: where a stage before it numbered tokens anew,
+    the text is cut by the new tokenizer, and ids from a file are translated. InputError if one of these is gone."""
+    from compress.core.calibration import load_tokens
+    from compress.core.documents import TOKEN_FILE
+
+    earlier = [index for index in range(number) if inputs.recipe.stages[index].settings.renumbers_tokens]
+    asked, tokens = inputs.located.calibration, inputs.tokens
+    if not earlier or asked is None or tokens is None:
+        return tokens
+    if not asked.dataset.endswith(TOKEN_FILE):
+        unhashed = asked.model_copy(update={"sha256": None})  # the recipe's hash is that of the first tokens
+        return load_tokens(unhashed, source, inputs.recipe.base_folder, offline=offline)
+    for index in earlier:
+        kept = next(data["value"] for data in journal.of("finding") if (data["stage"], data["name"]) == (index, "kept"))
+        tokens = tokens.renumbered(kept)
+    return tokens
 
 
 def _remembered(journal: Journal, stage: int, name: str, compute: Callable[[], Any]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import compress
-from compress.core.errors import ArtifactError
+from compress.core.errors import ArtifactError, InputError
 from compress.core.events import Finished, Listener, Started
 from compress.core.files import Written, atomic_write, sha256_file, written_file
 from compress.core.journal import Journal
@@ -17,6 +17,7 @@ from compress.export import coverage, export, rewrite
 from compress.facts import artifact_facts, lineage
 from compress.inputs import Inputs, RunOptions
 from compress.peak_memory import PeakMemory
+from compress.stages import calibration_behind
 from compress.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _evaluation(
     events: Listener,
 ) -> dict[str, Any] | None:
     asked = inputs.located.evaluate
-    if asked is None or not options.evaluate:
+    if asked is None or not options.evaluate or (asked.perplexity is None and not asked.tasks):
         return None
     done = journal.last("evaluation")
     if done is not None:
@@ -96,7 +97,7 @@ def _evaluation(
             offline=options.offline,
             events=events,
         )
-        result["parity"] = _parity(artifact, asked, inputs, options, events)
+        result["parity"] = _parity(artifact, asked, inputs, options, journal, events)
     seconds = round(time.monotonic() - started, 3)
     journal.add("evaluation", {"result": result, "seconds": seconds, "peak_memory_bytes": memory.peak_bytes})
     events(Finished("evaluate"))
@@ -104,16 +105,21 @@ def _evaluation(
 
 
 def _parity(
-    artifact: Checkpoint, asked: Evaluation, inputs: Inputs, options: RunOptions, events: Listener
+    artifact: Checkpoint, asked: Evaluation, inputs: Inputs, options: RunOptions, journal: Journal, events: Listener
 ) -> dict[str, Any] | None:
     """How the runtime compares with transformers, where the artifact was scored through it."""
     if asked.through != "runtime":
         return None
     from compress.evaluate.parity import measure_parity
 
+    try:
+        stages = len(inputs.recipe.stages)
+        tokens = calibration_behind(stages, artifact, inputs, journal, offline=options.offline)
+    except InputError:  # ids of tokens that are gone: others do as well
+        tokens = None
     return measure_parity(
         artifact,
-        inputs.tokens,
+        tokens,
         asked,
         base_folder=inputs.recipe.base_folder,
         device=options.device,

@@ -1,6 +1,6 @@
 """Workspace: the folders of one output. `OUT.partial/` holds unfinished work, `OUT` appears by one rename.
 
-OUT.partial/   lock, lock.holder, journal.jsonl, stages/NN-kind/, spill/, artifact/ (staged)
+OUT.partial/   lock, lock.holder, journal.jsonl, stages/NN-kind/, spill/, saves/, artifact/ (staged)
 OUT.report/    run.json and the rendered report
 OUT.stages/    stage folders of a finished run, with --keep-stages
 """
@@ -52,6 +52,7 @@ class Workspace:
         self.journal = self.partial / JOURNAL_NAME
         self.stages = self.partial / "stages"
         self.spill = self.partial / "spill"
+        self.saves = self.partial / "saves"
         self.staged = self.partial / "artifact"
 
     def _beside(self, suffix: str) -> Path:

@@ -16,18 +16,21 @@ from compress.core.passes import Job
 from compress.core.statistics import SquaredMean
 from compress.core.walk import Block
 from prune._scored import score
+from prune._sensitivity import by_sensitivity
 from prune._settings import WeightPruning
 
 _SHIFT = 19  # of the 31 bits of a positive float those of its exponent and four of its mantissa are left
 _BINS = 1 << (31 - _SHIFT)
 
 
-def shares_of(settings: WeightPruning, job: Job, *, by_inputs: bool) -> dict[str, float]:
-    """The share of zeros of every layer that is not left alone. `by_inputs`: scores know the inputs (see `score`)."""
-    if getattr(settings, "compare", None) == "global" and settings.spread is None:
-        return job.remember("sparsities", lambda: _global(settings, job, by_inputs=by_inputs))
+def shares_of(settings: WeightPruning, job: Job) -> dict[str, float]:
+    """The share of zeros of every layer that is not left alone."""
+    if settings.compares_all:
+        return job.remember("sparsities", lambda: _global(settings, job))
     if settings.allocation == "owl":
         return job.remember("sparsities", lambda: _owl(settings, job))
+    if settings.allocation == "sensitivity":
+        return job.remember("sparsities", lambda: by_sensitivity(settings, job))
     names = (name for index in range(job.checkpoint.num_blocks) for name in job.checkpoint.sites(index))
     return dict.fromkeys(names, settings.share)
 
@@ -51,9 +54,10 @@ def _owl(settings: WeightPruning, job: Job) -> dict[str, float]:
     return {name: share for block, share in zip(names, shares, strict=True) for name in block}
 
 
-def _global(settings: WeightPruning, job: Job, *, by_inputs: bool) -> dict[str, float]:
+def _global(settings: WeightPruning, job: Job) -> dict[str, float]:
     """The shares at which one threshold cuts all layers: from counts of scores, which are exact but for the place of
     the threshold inside a bin of 6 %."""
+    by_inputs = settings.needs_calibration
     statistics = frozenset({SquaredMean} if by_inputs else ())
     counts: dict[str, Tensor] = {}
     for block in job.measure(statistics, calibrate=by_inputs):

@@ -1,11 +1,18 @@
 """ALPS (Meng et al., 2024, arXiv:2406.07831): masks by ADMM, then the weights that are left by conjugate gradients."""
 
-from typing import ClassVar, Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from compress.core.passes import Job
 from prune._settings import UpdatingPruning
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from compress.core.walk import Group, Site
 
 _USUAL_ITERATIONS = 90  # until a mask stays as it is
 
@@ -27,16 +34,13 @@ class ALPS(UpdatingPruning):
     def solver_operations(self, rows: int, width: int) -> float:
         return 4 * rows * width**2 * (min(self.iterations, _USUAL_ITERATIONS) + self.refinements) + 20 * width**3
 
-    def run(self, job: Job) -> None:
-        from compress.core.statistics import Hessian
-        from prune._allocation import shares_of
+    def prune_group(self, group: Group, sites: Sequence[Site], shares: Mapping[str, float], job: Job) -> None:
         from prune._alps import Settings, prune_group
 
-        shares = shares_of(self, job, by_inputs=True)
-        settings = Settings(self.damping, self.spread, self.compare, self.iterations, self.refinements)
-        for block in job.walk(frozenset({Hessian}), self.order):
-            for group in block.groups:
-                sites = self.chosen(group)
-                if sites:
-                    prune_group(group, sites, shares, settings, job)
-                group.release()
+        prune_group(
+            group,
+            sites,
+            shares,
+            Settings(self.damping, self.spread, self.compare, self.iterations, self.refinements),
+            job,
+        )

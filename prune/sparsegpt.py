@@ -1,11 +1,18 @@
 """SparseGPT (Frantar & Alistarh, 2023, arXiv:2301.00774): column by column, later columns make up for what goes."""
 
-from typing import ClassVar
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from compress.core.passes import Job
 from prune._settings import UpdatingPruning
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from compress.core.walk import Group, Site
 
 
 class SparseGPT(UpdatingPruning):
@@ -20,16 +27,7 @@ class SparseGPT(UpdatingPruning):
     def solver_bytes(self, rows: int, width: int) -> int:
         return 4 * 4 * rows * width  # the weight twice, and what the sweep has left of it and its errors
 
-    def run(self, job: Job) -> None:
-        from compress.core.statistics import Hessian
-        from prune._allocation import shares_of
+    def prune_group(self, group: Group, sites: Sequence[Site], shares: Mapping[str, float], job: Job) -> None:
         from prune._sparsegpt import Settings, prune_group
 
-        shares = shares_of(self, job, by_inputs=True)
-        settings = Settings(self.damping, self.block_size, self.spread)
-        for block in job.walk(frozenset({Hessian}), self.order):
-            for group in block.groups:
-                sites = self.chosen(group)
-                if sites:
-                    prune_group(group, sites, shares, settings, job)
-                group.release()
+        prune_group(group, sites, shares, Settings(self.damping, self.block_size, self.spread), job)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from compress.core.errors import UsageError
 from compress.core.events import Notice
 from compress.core.formats.compressed_tensors import SHAPE_BYTES, encoded_bytes
+from compress.core.knapsack import knapsack as cheapest
 from compress.core.methods import find_pass
 from compress.core.passes import Job, LayerPlan, Plan
 from quantize._overrides import DEFAULT_GROUP_SIZE
@@ -124,26 +125,12 @@ def _measured(settings: Mixed, job: Job, layers: dict[str, tuple[int, int]]) -> 
     if tokens is None:
         raise UsageError("needs calibration text to measure sensitivities on")
     found: dict[str, list[Item]] = {}
-    for curvature in job.curvatures(_some(tokens, settings.tokens), vocabulary=settings.vocabulary):
+    for curvature in job.curvatures(tokens.first(settings.tokens), vocabulary=settings.vocabulary):
         names = tuple(name for name in curvature.outputs if name in layers)
         if names:
             item = _item(settings, job.checkpoint, curvature, names, layers)
-            found.setdefault(_together(curvature.name), []).append(item)
+            found.setdefault(curvature.family, []).append(item)
     return [_joined(items) for items in found.values()]
-
-
-def _some(tokens: Tokens, wanted: int) -> Tokens:
-    from compress.core.calibration import Tokens
-
-    samples = max(1, wanted // tokens.ids.shape[1])
-    lengths = None if tokens.lengths is None else tokens.lengths[:samples]
-    return Tokens.of(tokens.ids[:samples], lengths)
-
-
-def _together(group: str) -> str:
-    """What gets one scheme: a group of layers, or all experts' groups of one kind in a block."""
-    block, marker, rest = group.partition(".experts.")
-    return f"{block}{marker}{rest.rpartition('.')[2]}" if marker else group
 
 
 def _joined(items: Sequence[Item]) -> Item:
@@ -222,29 +209,10 @@ def _left_by_sweep(inputs: torch.Tensor) -> torch.Tensor | None:
 # ---------------------------------------------------------------------- choosing
 def knapsack(items: Sequence[Item], budget_bytes: int) -> list[int]:
     """The choice of each item with the least total loss whose bytes fit the budget; solved exactly (HiGHS)."""
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_matrix
-
-    losses = np.array([loss for item in items for loss in item.losses])
-    sizes = np.array([size for item in items for size in item.bytes], dtype=float)
-    owner = np.array([number for number, item in enumerate(items) for _ in item.losses])
-    one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
-    result = milp(
-        losses / max(losses.max(), 1e-30),
-        integrality=np.ones(len(losses)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(sizes[None] / budget_bytes, -np.inf, 1),
-        ],
-        options={"mip_rel_gap": 0},
-    )
-    if result.x is None:
+    picked = cheapest([item.losses for item in items], [item.bytes for item in items], budget_bytes)
+    if picked is None:
         raise UsageError(f"no choice of schemes fits {budget_bytes} bytes", where="quantize.bits_per_weight")
-    first = np.searchsorted(owner, np.arange(len(items)))
-    taken = np.flatnonzero(result.x > 0.5)
-    return [int(place - first[owner[place]]) for place in taken]
+    return picked
 
 
 # ---------------------------------------------------------------------- planning
@@ -266,7 +234,7 @@ def planned(settings: Mixed, plan: Plan, checkpoint: Checkpoint, calibration: To
             hint="allow more, add a smaller scheme to choices, or larger groups",
         )
     uniform = _uniform_bytes(plan, layers, checkpoint)
-    cost = sensing_cost(checkpoint, None if calibration is None else _some(calibration, settings.tokens))
+    cost = sensing_cost(checkpoint, None if calibration is None else calibration.first(settings.tokens))
     bytes_out = plan.bytes_out - uniform + budget
     words = (
         f"{len(layers)} layers get one of {', '.join(settings.choices)}, {_bits(budget, layers):.3f} bits on average"

@@ -26,6 +26,7 @@ from compress.core.manifest import Manifest
 from compress.core.recipe import Evaluation, Gate, Perplexity, Recipe, Stage, parse_recipe
 from compress.pipeline import RunOptions, plan, run
 from compress.workspace import Workspace
+from tests.conftest import TinyModel
 from tests.fake_passes import Shrink
 
 STORY = "A small boat sailed to the island and a bird sat on its mast all day. "
@@ -536,3 +537,20 @@ def test_an_unwritable_place_is_a_usage_error(place: Path) -> None:
 def test_an_output_below_a_file_is_a_usage_error(place: Path) -> None:
     with pytest.raises(UsageError, match="Not a directory"):
         run(rtn(place), RunOptions(place / "text.txt" / "out"))
+
+
+def test_speed_is_told_in_the_report_alone(tiny_model: TinyModel, tmp_path: Path) -> None:
+    asked = {"batches": [1, 2], "prompt_tokens": 4, "output_tokens": 3, "rounds": 1}
+    data = {"model": str(tiny_model()), "stages": [{"quantize": {"method": "rtn", "group_size": 16}}]}
+    recipe = parse_recipe({**data, "evaluate": {"speed": asked}})
+    result = run(recipe, RunOptions(tmp_path / "out"))
+    found = result.summary["speed"]["found"]
+    assert [rates["batch"] for rates in found] == [1, 2]
+    assert all(rate > 0 for rates in found for rate in rates["tokens_per_second"].values())
+    assert result.summary["evaluation"] is None
+    assert not (result.artifact / "evaluation.json").exists()
+    report = (result.report_folder / "report.md").read_text()
+    assert "tokens a second, 2 at a time" in report and "first token, ms, 1 at a time" in report
+    assert "tokens a second" not in (result.artifact / "README.md").read_text()
+    without = run(recipe, RunOptions(tmp_path / "none", evaluate=False))
+    assert without.summary["speed"] is None

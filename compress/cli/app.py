@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from compress.cli import artifacts, bench, doctor, evaluation, export, generate, recipes, run, tokens
+from compress.cli import artifacts, bench, doctor, evaluation, export, generate, level, recipes, run, tokens
 from compress.cli import options as opt
 from compress.cli.console import last_output, speak
 from compress.core.errors import CompressError, ResourceError, UsageError
@@ -47,6 +47,7 @@ recipes.register(app)
 tokens.register(app)
 artifacts.register(app)
 export.register(app)
+level.register(app)
 evaluation.register(app)
 generate.register(app)
 bench.register(app)

@@ -27,14 +27,20 @@ Source = Annotated[
 
 
 def inspect(
-    folder: opt.ArtifactFolder, json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.Verbose = False
+    folder: opt.ArtifactFolder,
+    zeros: Annotated[
+        bool, typer.Option("--zeros", help="Count zeros, which reads all weights; always done in pruned models.")
+    ] = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Show what a model folder holds."""
     from compress.core.inspect import inspect as look
     from compress.core.quantities import format_bytes
 
     output = speak(json=json, quiet=quiet, verbose=verbose)
-    found = look(opt.model_folder(folder))
+    found = look(opt.model_folder(folder), zeros=zeros)
     _show(found, output)
     if quiet:
         stored = found.method or "not quantized"
@@ -138,6 +144,9 @@ def _show(found: "Inspection", output: Output) -> None:
     add_row(facts, "weights", f"{format_bytes(found.bytes)} in {found.files} files")
     add_row(facts, "bits per weight", f"{found.bits_per_weight:.2f}")
     add_row(facts, "quantization", found.method or "none")
+    if found.zeros is not None:
+        held = "all" if found.zeros.two_of_four == found.zeros.layers else f"{found.zeros.two_of_four:,}"
+        add_row(facts, "zeros", f"{found.zeros.share:.1%} of {found.zeros.layers:,} layers; 2:4 in {held} of them")
     if found.source:
         add_row(facts, "made from", f"{found.source}{f' at {found.revision}' if found.revision else ''}")
     output.show(facts)

@@ -56,7 +56,7 @@ def register(app: typer.Typer) -> None:
         "Run a recipe: compress, verify, evaluate, report.\n\nInterrupted, the same command goes on where it was."
     )
     app.command("run")(_command(None, everything))
-    for kind in ("prune", "quantize"):
+    for kind in ("prune", "distill", "quantize"):
         app.command(kind)(_command(kind, f"Run only the {kind} stages of a recipe."))
 
 
@@ -173,7 +173,8 @@ def _show_plan(recipe: "Recipe", options: "RunOptions", output: Output) -> None:
     plan = plan_run(recipe, options)
     schemes = {layer.name: layer.scheme for layer in plan.layers if layer.scheme}
     schemes = as_written(schemes, recipe.export.format)
-    verdicts = preflight(schemes, {layer.name: layer.shape for layer in plan.layers}, recipe.export.format)
+    shapes = {layer.name: layer.shape for layer in plan.layers}
+    verdicts = preflight(schemes, shapes, recipe.export.format, uneven=plan.uneven)
     for stage, planned in zip(recipe.stages, plan.stages, strict=True):
         output.show(layers_table(planned, f"{stage.kind}: {stage.method}", every=output.verbose))
     output.show(plan_table(plan))

@@ -40,7 +40,7 @@ def add_row(table: Table, *cells: object) -> None:
 def before_after(summary: Mapping[str, Any]) -> Table:
     """Size, bits per weight, perplexity, KL and tasks of original and artifact, from run.json."""
     table = grid("", "original", "compressed", "change")
-    for row in [*_size_rows(summary), *quality_rows(summary.get("evaluation") or {})]:
+    for row in [*_size_rows(summary), *quality_rows(summary.get("evaluation") or {}), *_speed_rows(summary)]:
         add_row(table, *row)
     return table
 
@@ -49,8 +49,19 @@ def _size_rows(summary: Mapping[str, Any]) -> Iterator[Row]:
     source, artifact = summary["source"], summary["artifact"]
     before, after = source["bytes"], artifact["bytes"]
     yield "size of weights", format_bytes(before), format_bytes(after), change(after / before - 1)
-    bits = 8 * before / source["parameters"]
+    was, now = source["parameters"], artifact.get("parameters", source["parameters"])
+    if was != now:
+        yield "parameters", f"{was:,}", f"{now:,}", change(now / was - 1)
+    bits = 8 * before / was
     yield "bits per weight", f"{bits:.2f}", f"{artifact['bits_per_weight']:.2f}", ""
+
+
+def _speed_rows(summary: Mapping[str, Any]) -> Iterator[Row]:
+    for found in (summary.get("speed") or {}).get("found") or ():
+        rates = found["tokens_per_second"]
+        before, after = rates["original"], rates["artifact"]
+        name = f"tokens a second, batch {found['batch']}"
+        yield name, figure(before), figure(after), change(after / before - 1)
 
 
 def quality_rows(evaluation: Mapping[str, Any]) -> Iterator[Row]:
@@ -126,11 +137,13 @@ def layers_table(stage: "Plan", title: str, *, every: bool) -> Table:
 
 
 def fate(layer: "LayerPlan") -> str:
-    """ "w4a16, groups of 64", "50 % zeros", or why the layer stays as it is."""
+    """ "w4a16, groups of 64", "50 % zeros", "narrower: 96×64", or why the layer stays as it is."""
     if len(layer.alternatives) > 1:
         return f"one of {', '.join(scheme.name for scheme in layer.alternatives)}"
     if layer.sparsity is not None:
         return f"{100 * layer.sparsity:.4g} % zeros{f', {layer.reason}' if layer.reason else ''}"
+    if layer.becomes:
+        return "narrower: " + "×".join(map(str, layer.becomes))
     if layer.scheme is None:
         return f"unchanged: {layer.reason}" if layer.reason else "unchanged"
     word = "blocks" if layer.scheme.blocks else "groups"

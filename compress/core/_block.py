@@ -5,7 +5,7 @@ Shapes: B samples, T positions, D hidden width; N tokens, K input channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from compress.core.statistics import Statistic
 
 if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
+    from compress.core.cuts import Cut
     from compress.core.tensors import QuantTensor
 
 
@@ -188,6 +189,11 @@ class Group:
         return self.sites[0].shape[1]
 
     @property
+    def kind(self) -> str:
+        """Its name without the expert that it belongs to: qkv, o, gate_up, down."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def routed(self) -> bool:
         """Whether only some tokens reach it: an expert's group."""
         return self.name.startswith("experts.")
@@ -251,6 +257,9 @@ class Block:
         self.module = module
         self.groups: tuple[Group, ...] = ()
         self.parameters: dict[str, Parameter] = {}
+        self.cuts: dict[str, Sequence[Cut]] = {}
+        """What of the block's tensors is not stored, by disk name: what the block computes without it is their caller's
+        to see to."""
         self.inputs: list[Tensor] = []
         self.targets: list[Tensor] = []
         self._arguments = arguments
@@ -276,12 +285,22 @@ class Block:
                 found[parameter.name] = parameter.replacement
         return found
 
+    def add_bias(self, site: Site, value_R: Tensor) -> None:
+        """Give a site without a bias one, [R], stored in the weight's dtype."""
+        site.module.bias = nn.Parameter(torch.zeros_like(value_R, dtype=self.dtype), requires_grad=False)
+        name = f"{site.name}.bias"
+        self.parameters[name] = Parameter(name, site.module, "bias", site.original.dtype)
+        self.parameters[name].replace(value_R)
+
     def install(self, stored: Mapping[str, Tensor | QuantTensor]) -> None:
         """Put back what an earlier run stored; other tensors of the block are ignored, they are as in the source."""
         for site in self.sites:
             value = stored.get(site.name, stored.get(f"{site.name}.weight"))
             if value is not None:
                 site.replace(value)
+            bias = stored.get(f"{site.name}.bias")
+            if isinstance(bias, Tensor) and f"{site.name}.bias" not in self.parameters:
+                self.add_bias(site, bias)
         for parameter in self.parameters.values():
             value = stored.get(parameter.name)
             if isinstance(value, Tensor):
@@ -304,7 +323,7 @@ class Block:
             group.release()
             for site in group.sites:
                 site.close()
-        self.parameters = {}
+        self.parameters, self.cuts = {}, {}
         self.inputs, self.targets = [], []
         self.module = nn.Module()
 

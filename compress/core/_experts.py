@@ -11,11 +11,12 @@ from compress.core.architectures import Experts
 class UnfusedExperts(nn.Module):
     """The same maths as the fused experts of transformers (3-D parameters), under the names that files use.
 
-    While expert e runs, `rows` are the rows of the flattened input that were routed to it: hooks on its layers use it
-    to tell padding from tokens.
+    While expert e runs, `rows` are the rows of the flattened input that were routed to it, and `shares` the weights
+    that its outputs get: hooks on its layers use them to tell padding from tokens, and what an expert matters.
     """
 
     rows: Tensor | None = None
+    shares: Tensor | None = None
 
     def __init__(self, count: int, width: int, inner: int, activation: nn.Module, names: Experts) -> None:
         super().__init__()
@@ -42,10 +43,10 @@ class UnfusedExperts(nn.Module):
                 continue
             rows, place = torch.where(choice_NA == int(index))
             if len(rows):
-                self.rows = rows
-                y_RD = self._run(expert, x_ND[rows]) * share_NA[rows, place, None]
+                self.rows, self.shares = rows, share_NA[rows, place]
+                y_RD = self._run(expert, x_ND[rows]) * self.shares[:, None]
                 out_ND = out_ND.index_add(0, rows, y_RD.to(out_ND.dtype))
-        self.rows = None
+        self.rows = self.shares = None
         return out_ND
 
     def _run(self, expert: nn.Module, x_RD: Tensor) -> Tensor:

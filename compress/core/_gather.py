@@ -5,7 +5,7 @@ Shapes: B samples, T positions; N tokens, K input channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +22,13 @@ from compress.core.statistics import Statistic
 
 Order = Literal["block", "groups"]
 WAVE_BYTES = 512 << 20
+
+See = Callable[[Tensor, Tensor, "Tensor | None"], None]
+"""see(x, y, share): inputs [N, K] and outputs [N, R] of a module, one row for each token of a micro-batch that reaches
+it; of an expert's layers also the weight that the expert gets for the token, [N]."""
+
+Watch = Callable[[Block], Iterable[tuple[nn.Module, See]]]
+"""The modules of a block that somebody wants to see at work, with the original weights on all tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,9 @@ class Gathering:
         order: Order,
         device: str,
         preparation: Preparation | None = None,
+        watch: Watch | None = None,
     ) -> None:
+        self._watch = watch
         self._stream = stream
         self._collect = collect
         self._order: Order = order
@@ -69,7 +78,8 @@ class Gathering:
             self.playback.start(block)
             due = self._order == "block" or self._preparing
             wave = self._wave(block.groups) if due and self._kinds else []
-            self._forward(block, wave, targets="all" if all_targets else "judged")
+            watched = [] if self._watch is None else list(self._watch(block))
+            self._forward(block, wave, targets="all" if all_targets or watched else "judged", watched=watched)
 
     def prepared(self, block: Block) -> None:
         """What was prepared is what the method works on."""
@@ -117,7 +127,14 @@ class Gathering:
         return wave
 
     @torch.no_grad()
-    def _forward(self, block: Block, wave: list[Group], *, targets: Literal["all", "judged", "none"]) -> None:
+    def _forward(
+        self,
+        block: Block,
+        wave: list[Group],
+        *,
+        targets: Literal["all", "judged", "none"],
+        watched: Sequence[tuple[nn.Module, See]] = (),
+    ) -> None:
         stream, playback = self._stream, self.playback
         if stream is None or playback is None:
             return
@@ -126,11 +143,14 @@ class Gathering:
         experts = next((module for module in block.module.modules() if isinstance(module, UnfusedExperts)), None)
         deepest = [tap for tap in taps if tap.group.depth == max(group.depth for group in wave)]
         last = deepest[0] if len(deepest) == 1 else None  # behind it nothing is of interest, unless it is a target
+        witnesses = [_Witness(see, experts) for _, see in watched]
         with ExitStack() as hooks:
             hooks.enter_context(keeping_casts(block.module))
             for tap in taps:
                 hook = tap.hook(experts)
                 hooks.callback(tap.group.sites[0].module.register_forward_pre_hook(hook).remove)
+            for (module, _), witness in zip(watched, witnesses, strict=True):
+                hooks.callback(module.register_forward_hook(witness).remove)
             for batch, judged in stream.judged():
                 wanted = targets == "all" or (judged and targets == "judged")
                 if not (wanted or taps):
@@ -141,6 +161,8 @@ class Gathering:
                 counted = None if counted is None else counted.to(self._device)
                 for tap in taps:
                     tap.counted, tap.batch = counted, batch
+                for witness in witnesses:
+                    witness.counted = counted
                 try:
                     with playback.playing(batch):
                         y_BTD = block.forward(stream.inputs[batch].to(self._device))
@@ -185,6 +207,23 @@ class _Tap:
                 raise _Reached
 
         return listen
+
+
+class _Witness:
+    """Shows somebody what goes through a module, without padding."""
+
+    def __init__(self, see: See, experts: UnfusedExperts | None) -> None:
+        self._see = see
+        self._experts = experts
+        self.counted: Tensor | None = None
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x_NK, y_NR = (value.reshape(-1, value.shape[-1]) for value in (inputs[0], output))
+        rows, shares = (None, None) if self._experts is None else (self._experts.rows, self._experts.shares)
+        if self.counted is not None:
+            real = self.counted if rows is None else self.counted[rows]
+            x_NK, y_NR, shares = x_NK[real], y_NR[real], None if shares is None else shares[real]
+        self._see(x_NK, y_NR, shares)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Parameters stay on the meta device (no memory); buffers, which no file holds, ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from compress.core.architectures import Architecture
 from compress.core.errors import InputError
 from compress.core.rounded_inputs import rounded_inputs
 from compress.core.scheme import Scheme
+from compress.core.sizes import PER_LAYER_KEY
 
 CAST_ELEMENTS = 4 << 20
 KEPT_CASTS_BYTES = 32 << 20
@@ -78,14 +79,40 @@ def keeping_casts(module: nn.Module) -> Iterator[None]:
 class Skeleton:
     """`model` is the causal LM on the meta device; `block(i)` and friends are copies to be filled with weights."""
 
-    def __init__(self, folder: Path, architecture: Architecture) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        architecture: Architecture,
+        config: Mapping[str, Any] | None = None,
+        widths: Sequence[int] | None = None,
+    ) -> None:
+        """`config` stands in for the folder's config.json; `widths` are those of the blocks' feed-forward networks,
+        where they differ."""
         self.architecture = architecture
-        self.config = _read_config(folder)
+        self.config = _read_config(folder, config)
         self.model = _on_meta(self.config, architecture, folder)
         for module in self.model.modules():
             if module._buffers:
                 _compute_buffers(self.model, module)
         self.blocks: nn.ModuleList = self.model.get_submodule(architecture.blocks)  # type: ignore[assignment]
+        self._uneven = widths is not None
+        if widths is not None:
+            self._narrow(widths)
+
+    def _narrow(self, widths: Sequence[int]) -> None:
+        """Give the feed-forward network of each block its own width: transformers builds all alike."""
+        sites = {group.name: group.sites for group in self.architecture.groups_of(0)}
+        widest = self.config.intermediate_size
+        for block, width in zip(self.blocks, widths, strict=True):
+            for path in (*sites["gate_up"], *sites["down"]):
+                old = block.get_submodule(path)
+                rows, columns = old.get_parameter("weight").shape
+                if path in sites["down"]:
+                    columns = width
+                else:
+                    rows = rows // widest * width  # a fused layer has gate and up, one behind the other
+                new = nn.Linear(columns, rows, "bias" in dict(old.named_parameters()), device="meta")
+                block.set_submodule(path, new.requires_grad_(False))
 
     def block(self, index: int) -> nn.Module:
         """An empty copy of block `index`; fused experts are replaced by one linear layer per matrix."""
@@ -115,6 +142,8 @@ class Skeleton:
 
     def load(self, state: dict[str, Tensor], dtype: torch.dtype, where: str) -> Any:
         """The whole model with weights by their disk names."""
+        if self._uneven:
+            return self._assigned(state, dtype, where)
         from transformers.utils import logging
 
         quiet = not logging.is_progress_bar_enabled()
@@ -135,6 +164,23 @@ class Skeleton:
         if missing:
             raise InputError(f"tensor {missing[0]!r} is missing or has another shape", where=where)
         return model.eval().requires_grad_(False)
+
+    def _assigned(self, state: dict[str, Tensor], dtype: torch.dtype, where: str) -> Any:
+        """The same for widths that transformers' own loader does not know."""
+        model = copy.deepcopy(self.model)
+        wanted = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+        names = self.architecture
+        embedding, head = f"{names.embedding}.weight", f"{names.head}.weight"
+        if self.config.tie_word_embeddings:  # files may hold it under either name
+            tied = state.get(embedding, state.get(head))
+            state = state | ({} if tied is None else {embedding: tied, head: tied})
+        wrong = [name for name, shape in sorted(wanted.items()) if name not in state or state[name].shape != shape]
+        if wrong:
+            raise InputError(f"tensor {wrong[0]!r} is missing or has another shape", where=where)
+        found = {name: nn.Parameter(state[name].to(dtype), requires_grad=False) for name in wanted}
+        model.load_state_dict(found, strict=False, assign=True)
+        model.tie_weights()
+        return model.eval()
 
     def _base(self, layers: list[nn.Module], norm: nn.Module) -> nn.Module:
         names = self.architecture
@@ -175,15 +221,18 @@ def _has(module: nn.Module, path: str) -> bool:
     return any(name == path for name, _ in module.named_modules())
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path, instead: Mapping[str, Any] | None) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if instead is not None:
+            config = type(config).from_dict(dict(instead))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         last_line = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"transformers refuses it: {last_line}", where=str(folder / "config.json")) from error
+    setattr(config, PER_LAYER_KEY, None)  # transformers knows the entry, but no model that is built by it
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     return config

@@ -55,12 +55,17 @@ def check_names(folder: Path) -> str:
         if path.suffix.lower() in _PICKLES:
             raise ArtifactError("may be a pickle, which runs code when it is opened", where=name, hint="remove it")
         with path.open("rb") as file:
-            if _PICKLE_START.match(file.read(4)):
+            if _PICKLE_START.match(start := file.read(9)) and not _header_follows(path, start):
                 raise ArtifactError("is a pickle or an archive under another name", where=name, hint="remove it")
         twin = seen.setdefault(name.casefold(), name)
         if twin != name:
             raise ArtifactError(f"differs from {twin} in upper and lower case only", where=name)
     return f"{len(files)} files"
+
+
+def _header_follows(path: Path, start: bytes) -> bool:
+    """Whether a safetensors file begins with the length of its header, which may look like a pickle's first bytes."""
+    return path.suffix == ".safetensors" and start[4:] == b"\0\0\0\0{"
 
 
 def _is_hub_link(folder: Path, path: Path) -> bool:

@@ -11,52 +11,13 @@ from compress.core.errors import ArtifactError, InputError
 from compress.core.formats import Reader, reader_for
 from compress.core.safetensors_io import TensorInfo
 from compress.core.scheme import Scheme
+from compress.core.sizes import sizes_of
 
 if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
 
 Shape = tuple[int, ...]
 Tensors = dict[str, TensorInfo]
-_LARGEST = 1 << 40
-
-
-# What transformers takes for a family where its config.json leaves a field out
-_DEFAULTS: dict[str, dict[str, int]] = {
-    "mistral": {"num_key_value_heads": 8},
-    "qwen3": {"head_dim": 128},
-    "gemma2": {"head_dim": 256, "num_key_value_heads": 4},
-    "gemma3_text": {"head_dim": 256, "num_key_value_heads": 4},
-    "mixtral": {"num_key_value_heads": 8, "num_local_experts": 8},
-    "qwen3_moe": {"num_key_value_heads": 4, "num_experts": 128, "moe_intermediate_size": 768},
-}
-
-
-def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes that shapes are made of. InputError names the field that is missing or makes no sense."""
-    stated = {key: value for key, value in config.items() if value is not None}
-    config = _DEFAULTS.get(str(config.get("model_type")), {}) | stated
-    hidden = _size(config, "hidden_size")
-    heads = _size(config, "num_attention_heads")
-    return {
-        "hidden": hidden,
-        "ffn": _size(config, "intermediate_size"),
-        "heads": heads,
-        "kv_heads": _size(config, "num_key_value_heads", heads),
-        "head_dim": _size(config, "head_dim", hidden // heads),
-        "vocab": _size(config, "vocab_size"),
-        "layers": _size(config, "num_hidden_layers"),
-        "expert_ffn": _size(config, "moe_intermediate_size", _size(config, "intermediate_size")),
-        "experts": _size(config, "num_local_experts", _size(config, "num_experts", 1)),
-    }
-
-
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if type(value) is not int or not 1 <= value <= _LARGEST:
-        raise InputError(f"{key} is {value!r}, not a positive whole number", where="config.json")
-    return value
 
 
 def module_shapes(sizes: Mapping[str, int], *, in_expert: bool = False) -> dict[str, tuple[int, int]]:
@@ -81,8 +42,15 @@ def module_shapes(sizes: Mapping[str, int], *, in_expert: bool = False) -> dict[
     }
 
 
-def expected_shape(name: str, sizes: Mapping[str, int], architecture: Architecture) -> Shape | None:
+def sizes_at(name: str, config: Mapping[str, Any], architecture: Architecture) -> dict[str, int]:
+    """The sizes that hold for a module or tensor, by its name."""
+    number = name.removeprefix(f"{architecture.blocks}.").partition(".")[0]
+    return sizes_of(config, int(number) if number.isdecimal() else None)
+
+
+def expected_shape(name: str, config: Mapping[str, Any], architecture: Architecture) -> Shape | None:
     """Shape that the config gives tensor `name` of a dense model; None for tensors that no formula covers."""
+    sizes = sizes_at(name, config, architecture)
     module, _, kind = name.rpartition(".")
     leaf = module.rpartition(".")[2]
     if module in (architecture.embedding, architecture.head) and kind == "weight":
@@ -131,11 +99,10 @@ def unknown_tensors(checkpoint: Checkpoint) -> list[str]:
     """Disk names of tensors that neither the family's modules nor a quantized layer account for."""
     reader = reader_for(checkpoint.config) if checkpoint.schemes else None
     stored = {name for module, scheme in checkpoint.schemes.items() for name in _stored(reader, module, scheme)}
-    sizes = sizes_of(checkpoint.config)
     return [
         name
         for name in checkpoint.tensors
-        if name not in stored and expected_shape(name, sizes, checkpoint.architecture) is None
+        if name not in stored and expected_shape(name, checkpoint.config, checkpoint.architecture) is None
     ]
 
 
@@ -151,7 +118,7 @@ def _fit(
     stored = {name for module, scheme in schemes.items() for name in _stored(reader, module, scheme)}
     checked = 0
     for name, info in tensors.items():
-        wanted = None if name in stored else expected_shape(name, sizes, architecture)
+        wanted = None if name in stored else expected_shape(name, config, architecture)
         if wanted is not None and info.shape != wanted:
             raise ArtifactError(f"has shape {list(info.shape)}, config.json asks for {list(wanted)}", where=name)
         checked += wanted is not None

@@ -13,7 +13,7 @@ import torch
 
 from compress.core._verify_folder import Contents
 from compress.core._verify_parts import FLOATS, check_module_parts
-from compress.core._verify_shapes import architecture_of, module_shapes, sizes_of
+from compress.core._verify_shapes import architecture_of, module_shapes, sizes_at
 from compress.core.errors import ArtifactError, InputError
 from compress.core.formats import NotKept, Reader, _reference, compressed_tensors
 from compress.core.safetensors_io import MappedFiles, TensorInfo, load_tensor
@@ -46,7 +46,7 @@ def _check_against_config(contents: Contents, module: str, shape: tuple[int, int
     architecture = architecture_of(contents.config)
     if architecture is None:
         return
-    sizes = sizes_of(contents.config)
+    sizes = sizes_at(module, contents.config, architecture)
     wanted = module_shapes(sizes, in_expert=".experts." in module).get(module.rpartition(".")[2])
     if module == architecture.head:
         wanted = (sizes["vocab"], sizes["hidden"])

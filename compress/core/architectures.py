@@ -5,7 +5,7 @@ Adding a family is an entry here and a tiny model in tests/tiny.py: see docs/ext
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compress.core.errors import InputError
@@ -64,6 +64,10 @@ class Architecture:
     """One family. Paths are module names of the transformers model, `model_class` is its causal LM class.
 
     `output_norms` are norms with weights on what a block adds to the residual stream: behind them it cannot be rotated.
+    `scaled_embedding`: the model multiplies embeddings by the root of the stream's width.
+    `biases`: groups whose layers (and those that feed them) have biases if an entry of config.json says so.
+    `heads_divide`: transformers refuses a config whose hidden_size is no multiple of its heads, though head_dim says
+    all there is to know. `twin` is a family that computes the same from the same tensors, if there are no biases.
     """
 
     model_class: str
@@ -72,7 +76,11 @@ class Architecture:
     experts: Experts | None = None
     norm_plus_one: bool = False
     output_norms: tuple[str, ...] = ()
+    scaled_embedding: bool = False
     renames: tuple[tuple[str, str], ...] = ()
+    biases: tuple[tuple[str, str], ...] = ()
+    heads_divide: bool = False
+    twin: str = ""
     base: str = "model"
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -120,17 +128,33 @@ PRE_NORMS = (Norm("input_layernorm", ("qkv",)), Norm("post_attention_layernorm",
 GEMMA_NORMS = (Norm("input_layernorm", ("qkv",)), Norm("pre_feedforward_layernorm", ("gate_up",)))
 GEMMA_OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
+ATTENTION_BIAS = (("o", "attention_bias"),)
+
+GEMMA2 = Architecture(
+    "Gemma2ForCausalLM",
+    DENSE,
+    GEMMA_NORMS,
+    norm_plus_one=True,
+    output_norms=GEMMA_OUTPUT_NORMS,
+    scaled_embedding=True,
+    biases=ATTENTION_BIAS,
+    heads_divide=True,
+)
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM", DENSE, PRE_NORMS),
+    "llama": Architecture(
+        "LlamaForCausalLM",
+        DENSE,
+        PRE_NORMS,
+        biases=(*ATTENTION_BIAS, ("down", "mlp_bias")),
+        heads_divide=True,
+        twin="mistral",
+    ),
     "mistral": Architecture("MistralForCausalLM", DENSE, PRE_NORMS),
     "qwen2": Architecture("Qwen2ForCausalLM", DENSE, PRE_NORMS),
-    "qwen3": Architecture("Qwen3ForCausalLM", DENSE, PRE_NORMS),
-    "gemma2": Architecture(
-        "Gemma2ForCausalLM", DENSE, GEMMA_NORMS, norm_plus_one=True, output_norms=GEMMA_OUTPUT_NORMS
-    ),
-    "gemma3_text": Architecture(
-        "Gemma3ForCausalLM", DENSE, GEMMA_NORMS, norm_plus_one=True, output_norms=GEMMA_OUTPUT_NORMS
-    ),
+    "qwen3": Architecture("Qwen3ForCausalLM", DENSE, PRE_NORMS, biases=ATTENTION_BIAS),
+    "gemma2": GEMMA2,
+    "gemma3_text": replace(GEMMA2, model_class="Gemma3ForCausalLM"),
     "phi3": Architecture("Phi3ForCausalLM", FUSED, PRE_NORMS),
     "mixtral": Architecture(
         "MixtralForCausalLM",
@@ -144,6 +168,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         DENSE,
         PRE_NORMS,
         experts=Experts("mlp.experts", "mlp.experts", "mlp.gate", "gate_proj", "up_proj", "down_proj"),
+        biases=ATTENTION_BIAS,
     ),
 }
 

@@ -18,6 +18,7 @@ from compress.core.lazy import lazy_module
 from compress.core.model_files import MASKED_KEY
 from compress.core.places import recorded_name
 from compress.core.safetensors_io import TensorInfo, load_rows, load_tensor, torch_dtype
+from compress.core.sizes import widths_of
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
@@ -124,6 +125,10 @@ class Checkpoint:
         config, chat template, licence."""
         return aux_files(self.folder)
 
+    def aux_bytes(self, path: Path) -> bytes:
+        """The content of one of them."""
+        return (self.folder / path).read_bytes()
+
     def sha256(self) -> dict[str, str]:
         """Digest of config, weight, tokenizer and other carried files by name. Computed once."""
         return dict(self._sha256)
@@ -168,10 +173,10 @@ class Checkpoint:
     def groups_by_depth(self, index: int) -> list[tuple[str, list[str], int]]:
         """As groups(), with the depth of each: groups of one depth do not feed each other."""
         block = self.block_name(index)
-        specs = self.architecture.groups_of(self._expert_count(index))
+        specs = self.architecture.groups_of(self.expert_count(index))
         return [(spec.name, [f"{block}.{site}" for site in spec.sites], spec.depth) for spec in specs]
 
-    def _expert_count(self, index: int) -> int:
+    def expert_count(self, index: int) -> int:
         """How many experts a block has on disk; 0 for a dense block."""
         experts = self.architecture.experts
         if experts is None:
@@ -249,7 +254,7 @@ class Checkpoint:
         """The transformers model of this config without weights."""
         from compress.core._skeleton import Skeleton
 
-        return Skeleton(self.folder, self.architecture)
+        return Skeleton(self.folder, self.architecture, widths=widths_of(self.config))
 
     def build_block(self, index: int, dtype: dtype, device: str = "cpu") -> nn.Module:
         """Block `index`, computing in `dtype`. Weights of linear layers stay mapped in their stored dtype."""

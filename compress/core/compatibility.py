@@ -102,6 +102,8 @@ class Engine(_Data):
     evidence: str
     readers: dict[str, Reader]
     otherwise: str = "it does not read this format"
+    uneven: bool = False
+    """Whether it reads models whose layers differ in width."""
 
     @property
     def label(self) -> str:
@@ -215,9 +217,21 @@ def preflight(
     format: str = "compressed-tensors",
     *,
     tensor_parallel: int = 1,
+    uneven: bool = False,
 ) -> list[Verdict]:
-    """What each engine of the table will make of a model: `schemes` of its quantized modules, `shapes` [out, in]."""
-    return [_verdict(engine, schemes, shapes, format, tensor_parallel) for engine in table().engines]
+    """What each engine of the table will make of a model: `schemes` of its quantized modules, `shapes` [out, in];
+    `uneven`: its layers differ in width."""
+    return [
+        _narrow_minded(engine)
+        if uneven and not engine.uneven
+        else _verdict(engine, schemes, shapes, format, tensor_parallel)
+        for engine in table().engines
+    ]
+
+
+def _narrow_minded(engine: Engine) -> Verdict:
+    why = "layers differ in width, which `compress level` mends where weights are dense"
+    return Verdict(engine.name, "no", f"{engine.label} does not load it: {why} ({engine.evidence})")
 
 
 def _verdict(

@@ -46,6 +46,12 @@ class Curvature:
     inputs: Tensor
     outputs: dict[str, Tensor]
 
+    @property
+    def family(self) -> str:
+        """What is best treated alike: the group itself; of experts, all groups of one kind in a block."""
+        block, marker, rest = self.name.partition(".experts.")
+        return f"{block}{marker}{rest.rpartition('.')[2]}" if marker else self.name
+
     def loss(self, layer: str, error_RK: Tensor, rows: slice) -> float:
         """Nats a token by which KL grows if `error_RK` is what `rows` of a layer's weight are wrong by."""
         if self.inputs.dim() == 1:

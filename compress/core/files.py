@@ -205,8 +205,9 @@ def publish_dir(staged: Path, final: Path, *, replace: bool = False) -> None:
             remove_tree(aside)
             sync_folder(final)
             os.rename(final, aside)
-            sync_folder(final.parent)
         try:
+            if aside.exists():
+                sync_folder(final.parent)
             os.rename(staged, final)
         except OSError:
             if aside.exists():

@@ -103,7 +103,7 @@ def folds_of(block: Block, checkpoint: Checkpoint) -> list[Fold]:
 def _from_norms(block: Block, checkpoint: Checkpoint) -> list[Fold]:
     architecture, found = checkpoint.architecture, []
     for norm in architecture.norms:
-        groups = tuple(group for group in block.groups if _kind(group) in norm.feeds)
+        groups = tuple(group for group in block.groups if group.kind in norm.feeds)
         if not groups:
             continue
         maker = NormMaker(block.parameters[f"{block.name}.{norm.name}.weight"], float(architecture.norm_plus_one))
@@ -120,7 +120,7 @@ def _from_rows(block: Block, checkpoint: Checkpoint) -> list[Fold]:
     found = []
     for source, fed in FEEDERS:
         for group in block.groups:
-            if _kind(group) != fed:
+            if group.kind != fed:
                 continue
             source_group = by_name[group.name.removesuffix(fed) + source]
             site = source_group.sites[-1]
@@ -140,8 +140,3 @@ def _rows(group: Group, count: int, heads: int) -> Tensor:
     sharing = group.width // count
     channel_K = torch.arange(group.width)
     return channel_K // head_size // sharing * head_size + channel_K % head_size
-
-
-def _kind(group: Group) -> str:
-    """The group's name without the expert that it belongs to."""
-    return group.name.rpartition(".")[2]

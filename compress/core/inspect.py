@@ -1,4 +1,5 @@
-"""inspect: facts about any model folder, from its config and headers alone. Data only; the command line prints it."""
+"""inspect: facts about any model folder, from its config and headers alone, but for counts of zeros. Data only; the
+command line prints it."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ from compress.core.architectures import ARCHITECTURES
 from compress.core.compatibility import Verdict, preflight
 from compress.core.errors import InputError, UsageError
 from compress.core.formats import NotRead, Reader, method_of, reader_for
+from compress.core.model_files import MASKED_KEY
 from compress.core.safetensors_io import TensorInfo
 from compress.core.scheme import Scheme
+from compress.core.sizes import UNEVEN_NOTICE, widths_of
+from compress.core.zeros import Zeros, count_zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class Inspection:
     engines: tuple[Verdict, ...]
     source: str | None
     revision: str | None
+    zeros: Zeros | None
     notices: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,8 +71,11 @@ class Inspection:
         return data
 
 
-def inspect(folder: str | Path) -> Inspection:
-    """Read config and headers of a model folder. InputError for a folder that holds no readable model."""
+def inspect(folder: str | Path, *, zeros: bool = False) -> Inspection:
+    """Read config and headers of a model folder. InputError for a folder that holds no readable model.
+
+    Zeros are counted, which reads all weights, in masked models, and with `zeros` in others that are not quantized.
+    """
     path = Path(folder)
     if not path.is_dir():
         raise UsageError("there is no such folder", where=str(folder))
@@ -87,6 +95,9 @@ def inspect(folder: str | Path) -> Inspection:
     size = sum(info.bytes for info in contents.tensors.values())
     lineage = {} if contents.manifest is None else contents.manifest.lineage
     family = str(contents.config.get("model_type"))
+    uneven = family in ARCHITECTURES and widths_of(contents.config) is not None
+    if uneven:
+        notices.append(UNEVEN_NOTICE)
     return Inspection(
         folder=str(folder),
         family=family,
@@ -99,11 +110,21 @@ def inspect(folder: str | Path) -> Inspection:
         tied="lm_head.weight" not in contents.tensors and "lm_head" not in schemes,
         schemes=_counts(layers),
         layers=layers,
-        engines=_engines(reader, schemes, layers),
+        engines=_engines(reader, schemes, layers, uneven=uneven),
         source=_text(lineage.get("source")),
         revision=_text(lineage.get("revision")),
+        zeros=_zeros(contents, notices) if zeros or contents.config.get(MASKED_KEY) else None,
         notices=tuple(notices),
     )
+
+
+def _zeros(contents: Contents, notices: list[str]) -> Zeros | None:
+    if method_of(contents.config) is not None or contents.config.get("model_type") not in ARCHITECTURES:
+        notices.append("zeros are counted in models of known families that are not quantized")
+        return None
+    from compress.core.checkpoint import Checkpoint
+
+    return count_zeros(Checkpoint.open(contents.folder))
 
 
 def _quantized(contents: Contents, notices: list[str]) -> tuple[Reader | None, dict[str, Scheme]]:
@@ -156,12 +177,14 @@ def _counts(layers: Iterable[LayerFacts]) -> dict[str, int]:
     return counts
 
 
-def _engines(reader: Reader | None, schemes: Mapping[str, Scheme], layers: Iterable[LayerFacts]) -> tuple[Verdict, ...]:
+def _engines(
+    reader: Reader | None, schemes: Mapping[str, Scheme], layers: Iterable[LayerFacts], *, uneven: bool
+) -> tuple[Verdict, ...]:
     """Who loads it; empty for models that are not quantized or not read."""
     if reader is None:
         return ()
     shapes = {layer.name: (layer.shape[0], layer.shape[1]) for layer in layers if layer.name in schemes}
-    return tuple(preflight(schemes, shapes, reader.method))
+    return tuple(preflight(schemes, shapes, reader.method, uneven=uneven))
 
 
 def _text(value: object) -> str | None:

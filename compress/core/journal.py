@@ -119,6 +119,11 @@ def _checksum(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
+def recorded_fingerprint(path: Path) -> dict[str, Any] | None:
+    """The fingerprint of the run whose journal lies at `path`; None if there is none."""
+    return next((entry.data for entry in _read(path) if entry.kind == "fingerprint"), None)
+
+
 def finished_units(path: Path) -> int:
     """How many finished units the journal at `path` names."""
     return sum(entry.kind not in ("fingerprint", "replaces") for entry in _read(path))

@@ -94,8 +94,40 @@ def estimate(checkpoint: Checkpoint, tokens: Tokens | None, *, true_sequential: 
     return Cost(held, spill_bytes, seconds / 60)
 
 
-def sensing_cost(checkpoint: Checkpoint, tokens: Tokens | None) -> Cost:
-    """Cost of one forward and one backward pass with a block in memory, and of judging some roundings of each layer."""
+def reading_cost(checkpoint: Checkpoint, tokens: Tokens | None, *, blocks: int, heads: int, beside_bytes: int) -> Cost:
+    """Cost of `blocks` forwards of one block each over `tokens`, of the head behind `heads` of them, and of writing
+    every block. `beside_bytes` are held beside the hidden states."""
+    from compress.core._forward import LOGITS_BYTES
+    from compress.core._skeleton import KEPT_CASTS_BYTES
+
+    every = [groups_of(checkpoint, index) for index in range(checkpoint.num_blocks)]
+    largest = max(every, key=lambda groups: sum(group.rows * group.width for group in groups))
+    weights = sum(group.rows * group.width for group in largest)
+    count = 0 if tokens is None else tokens.ids.numel()
+    hidden, vocabulary = checkpoint.config["hidden_size"], checkpoint.config["vocab_size"]
+    stream_bytes = count * hidden * checkpoint.dtype.itemsize
+    spilled = stream_bytes > SPILL_ABOVE_BYTES
+    passing = 4 * _at_once(tokens) * (2 * max(group.width for group in largest) + max(g.rows for g in largest))
+    if heads:
+        one_sample = 0 if tokens is None else 4 * tokens.ids.shape[1] * vocabulary
+        passing = max(passing, 2 * max(LOGITS_BYTES, one_sample) + 4 * hidden * vocabulary)
+    held = IMPORTS_BYTES + GAPS_BYTES + KEPT_CASTS_BYTES + weights * (checkpoint.dtype.itemsize + CODES_BYTES) + passing
+    passed = sum(group.rows * group.width * group.share for groups in every for group in groups) / len(every)
+    products = 2 * count * (blocks * passed + heads * hidden * vocabulary) / FORWARD_EFFICIENCY
+    seconds = START_SECONDS + BLOCK_SECONDS * (blocks + len(every)) + products / machine_speed().matmul
+    return Cost(held + beside_bytes + (0 if spilled else 2 * stream_bytes), 2 * stream_bytes * spilled, seconds / 60)
+
+
+def sensing_cost(
+    checkpoint: Checkpoint,
+    tokens: Tokens | None,
+    *,
+    choices: int = SENSED_CHOICES,
+    passes: int = GRID_CANDIDATES * GRID_PASSES,
+    forwards: int = 1,
+) -> Cost:
+    """Cost of forward passes and one backward pass with a block in memory, and of judging some choices for each layer
+    (roundings, sparsities), which take so many `passes` over its weights."""
     blocks = [groups_of(checkpoint, index) for index in range(checkpoint.num_blocks)]
     count = 0 if tokens is None else tokens.ids.numel()
     width = checkpoint.config["hidden_size"]
@@ -108,9 +140,11 @@ def sensing_cost(checkpoint: Checkpoint, tokens: Tokens | None) -> Cost:
     held = IMPORTS_BYTES + 4 * weights + moments + passing + ROUNDING_BYTES + (0 if spilled else kept)
     speed = machine_speed()
     every = sum(group.rows * group.width * group.share for groups in blocks for group in groups)
-    products = 8 * count * every / FORWARD_EFFICIENCY / speed.matmul
-    rounding = SENSED_CHOICES * GRID_CANDIDATES * GRID_PASSES * every / speed.elements
-    return Cost(held, spilled, (products + rounding) / 60)
+    judging = sum(
+        2 * choices * group.rows * group.width**2 for groups in blocks for group in groups if group.share == 1
+    )
+    products = ((6 + 2 * forwards) * count * every / FORWARD_EFFICIENCY + judging) / speed.matmul
+    return Cost(held, spilled, (products + choices * passes * every / speed.elements) / 60)
 
 
 def _at_once(tokens: Tokens | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -13,23 +13,26 @@ from compress.core.events import Listener, silent
 from compress.core.memory import SPILL_ABOVE_BYTES
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
     from compress.core.curvature import Curvature
+    from compress.core.saves import Saves
     from compress.core.scheme import Scheme
-    from compress.core.services import Latency, Sampler, TeacherWriter
+    from compress.core.services import Sampler, TeacherWriter
     from compress.core.statistics import Statistic
     from compress.core.tensors import QuantTensor
-    from compress.core.walk import Block, BlockSink, Preparation
+    from compress.core.walk import Block, BlockSink, Preparation, Watch
 
 WeightKind = Literal["dense", "masked", "quantized"]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What happens to one linear layer: its scheme, or the share of its weights that becomes zero, or the reason why it
-    stays as it is. With `alternatives` it gets one of these schemes, found out while the stage runs; scheme and bytes
-    are then those of a uniform choice."""
+    """What happens to one linear layer: its scheme, or the share of its weights that becomes zero, or the shape that it
+    shrinks to, or the reason why it stays as it is. With `alternatives` it gets one of these schemes, found out while
+    the stage runs; scheme and bytes are then those of a uniform choice."""
 
     name: str
     shape: tuple[int, int]
@@ -39,6 +42,7 @@ class LayerPlan:
     reason: str = ""
     alternatives: tuple[Scheme, ...] = ()
     sparsity: float | None = None
+    becomes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,8 @@ class Job:
     spill_above_bytes: int = SPILL_ABOVE_BYTES
     events: Listener = silent
     sampler: Sampler | None = None
-    latency: Latency | None = None
     teacher_writer: TeacherWriter | None = None
+    saves: Saves | None = None
     notes: list[str] = field(default_factory=list)
     remember: Callable[[str, Callable[[], Any]], Any] = lambda name, compute: compute()
     """remember(name, compute): what `compute` gives as plain data; a resumed run gets it without computing again."""
@@ -100,11 +104,33 @@ class Job:
             **self._means,
         )
 
-    def measure(self, collect: frozenset[type[Statistic]], calibrate: bool = True) -> Iterator[Block]:
-        """Every block as it is, with statistics of its inputs, for what must see all layers before the work."""
+    def measure(
+        self,
+        collect: frozenset[type[Statistic]] = frozenset(),
+        calibrate: bool = True,
+        keep: frozenset[str] = frozenset(),
+        watch: Watch | None = None,
+    ) -> Iterator[Block]:
+        """Every block as it is, with statistics of its inputs, for what must see all layers before the work. `watch`
+        sees single modules at work."""
         from compress.core.walk import measure
 
-        return measure(self.checkpoint, self.calibration if calibrate else None, collect, **self._means)
+        tokens = self.calibration if calibrate else None
+        return measure(self.checkpoint, tokens, collect, keep=keep, watch=watch, **self._means)
+
+    def logits(self, source: Checkpoint) -> Iterator[Tensor]:
+        """Logits [B, T, V] of `source` on the calibration tokens, with one block in memory at a time."""
+        from compress.core.walk import stream_logits
+
+        if self.calibration is None:
+            return iter(())
+        means = {name: value for name, value in self._means.items() if name != "events"}
+        return stream_logits(source, self.calibration, **means)
+
+    def onto(self, source: Checkpoint) -> Job:
+        """The same stage, reading and writing `source` instead: names, numbers of blocks and config are its own."""
+        self.sink.become(source)
+        return replace(self, checkpoint=source)
 
     def curvatures(self, tokens: Tokens, *, vocabulary: bool) -> Iterator[Curvature]:
         """How much the model minds errors in each layer, on these tokens; `vocabulary`: of embedding and head, too."""
@@ -138,6 +164,8 @@ class Pass(BaseModel, ABC):
     gives: ClassVar[WeightKind | None]
     paper: ClassVar[str]
     needs_calibration: ClassVar[bool]
+    renumbers_tokens: ClassVar[bool] = False
+    """Whether tokens have other ids after it. It remembers as "kept" which of the old ones stay, in the new order."""
     formats: ClassVar[tuple[str, ...]] = ("compressed-tensors", "gptq", "awq")
 
     def refusal(self, kind: WeightKind) -> str | None:
@@ -153,6 +181,15 @@ class Pass(BaseModel, ABC):
     def transforms(self) -> tuple[str, ...]:
         """What changes weights beside the method proper, by name: such weights do not resemble the source's."""
         return ()
+
+    def after(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with the shapes and the config that this pass leaves: what later stages plan with. Which rows
+        and columns stay is known only when it has run."""
+        return checkpoint
+
+    def part(self, number: int, count: int) -> Pass:
+        """This pass as step `number` (from 1) of `count` with which it reaches its target; itself if it has none."""
+        return self
 
     def view(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint as this pass reads it: itself, or a view that transforms tensors as they are read."""

@@ -7,16 +7,17 @@ transformers; each stage's settings are checked by the Pass of its method.
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationError, model_serializer
 
-from compress.core.errors import RecipeError
+from compress.core.errors import RecipeError, UsageError
 from compress.core.passes import Pass
 from compress.core.places import locate
-from compress.core.positions import ROOT, Problem, YamlSource
-from compress.core.recipe_checks import CHECKS, apply_overrides, reserved_problem
+from compress.core.positions import ROOT, NodePath, Problem, YamlSource
+from compress.core.recipe_checks import CHECKS, apply_overrides, composition_problem, reserved_problem
 from compress.core.recipe_sections import Calibration, Evaluation, Export, Gate, Perplexity, Section, Text
 from compress.core.recipe_stages import Kind, read_stages
 from compress.core.recipe_words import problems_of
@@ -37,12 +38,35 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a stage stands in a text. It is nothing of what the stage is: all places are equal."""
+
+    source: YamlSource | None = field(default=None, compare=False)
+    path: NodePath = field(default=(), compare=False)
+
+
 class Stage(Section):
     """One step: its kind, its method, and the method's settings. Written as `- quantize: {method: gptq, bits: 4}`."""
 
     kind: Kind
     method: Text
     settings: SerializeAsAny[Pass]
+
+    _place: "_Place" = PrivateAttr(default_factory=lambda: _Place())
+
+    def refused(self, error: UsageError, number: int) -> UsageError:
+        """What the method says against stage `number`, with the line of the recipe that it stands in, if that is known.
+        Errors about something else than the stage's own settings stay as they are."""
+        field = "" if error.where is None else error.where.removeprefix(f"{self.kind}.")
+        if isinstance(error, RecipeError) or (error.where is not None and field == error.where):
+            return error
+        source = self._place.source
+        if source is None:
+            where = f"stages[{number}].{self.kind}" + (f".{field}" if field else "")
+            return UsageError(error.message, where=where, hint=error.hint)
+        inside = (*self._place.path, *([field] if field else []))
+        return source.error(Problem(inside, error.message, error.hint, at_key=not field))
 
     @model_serializer
     def _as_written(self) -> dict[str, Any]:
@@ -165,8 +189,11 @@ def check_recipe(
     if problems:
         return None, source.errors(problems)
     fields = {name: getattr(shell, name) for name in shell.model_fields_set}
-    recipe = Recipe(stages=tuple(Stage(kind=k, method=m, settings=s) for k, m, s in stages), **fields)
+    recipe = Recipe(stages=tuple(Stage(kind=s.kind, method=s.method, settings=s.settings) for s in stages), **fields)
+    for stage, read in zip(recipe.stages, stages, strict=True):
+        stage._place = _Place(source, read.path)
     if "format" not in recipe.export.model_fields_set:
         recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"format": recipe.stage_format})})
-    problems = [problem for check in CHECKS if (problem := check(recipe))]
+    found = [composition_problem(recipe, [stage.path for stage in stages]), *(check(recipe) for check in CHECKS)]
+    problems = [problem for problem in found if problem]
     return (None if problems else recipe), source.errors(problems)

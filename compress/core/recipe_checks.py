@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import RecipeError
-from compress.core.positions import NodePath, Problem, YamlSource, nested
+from compress.core.positions import NodePath, Problem, YamlSource, dotted, nested
 from compress.core.yaml_source import parse_value
 
 if TYPE_CHECKING:
@@ -85,11 +85,12 @@ def reserved_problem(data: dict[str, Any]) -> Problem | None:
     return None
 
 
-def composition_problem(recipe: "Recipe") -> Problem | None:
-    """A stage that does not take what the one before it gives, or lacks its calibration data."""
+def composition_problem(recipe: "Recipe", places: Sequence[NodePath]) -> Problem | None:
+    """A stage that does not take what the one before it gives, or lacks its calibration data. `places`: where each
+    stage stands."""
     state, left_by = "dense", "the model's"
-    for index, stage in enumerate(recipe.stages):
-        settings, path = stage.settings, ("stages", index, stage.kind)
+    for stage, path in zip(recipe.stages, places, strict=True):
+        settings = stage.settings
         refusal = settings.refusal(state)
         if refusal:
             return Problem(path, f"{stage.method} {refusal}, but {left_by} are {state}", at_key=True)
@@ -97,7 +98,7 @@ def composition_problem(recipe: "Recipe") -> Problem | None:
             message = f"{stage.method} needs calibration data"
             return Problem(path, message, "add calibration: {dataset: …}", at_key=True)
         if settings.gives is not None:
-            state, left_by = settings.gives, f"those that stages[{index}] leaves"
+            state, left_by = settings.gives, f"those that {dotted(path[:-1])} leaves"
     return None
 
 
@@ -127,7 +128,7 @@ def evaluation_problem(recipe: "Recipe") -> Problem | None:
     evaluate = recipe.evaluate
     if evaluate is None:
         return None
-    if evaluate.perplexity is None and not evaluate.tasks:
+    if evaluate.perplexity is None and not evaluate.tasks and evaluate.speed is None:
         return Problem(("evaluate",), "measures nothing", "add perplexity: {dataset: …} or tasks: […]", at_key=True)
     text = evaluate.perplexity
     if text is not None and text.stride is not None and text.stride > text.window:
@@ -150,4 +151,4 @@ def export_problem(recipe: "Recipe") -> Problem | None:
     return Problem(("export", "format"), message, "add a quantize stage")
 
 
-CHECKS = (composition_problem, export_problem, evaluation_problem, gate_problem)
+CHECKS = (export_problem, evaluation_problem, gate_problem)

@@ -79,6 +79,17 @@ class Perplexity(Section):
     documents: bool = Field(False, description="score each document by itself; false: end to end")
 
 
+class Speed(Section):
+    """Tokens a second through the runtime, the original and the artifact in turns. Of this machine: for the report."""
+
+    batches: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)] = Field(
+        (1, 16), description="requests at a time, each a row of the report"
+    )
+    prompt_tokens: Positive = Field(128, description="tokens of each prompt, random ones")
+    output_tokens: AtLeastTwo = Field(64, description="tokens that each request is answered with")
+    rounds: Annotated[int, Field(ge=1, le=100)] = Field(3, description="turns of each model; medians count")
+
+
 class Evaluation(Section):
     """What is measured on the original and on the artifact."""
 
@@ -89,6 +100,7 @@ class Evaluation(Section):
     limit: Positive | None = Field(None, description="documents of each task; all, unless given")
     chat_template: bool = Field(False, description="ask with the model's chat template")
     through: Literal["runtime", "transformers"] = Field("runtime", description="what runs the models")
+    speed: Speed | None = Field(None, description="tokens a second of both in the runtime, for the report")
     numerics: Literal["fast", "exact"] = Field(
         "fast", description="of the runtime: packed kernels as deployed, or fp32 that depends on nothing but the text"
     )

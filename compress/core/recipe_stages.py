@@ -1,24 +1,47 @@
-"""Stages of a recipe: a list of one-key mappings, each checked by the Pass of its method."""
+"""Stages of a recipe: a list of one-key mappings, each checked by the Pass of its method.
+
+`steps` stands for its stages several times, each method doing its part; only plain stages leave this file.
+"""
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from compress.core.errors import UsageError
 from compress.core.methods import FOLDERS, available_kinds, find_pass, suggestion
 from compress.core.passes import Pass
 from compress.core.positions import NodePath, Problem
+from compress.core.recipe_sections import Section
 from compress.core.recipe_words import problems_of, shown
 
 MAX_STAGES = 32
+STEPS = "steps"
 
 Kind = Literal["prune", "distill", "quantize", "kv_cache"]
-ReadStage = tuple[Kind, str, Pass]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadStage:
+    """One stage, and where it stands in the recipe: one of `steps` stands there once and is several stages."""
+
+    kind: Kind
+    method: str
+    settings: Pass
+    path: NodePath
+
+
+class Steps(Section):
+    """These stages one after the other, `count` times: each prune stage does its part of its target every time."""
+
+    count: int = Field(ge=1, le=MAX_STAGES, description="how many times")
+    stages: tuple[Any, ...] = Field(min_length=1, description="at least one of them prunes")
 
 
 def read_stages(data: dict[str, Any], allow_code: tuple[str, ...]) -> tuple[list[ReadStage], list[Problem]]:
-    """(kind, method, settings) of each stage, and what is wrong with the others."""
+    """The stages, those of `steps` written out, and what is wrong with the others."""
     raw = data.get("stages")
     path: NodePath = ("stages",)
     if raw is None or raw == []:
@@ -30,11 +53,54 @@ def read_stages(data: dict[str, Any], allow_code: tuple[str, ...]) -> tuple[list
         return [], [Problem(path, f"has {len(raw)} stages, more than {MAX_STAGES}")]
     stages, problems = [], []
     for index, entry in enumerate(raw):
-        stage, found = _read_stage(entry, (*path, index), allow_code)
-        problems += found
-        if stage:
-            stages.append(stage)
+        read = _read_steps if isinstance(entry, dict) and list(entry) == [STEPS] else _read_one
+        found, wrong = read(entry, (*path, index), allow_code)
+        stages += found
+        problems += wrong
+    if len(stages) > MAX_STAGES:
+        problems.append(Problem(path, f"has {len(stages)} stages with all steps, more than {MAX_STAGES}"))
     return stages, problems
+
+
+def _read_one(entry: Any, path: NodePath, allow_code: tuple[str, ...]) -> tuple[list[ReadStage], list[Problem]]:
+    stage, problems = _read_stage(entry, path, allow_code)
+    return [stage] if stage else [], problems
+
+
+def _read_steps(
+    entry: dict[str, Any], path: NodePath, allow_code: tuple[str, ...]
+) -> tuple[list[ReadStage], list[Problem]]:
+    path, data = (*path, STEPS), entry[STEPS]
+    if not isinstance(data, dict):
+        hint = "for example steps: {count: 3, stages: […]}"
+        return [], [Problem(path, f"should be a mapping of count and stages, not {shown(data)}", hint)]
+    try:
+        steps = Steps.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        return [], problems_of(error, data, path, Steps)
+    if steps.count * len(steps.stages) > MAX_STAGES:
+        message = f"are {steps.count * len(steps.stages)} stages, more than {MAX_STAGES}"
+        return [], [Problem(path, message, at_key=True)]
+    stages, problems = [], []
+    for index, inner in enumerate(steps.stages):
+        here = (*path, "stages", index)
+        if isinstance(inner, dict) and STEPS in inner:
+            problems.append(Problem((*here, STEPS), "steps cannot stand inside of steps", at_key=True))
+            continue
+        found, wrong = _read_one(inner, here, allow_code)
+        stages += found
+        problems += wrong
+    if problems:
+        return [], problems
+    if not any(stage.kind == "prune" for stage in stages):
+        return [], [Problem(path, "has no prune stage: there is nothing to do in steps", at_key=True)]
+    return list(_written_out(stages, steps.count)), []
+
+
+def _written_out(stages: list[ReadStage], count: int) -> Iterator[ReadStage]:
+    for number in range(1, count + 1):
+        for stage in stages:
+            yield replace(stage, settings=stage.settings.part(number, count))
 
 
 def _read_stage(entry: Any, path: NodePath, allow_code: tuple[str, ...]) -> tuple[ReadStage | None, list[Problem]]:
@@ -74,7 +140,7 @@ def _read_settings(
         return None, [Problem((*path, "method"), error.message, error.hint)]
     options = {key: value for key, value in settings.items() if key != "method"}
     try:
-        return (found.kind, method, found.model_validate_json(json.dumps(options))), []
+        return ReadStage(found.kind, method, found.model_validate_json(json.dumps(options)), path), []
     except ValidationError as error:
         return None, problems_of(error, settings, path, found, "method")
 
@@ -86,7 +152,7 @@ def _described(entry: Any) -> str:
 
 
 def _meant(kind: str) -> str | None:
-    return suggestion(kind, [*FOLDERS, "kv_cache"])
+    return suggestion(kind, [*FOLDERS, STEPS])
 
 
 def _example() -> str:

@@ -7,6 +7,7 @@ from ruamel.yaml import YAML
 
 from compress.core.methods import available_kinds, find_pass
 from compress.core.recipe import Recipe
+from compress.core.recipe_stages import STEPS, Steps
 
 _ORDER = ("model", "revision", "calibration", "stages", "export", "evaluate", "gate")
 
@@ -33,14 +34,14 @@ def recipe_schema() -> dict[str, Any]:
     """JSON schema (2020-12) of a recipe: `oneOf` the methods of each kind, each with its own settings."""
     schema = Recipe.model_json_schema()
     definitions = schema.setdefault("$defs", {})
-    for name in ("Stage", "Pass"):
-        definitions.pop(name, None)
+    definitions.pop("Pass", None)
     kinds = {kind: _kind_schema(kind, methods, definitions) for kind, methods in available_kinds().items()}
+    definitions["Stage"] = {"oneOf": [_stage_schema(kind, settings) for kind, settings in kinds.items()]}
     schema["properties"]["stages"] = {
         "type": "array",
         "minItems": 1,
         "description": "what is done to the model, in this order",
-        "items": {"oneOf": [_stage_schema(kind, settings) for kind, settings in kinds.items()]},
+        "items": {"oneOf": [{"$ref": "#/$defs/Stage"}, _stage_schema(STEPS, _steps_schema())]},
     }
     schema["properties"] = {key: schema["properties"][key] for key in _ORDER}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "compress recipe"}
@@ -48,6 +49,12 @@ def recipe_schema() -> dict[str, Any]:
 
 def _stage_schema(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": {kind: settings}, "required": [kind], "additionalProperties": False}
+
+
+def _steps_schema() -> dict[str, Any]:
+    schema = Steps.model_json_schema()
+    schema["properties"]["stages"]["items"] = {"$ref": "#/$defs/Stage"}
+    return schema
 
 
 def _kind_schema(kind: str, methods: list[str], definitions: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,6 @@ class Sampler(Protocol):
     def __call__(self, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float) -> list[list[int]]: ...
 
 
-class Latency(Protocol):
-    """Milliseconds for one decode step of a checkpoint folder at a batch size."""
-
-    def __call__(self, folder: str, batch_size: int) -> float: ...
-
-
 class TeacherWriter(Protocol):
     """Writes a teacher's top logits for token batches into a folder."""
 

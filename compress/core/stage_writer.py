@@ -10,8 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from compress.core.cuts import Cut, Cuts, cut, widen
 from compress.core.errors import ArtifactError
-from compress.core.files import Written, copy_file, make_folder, write_entries, written_file
+from compress.core.files import Written, atomic_write, make_folder, write_entries, written_file
 from compress.core.formats import writer_for
 from compress.core.journal import Journal
 from compress.core.model_files import (
@@ -85,10 +86,11 @@ class StageWriter:
         data = self._blocks[index]
         infos = read_header(self.folder / data["file"])
         schemes = {module: Scheme(**fields) for module, fields in data["schemes"].items()}
+        cuts = {name: [Cut.from_json(one) for one in found] for name, found in data["cuts"].items()}
         found: dict[str, torch.Tensor | QuantTensor] = {}
         for module, scheme in schemes.items():
             found[module] = self._format.decode(module, lambda name: load_tensor(infos[name]), scheme)
-        return found | {name: load_tensor(infos[name]) for name in data["dense"]}
+        return found | {name: widen(load_tensor(infos[name]), cuts.get(name, ())) for name in data["dense"]}
 
     def record(self, index: int) -> BlockRecord:
         """What the walk noted about finished block `index`."""
@@ -98,15 +100,22 @@ class StageWriter:
         sites = tuple(SiteRecord(**site) for site in fields.pop("sites"))
         return BlockRecord(**fields, sites=sites)
 
-    def commit(self, index: int, tensors: Mapping[str, torch.Tensor | QuantTensor], record: BlockRecord) -> None:
-        """Write block `index`: `tensors` where given, the source's own bytes for the rest of the block."""
+    def commit(
+        self,
+        index: int,
+        tensors: Mapping[str, torch.Tensor | QuantTensor],
+        record: BlockRecord,
+        cuts: Cuts = MappingProxyType({}),
+    ) -> None:
+        """Write block `index`: `tensors` where given, the source's own bytes for the rest of the block, each without
+        what `cuts` leaves out."""
         if index != len(self._blocks):
             raise ArtifactError(f"block {index} was committed where block {len(self._blocks)} is due")
         quantized = {name: value for name, value in tensors.items() if isinstance(value, QuantTensor)}
         name = shard_name(index, self._source.num_blocks)
         written = write_entries(
             self.folder / name,
-            [*self._changed(tensors), *self._kept(self._source.block_tensors(index), tensors)],
+            [*self._changed(tensors, cuts), *self._kept(self._source.block_tensors(index), tensors, cuts)],
             SHARD_METADATA,
         )
         data = {
@@ -116,12 +125,17 @@ class StageWriter:
             **asdict(written),
             "dense": sorted(tensors.keys() - quantized.keys()),
             "schemes": {module: asdict(value.scheme) for module, value in quantized.items()},
+            "cuts": {name: [asdict(one) for one in found] for name, found in cuts.items()},
             "record": asdict(record),
             "seconds": self._lap(),
         }
         self._journal.add("block", data)
         self._blocks.append(data)
         self._after_commit()
+
+    def become(self, source: Checkpoint) -> None:
+        """From here on `source` is what the stage reads: names, numbers of blocks and config are its own."""
+        self._source = source
 
     # ------------------------------------------------------------------ the rest of the folder
     def finish(self, outside: Mapping[str, QuantTensor] = MappingProxyType({})) -> dict[str, Written]:
@@ -138,7 +152,7 @@ class StageWriter:
         self._outside = {module: tensor.scheme for module, tensor in outside.items()}
         for relative in self._source.aux_files:
             make_folder((self.folder / relative).parent)
-            copy_file(self._source.folder / relative, self.folder / relative)
+            atomic_write(self.folder / relative, self._source.aux_bytes(relative))
             files[str(relative)] = written_file(self.folder / relative)
         files["config.json"] = write_json(self.folder / "config.json", self._config())
         files[INDEX_NAME] = write_json(self.folder / INDEX_NAME, shard_index(self.folder, files))
@@ -152,28 +166,41 @@ class StageWriter:
         return {module: Scheme(**fields) for block in blocks for module, fields in block} | self._outside
 
     # ------------------------------------------------------------------ entries
-    def _changed(self, tensors: Mapping[str, torch.Tensor | QuantTensor]) -> Iterator[Entry]:
+    def _changed(
+        self, tensors: Mapping[str, torch.Tensor | QuantTensor], cuts: Cuts = MappingProxyType({})
+    ) -> Iterator[Entry]:
         for name, value in tensors.items():
             if isinstance(value, QuantTensor):
                 encoded = self._format.encode(name, value)
                 yield from (tensor_entry(disk_name, tensor) for disk_name, tensor in encoded.items())
             else:
-                yield tensor_entry(name, self._rounded(name, value))
+                yield tensor_entry(name, self._rounded(name, cut(value, cuts.get(name, ()))))
 
-    def _kept(self, names: list[str], replaced: Mapping[str, object]) -> list[Entry]:
+    def _kept(
+        self, names: list[str], replaced: Mapping[str, object], cuts: Cuts = MappingProxyType({})
+    ) -> Iterator[Entry]:
         """Entries for the source's tensors of `names` that nobody replaced, byte for byte where the dtype stays."""
-        return [
-            self._altered_entry(name) if self._source.alters(name) else self._kept_entry(self._source.tensors[name])
-            for name in names
-            if name not in replaced and name.removesuffix(".weight") not in replaced
-        ]
+        for name in names:
+            if name in replaced or name.removesuffix(".weight") in replaced:
+                continue
+            if name in cuts:
+                yield tensor_entry(name, self._rounded(name, cut(self._source.tensor(name), cuts[name])))
+            elif self._source.alters(name):
+                yield self._altered_entry(name)
+            else:
+                yield self._kept_entry(self._source.tensors[name])
 
     def _altered_entry(self, name: str) -> Entry:
         """Entry for a tensor that the source transforms as it is read; it is made when its turn comes."""
-        wanted = self._wanted_dtype(name) or "F32"
-
+        wanted = self._wanted_dtype(name) or self._altered_dtype(name)
         shape = tuple(self._source.info(name).shape)
         return Entry(name, wanted, shape, lambda: tensor_bytes(self._altered(name, shape, torch_dtype(wanted))))
+
+    def _altered_dtype(self, name: str) -> str:
+        """As the source gives it: what is only cut keeps its dtype."""
+        import torch
+
+        return dtype_name(self._source.rows(name, torch.tensor([0])).dtype)
 
     def _altered(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A transformed tensor in `dtype`; rows of a large one by and by, since fp32 takes twice the room."""

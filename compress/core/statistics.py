@@ -122,6 +122,23 @@ class SquaredMean(Statistic):
         self._sum_K *= factor_K.square()
 
 
+class Mean(Statistic):
+    """Mean of x per input channel, fp32 [K]."""
+
+    def __init__(self, width: int, device: str | torch.device = "cpu") -> None:
+        super().__init__(width, device)
+        self._sum_K = torch.zeros(width, dtype=torch.float32, device=device)
+
+    def _add(self, x_NK: Tensor) -> None:
+        self._sum_K += x_NK.float().sum(dim=0)
+
+    def result(self) -> Tensor:
+        return self._sum_K / max(self.tokens, 1)
+
+    def rescale(self, factor_K: Tensor) -> None:
+        self._sum_K *= factor_K
+
+
 class Sample(Statistic):
     """Some of the inputs themselves, fp32 [≤ ROWS, K]: of every update a few rows, evenly spaced, until there are ROWS.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,36 @@ class Tokens:
         return cls(ids_ST, lengths_S, _hash(ids_ST, lengths_S), source)
 
     @property
+    def counted(self) -> torch.Tensor:
+        """Which ids count, bool [S, T]: all but padding."""
+        if self.lengths is None:
+            return torch.ones_like(self.ids, dtype=torch.bool)
+        return torch.arange(self.ids.shape[1]) < self.lengths[:, None]
+
+    def renumbered(self, kept: Sequence[int]) -> Tokens:
+        """The same tokens where only the ids in `kept` are left, in this order. InputError if others occur."""
+        new = torch.full((max(int(self.ids.max()), *kept) + 1,), -1)
+        new[torch.tensor(kept)] = torch.arange(len(kept))
+        ids_ST = new[self.ids]
+        gone_ST = (ids_ST < 0) & self.counted
+        if bool(gone_ST.any()):
+            raise InputError(
+                f"token {int(self.ids[gone_ST][0])} is removed from the vocabulary, but occurs in the token ids that "
+                "later stages are calibrated on",
+                where=self.source,
+                hint="calibrate on text, or keep more tokens: min_count: 1 keeps all that occur",
+            )
+        return Tokens.of(ids_ST.clamp_(min=0), self.lengths, self.source)
+
+    @property
     def count(self) -> int:
         """Tokens that count, padding left out."""
         return int(self.ids.numel() if self.lengths is None else self.lengths.sum())
+
+    def first(self, tokens: int) -> Tokens:
+        """The first rows, about so many tokens of them: at least one row."""
+        rows = max(1, tokens // self.ids.shape[1])
+        return Tokens.of(self.ids[:rows], None if self.lengths is None else self.lengths[:rows])
 
 
 def _hash(ids_ST: torch.Tensor, lengths_S: torch.Tensor | None) -> str:

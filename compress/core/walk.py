@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from compress.core._activations import Activations, default_micro_batch
 from compress.core._block import Block, BlockRecord, Group, Parameter, Site, SiteRecord
 from compress.core._forward import advance, embed, layer_arguments, logits
-from compress.core._gather import Gathering, Order, Preparation
+from compress.core._gather import Gathering, Order, Preparation, See, Watch
 from compress.core._trim import reuse_freed_memory, trim_memory
 from compress.core.cpu import fast_on_cpu
 from compress.core.errors import InputError, UsageError
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
+    from compress.core.cuts import Cuts
     from compress.core.tensors import QuantTensor
 
 __all__ = [
@@ -48,8 +49,10 @@ __all__ = [
     "BlockSink",
     "Group",
     "Preparation",
+    "See",
     "Site",
     "SiteRecord",
+    "Watch",
     "compute_dtype",
     "default_micro_batch",
     "measure",
@@ -60,12 +63,14 @@ __all__ = [
 
 
 class BlockSink(Protocol):
-    """Keeps finished blocks. commit() gets only what was replaced: the rest of the block is as in the source."""
+    """Keeps finished blocks. commit() gets only what was replaced: the rest of the block is as in the source. Of what
+    is stored, `cuts` leaves something out; load() gives it with zeros there. become(): the source is another one."""
 
     def finished(self) -> int: ...
     def load(self, index: int) -> Mapping[str, Tensor | QuantTensor]: ...
     def record(self, index: int) -> BlockRecord: ...
-    def commit(self, index: int, tensors: dict[str, Tensor | QuantTensor], record: BlockRecord) -> None: ...
+    def commit(self, index: int, tensors: dict[str, Tensor | QuantTensor], record: BlockRecord, cuts: Cuts) -> None: ...
+    def become(self, source: Checkpoint) -> None: ...
 
 
 def walk(
@@ -76,6 +81,7 @@ def walk(
     order: Order = "block",
     keep: Iterable[str] = (),
     preparation: Preparation | None = None,
+    watch: Watch | None = None,
     sink: BlockSink | None = None,
     stored_like: Checkpoint | None = None,
     device: str = "cpu",
@@ -90,8 +96,8 @@ def walk(
     `batches` None walks the weights without any forward. `order="groups"` gathers a group's statistics when they are
     first read, after earlier groups were replaced (true sequential). `keep` names what a block offers as streams:
     "inputs", "targets". `preparation` works on each block before it is yielded; what it leaves dense is rounded to the
-    dtypes of `stored_like` (None: the checkpoint itself). `micro_batch` samples go through a block at once (None:
-    about 1024 tokens).
+    dtypes of `stored_like` (None: the checkpoint itself). `watch` sees modules at work, before a block is yielded.
+    `micro_batch` samples go through a block at once (None: about 1024 tokens).
     """
     reuse_freed_memory()
     compute = compute_dtype(checkpoint, dtype, device)
@@ -104,7 +110,7 @@ def walk(
         kept = stream_dtype(checkpoint, dtype, device)
         stream = fresh_stream(checkpoint, batches, kept, micro_batch, spill_folder, spill_above_bytes)
         arguments = fill_stream(checkpoint, batches, stream, compute, device)
-    gathering = Gathering(stream, tuple(collect), order, device, preparation)
+    gathering = Gathering(stream, tuple(collect), order, device, preparation, watch)
     stored = partial(_stored_dtype, stored_like or checkpoint)
     read_only = sink is None
     events(Started("walk", checkpoint.num_blocks))
@@ -139,7 +145,7 @@ def walk(
             if error is not None:
                 events(Metric("walk", "output_error", error, block.name))
             if sink is not None:
-                sink.commit(index, block.replacements(), record)
+                sink.commit(index, block.replacements(), record, block.cuts)
         events(Progress("walk", index + 1, checkpoint.num_blocks, block.name))
         block.close()
         trim_memory()
@@ -164,6 +170,8 @@ def measure(
     batches: Tokens | None,
     collect: Iterable[type[Statistic]],
     *,
+    keep: Iterable[str] = (),
+    watch: Watch | None = None,
     device: str = "cpu",
     dtype: str | torch.dtype = "auto",
     micro_batch: int | None = None,
@@ -171,11 +179,14 @@ def measure(
     spill_above_bytes: int = SPILL_ABOVE_BYTES,
     events: Listener = silent,
 ) -> Iterator[Block]:
-    """Yield every block with its original weights and statistics, for methods that must see all layers first."""
+    """Yield every block with its original weights and statistics, for methods that must see all layers first. `keep`:
+    as in walk()."""
     for block in walk(
         checkpoint,
         batches,
         collect=collect,
+        keep=keep,
+        watch=watch,
         device=device,
         dtype=dtype,
         micro_batch=micro_batch,
@@ -184,7 +195,7 @@ def measure(
         events=events,
     ):
         yield block
-        if block.replacements():
+        if block.replacements() or block.cuts:
             raise UsageError(f"{block.name} was changed inside measure(), which only reads: use walk()")
 
 

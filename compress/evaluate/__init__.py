@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,16 @@ from compress.evaluate.gate import check_gate
 if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
     from compress.core.recipe import Evaluation
+    from compress.evaluate.scorers import Scorer
 
 __all__ = ["SCHEMA_VERSION", "check_gate", "evaluate", "evaluate_folder"]
 
 SCHEMA_VERSION = 1
 _DIGITS = 6
+OTHER_TOKENS = (
+    "original and artifact have different vocabularies: bits per byte are compared, each by its own tokens; perplexity "
+    "per token, KL divergence and flips cannot be"
+)
 
 
 def evaluate(
@@ -62,13 +68,12 @@ def evaluate(
         "notices": [],
     }
     if evaluation.perplexity is not None:
-        from compress.evaluate.text import measure_text
-        from compress.evaluate.windows import read_windows
-
-        windows = read_windows(evaluation.perplexity, artifact, base_folder, offline=offline)
-        streams = [scorer and scorer.logits(windows.tokens) for scorer in scorers]
-        result |= measure_text(windows, *streams, seed=evaluation.seed, events=events)
-        result["protocol"]["text"] = windows.protocol
+        figures, protocol, notices = _text_figures(
+            original, artifact, scorers, evaluation, base_folder, offline, events
+        )
+        result |= figures
+        result["protocol"]["text"] = protocol
+        result["notices"] += notices
     if evaluation.tasks:
         from compress.evaluate.tasks import measure_tasks
 
@@ -78,6 +83,33 @@ def evaluate(
         result["tasks"], result["protocol"]["tasks"] = tasks, protocol
         result["notices"] += notices
     return rounded(result, result["notices"])
+
+
+def _text_figures(
+    original: Checkpoint | None,
+    artifact: Checkpoint,
+    scorers: Sequence[Scorer],
+    evaluation: Evaluation,
+    base_folder: Path | str | None,
+    offline: bool,
+    events: Listener,
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """(figures, protocol, notices) of a text. Models with different vocabularies cut it into different tokens: then
+    each is measured by its own, and compared is only what counts by bytes."""
+    from compress.evaluate.text import measure_text
+    from compress.evaluate.windows import read_windows
+
+    windows = read_windows(evaluation.perplexity, artifact, base_folder, offline=offline)
+    alone = original is not None and original.config["vocab_size"] != artifact.config["vocab_size"]
+    before = None if original is None or alone else scorers[0].logits(windows.tokens)
+    after = scorers[1].logits(windows.tokens)
+    figures = measure_text(windows, before, after, seed=evaluation.seed, events=events)
+    if original is None or not alone:
+        return figures, windows.protocol, []
+    own = read_windows(evaluation.perplexity, original, base_folder, offline=offline)
+    found = measure_text(own, None, scorers[0].logits(own.tokens), seed=evaluation.seed, events=events)
+    figures["bits_per_byte"]["original"] = found["bits_per_byte"]["artifact"]
+    return figures, windows.protocol, [OTHER_TOKENS]
 
 
 def evaluate_folder(

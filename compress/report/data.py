@@ -97,6 +97,8 @@ def _stage_words(stage: Mapping[str, Any]) -> str:
         text += f" {settings['scheme']}"
     elif settings.get("bits"):
         text += f" {settings['bits']} bits"
+    if stage.get("kind") == "prune":
+        text += _share_words(settings)
     size = settings.get("group_size")
     if size:
         text += ", one group per channel" if size == -1 else f", groups of {size}"
@@ -104,6 +106,19 @@ def _stage_words(stage: Mapping[str, Any]) -> str:
         text += ", asymmetric"
     others = len(settings.get("overrides") or ())
     return text if not others else f"{text}, {'an override' if others == 1 else f'{others} overrides'}"
+
+
+def _share_words(settings: Mapping[str, Any]) -> str:
+    """How much a prune stage takes, as its recipe says it."""
+    if settings.get("pattern") not in (None, "unstructured"):
+        return f" {settings['pattern']}"
+    share = settings.get("sparsity") or settings.get("ratio")
+    if share:
+        return f" {100 * share:g} %"
+    if settings.get("max_size"):
+        return f", at most {format_bytes(settings['max_size'])}"
+    told = (f", {key} {settings[key]:,}" for key in ("keep", "parameters") if settings.get(key))
+    return next(told, "")
 
 
 def as_yaml(data: Any) -> str:

@@ -28,12 +28,16 @@ class Row:
 
 def headline(run: Mapping[str, Any]) -> list[Row]:
     """All figures of a run that fit one table."""
-    return [*_size_rows(run), *_text_rows(run.get("evaluation") or {}), *_task_rows(run), *_cost_rows(run)]
+    evaluation = run.get("evaluation") or {}
+    return [*_size_rows(run), *_text_rows(evaluation), *_task_rows(run), *_speed_rows(run), *_cost_rows(run)]
 
 
 def _size_rows(run: Mapping[str, Any]) -> list[Row]:
     source, artifact = run["source"], run["artifact"]
-    bits_before = 8 * source["bytes"] / source["parameters"]
+    was, now = source["parameters"], artifact.get("parameters", source["parameters"])
+    fewer = [Row("parameters", f"{was:,}", f"{now:,}", words.signed_percent(now / was - 1))] if was != now else []
+    fewer += _shape_rows(source.get("sizes") or {}, artifact.get("sizes") or {})
+    bits_before = 8 * source["bytes"] / was
     return [
         Row(
             "size of the weights",
@@ -41,7 +45,30 @@ def _size_rows(run: Mapping[str, Any]) -> list[Row]:
             format_bytes(artifact["bytes"]),
             words.signed_percent(artifact["bytes"] / source["bytes"] - 1),
         ),
+        *fewer,
         Row("bits per weight", words.number(bits_before), words.number(artifact["bits_per_weight"])),
+    ]
+
+
+SHAPES = {
+    "layers": "layers",
+    "hidden": "hidden size",
+    "heads": "query heads",
+    "kv_heads": "key-value heads",
+    "ffn": "feed-forward channels",
+    "experts": "experts",
+    "expert_ffn": "channels of an expert",
+    "vocab": "tokens in the vocabulary",
+}
+
+
+def _shape_rows(before: Mapping[str, int], after: Mapping[str, int]) -> list[Row]:
+    """Sizes of the model that are not what they were; a dense model has one expert, which is no size of its own."""
+    dense = before.get("experts") == 1
+    return [
+        Row(name, f"{before[key]:,}", f"{after[key]:,}", words.signed_percent(after[key] / before[key] - 1))
+        for key, name in SHAPES.items()
+        if key in before and key in after and before[key] != after[key] and not (dense and key == "expert_ffn")
     ]
 
 
@@ -96,6 +123,19 @@ def _tone(interval: Any, *, lower_is_better: bool) -> str:
     return "good" if (interval[1] < 0) == lower_is_better else "bad"
 
 
+def _speed_rows(run: Mapping[str, Any]) -> list[Row]:
+    """Original and artifact in the runtime, side by side on this machine."""
+    rows = []
+    for found in (run.get("speed") or {}).get("found") or ():
+        rates, first = found["tokens_per_second"], found["first_token_seconds"]
+        at_once = f"{found['batch']} at a time"
+        for name, pair, scale in (("tokens a second", rates, 1), ("first token, ms", first, 1000)):
+            before, after = scale * pair["original"], scale * pair["artifact"]
+            change = words.signed_percent(after / before - 1)
+            rows.append(Row(f"{name}, {at_once}", words.number(before), words.number(after), change))
+    return rows
+
+
 def _cost_rows(run: Mapping[str, Any]) -> list[Row]:
     measured = run.get("measured") or {}
     minutes, peak = measured.get("minutes"), measured.get("peak_memory_bytes")
@@ -140,11 +180,21 @@ def missing(run: Mapping[str, Any]) -> list[str]:
     notes = []
     if not evaluation.get("perplexity"):
         notes.append("Perplexity, KL divergence and flips were not measured: evaluate.perplexity is not in the recipe.")
+    elif (evaluation.get("bits_per_byte") or {}).get("original") is not None and not evaluation.get("kl"):
+        notes.append("Original and artifact have different vocabularies, so only bits per byte are compared.")
     elif not evaluation.get("kl"):
         notes.append("The original was not measured, so there is no change, KL divergence or interval.")
     elif not (evaluation["perplexity"] or {}).get("interval"):
         notes.append("The text is a single unit, so there are no intervals.")
     if not evaluation.get("tasks"):
         notes.append("No task was measured: evaluate.tasks is empty.")
-    notes.append("Speed when serving, and loading in other engines, were not measured by this run.")
+    if run.get("speed"):
+        rounds = ((run["speed"].get("asked") or {}).get("rounds")) or 1
+        often = "one round each" if rounds == 1 else f"the median of {rounds} rounds each"
+        notes.append(
+            f"Speed is {often}, in turns, in the bundled runtime on this machine, whatever else it was doing: other "
+            "engines were not run."
+        )
+    else:
+        notes.append("Speed when serving, and loading in other engines, were not measured by this run.")
     return notes

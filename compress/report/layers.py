@@ -60,6 +60,8 @@ def _became(layer: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     if layer.get("sparsity") is not None:
         sparsity = record.get("sparsity")
         return f"{100 * (layer['sparsity'] if sparsity is None else sparsity):.1f} % zeros"
+    if layer.get("becomes"):
+        return "narrower: " + " × ".join(str(width) for width in layer["becomes"])
     bits, group = layer.get("bits"), layer.get("group_size")
     return "kept" if bits is None else f"{bits} bits, " + ("per channel" if group == -1 else f"groups of {group}")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from compress.core.calibration import Tokens
 from compress.core.checkpoint import Checkpoint
+from compress.core.cuts import Cut, Cuts
 from compress.core.passes import Job, Pass
 from compress.core.tensors import QuantTensor
 from compress.core.walk import BlockRecord
@@ -20,6 +21,8 @@ class Shelf:
     def __init__(self, earlier: Shelf | None = None, done: int = 0) -> None:
         self.blocks: list[Mapping[str, torch.Tensor | QuantTensor]] = earlier.blocks[:done] if earlier else []
         self.records: list[BlockRecord] = earlier.records[:done] if earlier else []
+        self.cuts: dict[str, Sequence[Cut]] = {}
+        self.source: Checkpoint | None = None
 
     def finished(self) -> int:
         return len(self.blocks)
@@ -30,10 +33,16 @@ class Shelf:
     def record(self, index: int) -> BlockRecord:
         return self.records[index]
 
-    def commit(self, index: int, tensors: dict[str, torch.Tensor | QuantTensor], record: BlockRecord) -> None:
+    def commit(
+        self, index: int, tensors: dict[str, torch.Tensor | QuantTensor], record: BlockRecord, cuts: Cuts
+    ) -> None:
         assert index == len(self.blocks)
         self.blocks.append(tensors)
         self.records.append(record)
+        self.cuts |= cuts
+
+    def become(self, source: Checkpoint) -> None:
+        self.source = source
 
     @property
     def dense(self) -> dict[str, torch.Tensor]:

@@ -126,6 +126,32 @@ def test_publish_refuses_an_existing_output_unless_replacing(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("failing", range(1, 6))
+def test_a_replacement_that_fails_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    staged, final = tmp_path / "staged", tmp_path / "out"
+    for folder, text in ((staged, "new"), (final, "old")):
+        folder.mkdir()
+        (folder / "f").write_text(text)
+    count, sync = 0, os.fsync
+
+    def fails_once(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        if count == failing:
+            raise OSError(errno.EIO, "input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_once)
+    try:
+        files.publish_dir(staged, final, replace=True)
+    except ResourceError:
+        assert (final / "f").read_text() == ("old" if (staged / "f").exists() else "new")
+    else:
+        assert (final / "f").read_text() == "new"
+
+
 def test_a_replacement_that_was_cut_off_is_undone_or_completed(tmp_path: Path) -> None:
     aside, final = tmp_path / ".out.old", tmp_path / "out"
     aside.mkdir()

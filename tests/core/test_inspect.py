@@ -8,7 +8,9 @@ import torch
 
 from compress.core.errors import InputError, UsageError
 from compress.core.inspect import inspect
+from compress.core.model_files import MASKED_KEY
 from compress.core.scheme import Scheme
+from compress.core.zeros import Zeros
 from tests.quantized_folders import tiny_llama, write_quantized
 
 ORACLES = Path(__file__).parents[1] / "oracles"
@@ -41,6 +43,31 @@ def test_a_dense_model(tmp_path: Path) -> None:
     assert found.schemes == {"F32": 21}
     assert found.bits_per_weight == 32
     assert found.engines == ()
+
+
+def test_zeros_of_a_masked_model(tmp_path: Path) -> None:
+    model = tiny_llama()
+    sites = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    for module in sites:
+        module.weight.data.view(-1, 4)[:, :2] = 0
+    sites[0].weight.data[0, 0] = 1.0
+    sites[0].weight.data[0, 4:8] = 0
+    model.save_pretrained(tmp_path)
+    assert inspect(tmp_path).zeros is None
+    weights = sum(module.weight.numel() for module in sites)
+    asked = inspect(tmp_path, zeros=True)
+    assert asked.zeros == Zeros((weights / 2 + 1) / weights, 14, 13)
+    config = json.loads((tmp_path / "config.json").read_text()) | {MASKED_KEY: True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert inspect(tmp_path).zeros == asked.zeros
+    json.dumps(asked.as_dict())
+
+
+def test_zeros_of_quantized_weights_are_not_counted(tmp_path: Path) -> None:
+    write_quantized(tmp_path, Scheme(4, 32))
+    found = inspect(tmp_path, zeros=True)
+    assert found.zeros is None
+    assert any("zeros are counted in" in notice for notice in found.notices)
 
 
 @pytest.mark.parametrize("name", ["gptqmodel-w4", "llmcompressor-w8a8", "llmcompressor-w4a16-asymmetric"])

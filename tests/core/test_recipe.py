@@ -223,7 +223,9 @@ def test_sizes_and_percentages_as_people_write_them() -> None:
 
 def test_the_schema_offers_each_method_with_its_settings() -> None:
     schema = recipe_schema()
-    stages = schema["properties"]["stages"]["items"]["oneOf"]
+    stages = schema["$defs"]["Stage"]["oneOf"]
+    plain, steps = schema["properties"]["stages"]["items"]["oneOf"]
+    assert plain == steps["properties"]["steps"]["properties"]["stages"]["items"] == {"$ref": "#/$defs/Stage"}
     kinds = {kind: offered["oneOf"] for stage in stages for kind, offered in stage["properties"].items()}
     methods = {kind: {s["properties"]["method"]["const"]: s for s in offered} for kind, offered in kinds.items()}
     assert {kind: sorted(offered) for kind, offered in methods.items()} == available_kinds()

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.core._verify_shapes import require_shapes, sizes_of
+from compress.core._verify_folder import check_names
+from compress.core._verify_shapes import require_shapes
 from compress.core.checkpoint import Checkpoint
-from compress.core.errors import InputError, UsageError
+from compress.core.errors import ArtifactError, InputError, UsageError
 from compress.core.files import sha256_file
 from compress.core.manifest import MANIFEST_NAME, Coverage, FileRecord, Manifest
 from compress.core.scheme import Scheme
+from compress.core.sizes import sizes_of
 from compress.core.verify import VerifyReport, verify
 from tests.quantized_folders import QuantizedFolder, tiny_llama, write_quantized, write_weights
 
@@ -325,3 +327,14 @@ def test_sizes_left_out_of_a_config_are_those_of_transformers(family: str) -> No
     assert sizes["kv_heads"] == config.num_key_value_heads
     assert sizes["head_dim"] == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     assert sizes["experts"] == (getattr(config, "num_experts", None) or 1)
+
+
+def test_the_length_of_a_header_is_no_pickle(tmp_path: Path) -> None:
+    length = (0x280).to_bytes(8, "little")  # begins as pickles of protocol 2 do
+    (tmp_path / "model.safetensors").write_bytes(length + b"{}".ljust(0x280))
+    assert check_names(tmp_path) == "1 files"
+    for name, start in (("model.safetensors", b"\x80\x02}q\x00."), ("tokenizer.json", length + b"{}".ljust(0x280))):
+        (tmp_path / name).write_bytes(start)
+        with pytest.raises(ArtifactError, match="is a pickle or an archive under another name"):
+            check_names(tmp_path)
+        (tmp_path / name).unlink()

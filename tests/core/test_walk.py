@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from compress.core._skeleton import StoredLinear
 from compress.core.calibration import Tokens
 from compress.core.checkpoint import Checkpoint
+from compress.core.cuts import Cuts
 from compress.core.errors import InputError, ResourceError, UsageError
 from compress.core.events import Event, Metric, Progress
 from compress.core.grid import fit_grid
@@ -52,7 +53,7 @@ class Memory:
     def record(self, index: int) -> BlockRecord:
         return self.blocks[index][1]
 
-    def commit(self, index: int, tensors: dict[str, Tensor | QuantTensor], record: BlockRecord) -> None:
+    def commit(self, index: int, tensors: dict[str, Tensor | QuantTensor], record: BlockRecord, cuts: Cuts) -> None:
         assert index == len(self.blocks)
         self.blocks.append((dict(tensors), record))
 

@@ -127,13 +127,13 @@ BAD = {
     "unknown kind": ("- quantize", "- quantise", "4:5", "unknown kind of stage", "did you mean quantize?"),
     "kind without methods": (
         "- quantize",
-        "- distill",
+        "- kv_cache",
         "4:5",
-        "no distill stages; it has prune (alps, magnitude, sparsegpt, wanda); "
+        "no kv_cache stages; it has prune (alps, channels, depth, experts, heads, hidden, magnitude, sparsegpt, "
+        "vocabulary, wanda); distill (logits); "
         "quantize (autoround, awq, fp8, gptq, hqq, mixed, nf4, rtn)",
         None,
     ),
-    "kind of kv": ("- quantize", "- kv_cache", "4:5", "this version has no kv_cache stages", None),
     "stage settings are text": (
         "{method: gptq, scheme: w4a16, group_size: 64}",
         "gptq",

@@ -15,6 +15,7 @@ import torch
 
 from compress.core.errors import InputError
 from compress.core.formats._gguf_container import Value, f32, text, u32
+from compress.core.sizes import PER_LAYER_KEY, widths_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def metadata(config: Mapping[str, Any], name: str, file_type: int) -> dict[str, Value]:
     """Everything but the tokenizer. InputError for a rotary embedding that GGUF cannot express."""
     family = family_of(config).name
+    if widths_of(config) is not None:
+        raise InputError(
+            f"layers differ in width, and llama.cpp reads one width for all layers of {config['model_type']} models",
+            where=f"config.json: {PER_LAYER_KEY}",
+            hint="compress level pads them",
+        )
     rope = _rope(config)
     found = {
         "general.architecture": text(family),
