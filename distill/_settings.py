@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.core.errors import UsageError
 from compress.core.passes import LayerPlan, Pass, Plan
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ class Training(Pass):
         """Bytes from headers; memory and minutes from the number of parameters."""
         from compress.core.memory import IMPORTS_BYTES, machine_speed
 
-        refuse_mixtures(checkpoint)
         infos = checkpoint.tensors.values()
         numbers = sum(info.bytes for info in infos) // checkpoint.dtype.itemsize
         length = 1 if calibration is None else calibration.ids.shape[1]
@@ -76,11 +74,3 @@ class Training(Pass):
                 size = checkpoint.info(f"{name}.weight").bytes
                 found.append(LayerPlan(name, checkpoint.matrix_shape(name), size, size, reason="trained"))
         return found
-
-
-def refuse_mixtures(checkpoint: Checkpoint) -> None:
-    """UsageError for models whose experts transformers keeps in other tensors than files do."""
-    if checkpoint.architecture.experts is not None:
-        raise UsageError(
-            f"{checkpoint.model_type} models are mixtures of experts, which are not trained yet", where="distill.method"
-        )

@@ -12,6 +12,7 @@ from distill._settings import Training
 
 if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
+    from distill._losses import Loss
 
 
 class Logits(Training):
@@ -27,10 +28,16 @@ class Logits(Training):
     beta: float = Field(0.7, gt=0, le=10, description="of alpha_beta")
     cross_entropy: float = Field(0.0, ge=0, le=1, description="share of the loss that is the text's own next token")
 
+    @property
+    def loss(self) -> Loss:
+        from distill._losses import Loss
+
+        return Loss(self.divergence, self.temperature, self.mix, self.alpha, self.beta, self.cross_entropy)
+
     def teacher_bytes(self, checkpoint: Checkpoint) -> int:
         return 4 * sum(info.bytes for info in checkpoint.tensors.values()) // checkpoint.dtype.itemsize
 
     def run(self, job: Job) -> None:
-        from distill._trainer import train_on_logits
+        from distill._logits import train_on_logits
 
         train_on_logits(self, job)

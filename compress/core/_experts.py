@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -52,3 +54,17 @@ class UnfusedExperts(nn.Module):
     def _run(self, expert: nn.Module, x_RD: Tensor) -> Tensor:
         gate, up, down = (expert.get_submodule(name) for name in self.names)
         return down(self.activation(gate(x_RD)) * up(x_RD))
+
+
+def unfused(name: str, value: Tensor, names: Experts | None) -> Iterator[tuple[str, Tensor]]:
+    """A parameter of a block as it is, by its path; if it is a fused one of experts, each one's matrices as views."""
+    if names is None or not name.startswith(f"{names.module}."):
+        yield name, value
+        return
+    for index, expert in enumerate(value):
+        path = f"{names.on_disk}.{index}"
+        if name.endswith(".down_proj"):
+            yield f"{path}.{names.down}.weight", expert
+        else:
+            gate, up = expert.chunk(2)
+            yield from ((f"{path}.{names.gate}.weight", gate), (f"{path}.{names.up}.weight", up))

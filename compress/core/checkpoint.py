@@ -275,6 +275,21 @@ class Checkpoint:
         self._round_inputs(model, "")
         return model.to(device)
 
+    def disk_views(self, model: Any) -> dict[str, Tensor]:
+        """The parameters of a model that build_model gave, by their names on disk: fused experts as views of each."""
+        from compress.core._experts import unfused
+
+        names = self.architecture
+        found = {self.embedding_tensor: model.get_submodule(names.embedding).weight}
+        for index in range(self.num_blocks):
+            for name, value in model.get_submodule(names.blocks)[index].named_parameters():
+                parts = unfused(name, value, names.experts)
+                found |= {f"{self.block_name(index)}.{names.disk_name(path)}": part for path, part in parts}
+        for name, value in model.named_parameters():
+            if not name.startswith(f"{names.blocks}.") and name != f"{names.embedding}.weight":
+                found[name] = value
+        return found
+
     def _filled(self, module: nn.Module, prefix: str, dtype: dtype, device: str) -> nn.Module:
         from compress.core._skeleton import fill
 

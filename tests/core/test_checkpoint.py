@@ -20,6 +20,7 @@ from compress.core.scheme import Scheme
 from compress.core.walk import stream_logits
 from tests.conftest import TinyModel
 from tests.quantized_folders import write_quantized
+from tests.tiny import FAMILIES
 
 Break = Callable[[Path], object]
 
@@ -309,3 +310,18 @@ def test_quantized_weights_are_dequantized_on_read(tmp_path: Path, symmetric: bo
     streamed = torch.cat(list(stream_logits(checkpoint, Tokens.of(ids))))
     torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=1e-5)
     assert checkpoint.quant_tensor("lm_head") is None
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["plain", "odd"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_built_model_shows_its_parameters_by_their_names_on_disk(
+    tiny_model: TinyModel, family: str, odd: bool
+) -> None:
+    checkpoint = Checkpoint.open(tiny_model(family, odd, "bfloat16"))
+    model = checkpoint.build_model(torch.float32)
+    views = checkpoint.disk_views(model)
+    assert set(views) == set(checkpoint.tensors)
+    for name, value in views.items():
+        assert torch.equal(value, checkpoint.tensor(name).float()), name
+        value.zero_()
+    assert not any(parameter.any() for parameter in model.parameters())

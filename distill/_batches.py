@@ -1,0 +1,76 @@
+"""Batches: what a step is trained on. Those of a text follow from the number of the step and the seed alone.
+
+Shape suffixes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from distill._settings import Training
+
+NO_TARGET = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids [B, T], and the token that each position should say next (-100: none). `rows_B` are the rows of the
+    calibration text that these are, None for any other text."""
+
+    ids_BT: Tensor
+    target_BT: Tensor
+    rows_B: Tensor | None = None
+
+    @property
+    def scored(self) -> int:
+        """How many positions have a target."""
+        return int((self.target_BT != NO_TARGET).sum())
+
+    def split(self, rows: int) -> Iterator[Batch]:
+        """Batches of at most so many rows."""
+        for start in range(0, len(self.ids_BT), rows):
+            part = slice(start, start + rows)
+            yield Batch(self.ids_BT[part], self.target_BT[part], None if self.rows_B is None else self.rows_B[part])
+
+
+Batches = Callable[[int], Batch]
+"""The batch of a step, by its number."""
+
+
+def text_batches(settings: Training, tokens: Tokens) -> Batches:
+    """Batches of the calibration text."""
+
+    def batch(step: int) -> Batch:
+        rows_B = batch_rows(settings, len(tokens.ids), step)
+        return Batch(tokens.ids[rows_B], targets_of(tokens, rows_B), rows_B)
+
+    return batch
+
+
+def batch_rows(settings: Training, rows: int, step: int) -> Tensor:
+    """Which rows step `step` is trained on, [B]: each pass over them has an order of its own."""
+    places = torch.arange(step * settings.batch, (step + 1) * settings.batch)
+    found = []
+    for epoch in torch.unique(places // rows).tolist():
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+        order = torch.randperm(rows, generator=generator)
+        found.append(order[places[places // rows == epoch] % rows])
+    return torch.cat(found)
+
+
+def targets_of(tokens: Tokens, rows: Tensor) -> Tensor:
+    """The next token of each position, [B, T]; -100 behind the last one, and in padding."""
+    ids_BT = tokens.ids[rows]
+    target_BT = torch.full_like(ids_BT, NO_TARGET)
+    target_BT[:, :-1] = ids_BT[:, 1:]
+    if tokens.lengths is not None:
+        inside_BT = torch.arange(ids_BT.shape[1]) < (tokens.lengths[rows] - 1)[:, None]
+        target_BT[~inside_BT] = NO_TARGET
+    return target_BT
