@@ -26,12 +26,18 @@ def _one_of_several(run_command: Callable[[list[str]], int]) -> int:
     """The main process of those that a launcher started runs the command, the others work for it."""
     import sys
 
+    from compress.cli.console import last_output
+    from compress.core.errors import CompressError
     from compress.core.processes import current
     from compress.core.workers import serve
 
-    if not current().is_main:
-        return serve()
-    code = run_command(sys.argv[1:])
-    if code == 0:  # else the others end with their connection to this one
-        current().dismiss()
+    try:
+        if not current().is_main:
+            return serve()
+        code = run_command(sys.argv[1:])
+        if code == 0:  # else the others end with their connection to this one
+            current().dismiss()
+    except CompressError as error:
+        last_output().fail(error)
+        return error.exit_code
     return code

@@ -102,6 +102,11 @@ class Processes:
     def dismiss(self) -> None:
         """Let the others end; they must be waiting for a word."""
         self._broadcast(torch.zeros(1, dtype=torch.int64))
+        self.leave()
+
+    def leave(self) -> None:
+        """Close the connection to the others: nothing is to be told or heard any more."""
+        torch.distributed.destroy_process_group()
 
     def add_up(self, values: Iterable[Tensor]) -> None:
         """Sum tensors over all processes, in place; in the same order everywhere, so that all get the same bits."""

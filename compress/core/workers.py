@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 import traceback
@@ -101,15 +102,15 @@ def _tensors_of(job: Job) -> dict[str, Tensor]:
 
 def serve() -> int:
     """Work for the main process until it needs no one; gives the exit code. What fails is told on standard error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process finishes its unit first, and this one ends with it
     try:
         processes = current()
         while True:
             data, tensors = processes.hear()
             _work(Order(**data), tensors, processes)
     except Dismissed:
+        processes.leave()
         return 0
-    except KeyboardInterrupt:
-        return 130
     except CompressError as error:
         time.sleep(MOURNING_SECONDS)
         sys.stderr.write(f"error in process {current().rank}: {error}\n")
