@@ -47,9 +47,7 @@ def train_on_features(settings: Settings, job: Job) -> None:
     train(settings, job, student, text_batches(settings, tokens), loss, settings.steps(tokens))
 
 
-def layer_pairs(
-    asked: Mapping[int, int] | None, ours: int, theirs: int, kept: Sequence[int] | None
-) -> dict[int, int]:
+def layer_pairs(asked: Mapping[int, int] | None, ours: int, theirs: int, kept: Sequence[int] | None) -> dict[int, int]:
     """The teacher layer of each student layer that learns: as asked, or the one that it was, or evenly with last to
     last. UsageError for a layer that the teacher does not have."""
     if asked is not None:
@@ -97,9 +95,7 @@ class Inside:
 
     def states(self, ids_BT: Tensor) -> tuple[Tensor, ...]:
         """What enters each block, and last what the head reads, all [B, T, D]: behind block i is states[i + 1]."""
-        found = self.model.model(
-            input_ids=ids_BT.to(self.model.device), use_cache=False, output_hidden_states=True
-        )
+        found = self.model.model(input_ids=ids_BT.to(self.model.device), use_cache=False, output_hidden_states=True)
         return *found.hidden_states[: self.blocks], found.last_hidden_state
 
     def behind(self, layer: int, states: Sequence[Tensor], *, normed: bool) -> Tensor:
@@ -159,9 +155,7 @@ def features_loss(
                 total = total + settings.attention * torch.stack(unlike).mean()
         return total
 
-    def apart(
-        i: int, k: int, ours: Sequence[Tensor], taught: Sequence[Tensor], counted_BT: Tensor
-    ) -> Tensor:
+    def apart(i: int, k: int, ours: Sequence[Tensor], taught: Sequence[Tensor], counted_BT: Tensor) -> Tensor:
         normed = i == student.blocks - 1 or k == teacher.blocks - 1
         with torch.no_grad():
             theirs_BTD = teacher.behind(k, taught, normed=normed)

@@ -15,9 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from distill._losses import kl
 
 
-def distance(
-    student_BTD: Tensor, teacher_BTD: Tensor, counted_BT: Tensor, measure: Literal["mse", "cosine"]
-) -> Tensor:
+def distance(student_BTD: Tensor, teacher_BTD: Tensor, counted_BT: Tensor, measure: Literal["mse", "cosine"]) -> Tensor:
     """Mean over the counted positions of |s - t|² / |t|², or of 1 - cos(s, t); 0 if no position counts.
 
     Over its own length at each position, since hidden states grow from layer to layer, and a few tokens have states a

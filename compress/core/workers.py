@@ -37,9 +37,7 @@ class NoSink:
     def record(self, index: int) -> BlockRecord:
         raise _writes()
 
-    def commit(
-        self, index: int, tensors: dict[str, Tensor | QuantTensor], record: BlockRecord, cuts: Cuts
-    ) -> None:
+    def commit(self, index: int, tensors: dict[str, Tensor | QuantTensor], record: BlockRecord, cuts: Cuts) -> None:
         raise _writes()
 
     def become(self, source: Checkpoint) -> None:
@@ -89,7 +87,9 @@ def joined(settings: Pass, method: str, job: Job, allow_code: tuple[str, ...] = 
         job,
         processes=processes,
         device=processes.device(job.device),
-        remember=lambda name, compute: processes.share(lambda: ({"value": job.remember(name, compute)}, {}))[0]["value"],
+        remember=lambda name, compute: processes.share(lambda: ({"value": job.remember(name, compute)}, {}))[0][
+            "value"
+        ],
     )
 
 

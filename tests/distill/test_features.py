@@ -139,7 +139,11 @@ def test_a_run_knows_which_layers_stayed(
     source = Checkpoint.open(tiny_model("llama", False, "bfloat16"))
     norm = "model.layers.{}.input_layernorm.weight"
     kept = [
-        next(k for k in range(3) if torch.equal(left.tensor(norm.format(i)).float(), source.tensor(norm.format(k)).float()))
+        next(
+            k
+            for k in range(3)
+            if torch.equal(left.tensor(norm.format(i)).float(), source.tensor(norm.format(k)).float())
+        )
         for i in range(2)
     ]
     assert heard == [({1: 2}, 2, 3, tuple(kept))]

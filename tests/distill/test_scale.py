@@ -24,8 +24,8 @@ from distill._optimizers import Optimizer
 from distill._student import Student
 from distill._trainer import precision
 from distill.logits import Logits
-from tests.contracts.shelf import Shelf, tokens_for
 from tests.conftest import TinyModel
+from tests.contracts.shelf import Shelf, tokens_for
 from tests.distill.test_logits import CUT, Losses, Stopped, lessons, recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +157,11 @@ def test_two_processes_train_like_one(tiny_model: TinyModel, tmp_path: Path) -> 
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=120) for process in started]
+    try:
+        said = [process.communicate(timeout=400) for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0, 0], said
     assert said[1] == ("", "")  # the main process speaks for both
     events = [json.loads(line) for line in said[0][0].splitlines()]
