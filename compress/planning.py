@@ -157,7 +157,7 @@ def require_room(plan: RunPlan, output: Path, *, used_bytes: int, memory_bytes: 
         raise ResourceError(
             f"the run needs about {format_bytes(plan.peak_memory_bytes)} of memory and "
             f"{format_bytes(available)} are available",
-            hint=f"free {format_bytes(plan.peak_memory_bytes - available)}, or lower calibration.length or samples",
+            hint=f"free {format_bytes(plan.peak_memory_bytes - available)}, or {_less_memory(plan, available)}",
         )
     free = free_bytes(output) + used_bytes
     if plan.disk_bytes > free:
@@ -166,6 +166,19 @@ def require_room(plan: RunPlan, output: Path, *, used_bytes: int, memory_bytes: 
             where=str(output),
             hint=f"free {format_bytes(plan.disk_bytes - free)}, or choose an --output on another disk",
         )
+
+
+def _less_memory(plan: RunPlan, available: int) -> str:
+    """What to change in the recipe so that it fits, as far as the stages know."""
+    changes = []
+    for number, stage in enumerate(plan.stages):
+        if stage.peak_memory_bytes > available:
+            fits = ((words, size) for words, size in stage.leaner if size <= available)
+            words, size = next(fits, (None, 0))
+            if words is None:
+                return "lower calibration.length or samples"
+            changes.append(f"set {words} in stages[{number}], which then needs about {format_bytes(size)}")
+    return ", and ".join(changes)
 
 
 def bytes_beside_tensors(checkpoint: Checkpoint, quantized: Iterable[str]) -> int:

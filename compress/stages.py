@@ -10,6 +10,7 @@ from compress.core.events import Finished, Listener, Notice, Started
 from compress.core.files import make_folder, remove_tree
 from compress.core.journal import Journal
 from compress.core.passes import Job
+from compress.core.workers import joined
 from compress.inputs import Inputs, RunOptions
 from compress.interrupt import units_finish
 from compress.peak_memory import PeakMemory
@@ -85,8 +86,9 @@ def _run_stage(
             events=events,
             remember=partial(_remembered, journal, number),
             saves=Saves(workspace.saves, journal, number),
+            kept_blocks=kept_blocks(number, inputs, journal),
         )
-        stage.settings.run(job)
+        stage.settings.run(joined(stage.settings, stage.method, job, options.allow_code))
         sink.finish(stage.settings.outside(job))
     journal.add("memory", {"stage": number, "peak_memory_bytes": memory.peak_bytes})
     events(Finished(name, f"{source.num_blocks} blocks"))
@@ -139,9 +141,22 @@ def calibration_behind(
         unhashed = asked.model_copy(update={"sha256": None})  # the recipe's hash is that of the first tokens
         return load_tokens(unhashed, source, inputs.recipe.base_folder, offline=offline)
     for index in earlier:
-        kept = next(data["value"] for data in journal.of("finding") if (data["stage"], data["name"]) == (index, "kept"))
-        tokens = tokens.renumbered(kept)
+        tokens = tokens.renumbered(_found(journal, index, "kept"))
     return tokens
+
+
+def kept_blocks(number: int, inputs: Inputs, journal: Journal) -> tuple[int, ...]:
+    """Which block of the original each block that stage `number` finds was."""
+    blocks = tuple(range(inputs.original.num_blocks))
+    for index in range(number):
+        if inputs.recipe.stages[index].settings.renumbers_blocks:
+            blocks = tuple(blocks[old] for old in _found(journal, index, "kept"))
+    return blocks
+
+
+def _found(journal: Journal, stage: int, name: str) -> Any:
+    """What an earlier stage has remembered."""
+    return next(data["value"] for data in journal.of("finding") if (data["stage"], data["name"]) == (stage, name))
 
 
 def _remembered(journal: Journal, stage: int, name: str, compute: Callable[[], Any]) -> Any:

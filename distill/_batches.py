@@ -33,11 +33,22 @@ class Batch:
         """How many positions have a target."""
         return int((self.target_BT != NO_TARGET).sum())
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by name."""
+        found = {"ids": self.ids_BT, "target": self.target_BT}
+        return found if self.rows_B is None else found | {"rows": self.rows_B}
+
+    def share(self, rank: int, count: int) -> Batch:
+        """What process `rank` of `count` computes: rows beside each other, as many as the others' or one more."""
+        return self._part(slice(rank * len(self.ids_BT) // count, (rank + 1) * len(self.ids_BT) // count))
+
     def split(self, rows: int) -> Iterator[Batch]:
         """Batches of at most so many rows."""
         for start in range(0, len(self.ids_BT), rows):
-            part = slice(start, start + rows)
-            yield Batch(self.ids_BT[part], self.target_BT[part], None if self.rows_B is None else self.rows_B[part])
+            yield self._part(slice(start, start + rows))
+
+    def _part(self, rows: slice) -> Batch:
+        return Batch(self.ids_BT[rows], self.target_BT[rows], None if self.rows_B is None else self.rows_B[rows])
 
 
 Batches = Callable[[int], Batch]

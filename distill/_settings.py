@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from compress.core.passes import LayerPlan, Pass, Plan
+from compress.core.processes import launched, launched_here
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
-
-BYTES_PER_PARAMETER = 16  # fp32: the weight, its gradient, and both moments of AdamW
-ACTIVATIONS = 34  # numbers per token, block and hidden channel that a backward pass wants to find
 
 
 class Training(Pass):
@@ -35,6 +33,16 @@ class Training(Pass):
     weight_decay: float = Field(0.0, ge=0, le=1, description="of AdamW, for matrices")
     clip: float = Field(1.0, gt=0, description="the norm that gradients are cut to")
     rows_at_once: int = Field(4, ge=1, description="rows that go through the model together: memory, not the result")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the products in forwards and backwards; weights, their updates and losses are fp32"
+    )
+    checkpointing: bool = Field(
+        False, description="keep only the inputs of blocks for the way back: less memory, a third more time"
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="AdamW with moments in fp32, or in 8 bits by bitsandbytes: 10 bytes a parameter, not 16"
+    )
+    compile: bool = Field(False, description="compile the blocks by torch.compile: pays on a GPU, after minutes")
     seed: int = Field(0, ge=0, description="of the order of rows")
     save_every: int = Field(50, ge=1, description="steps between two saves, from which a run that was killed goes on")
 
@@ -50,21 +58,27 @@ class Training(Pass):
         """Memory of what the student learns from."""
         return 0
 
+    def extra_numbers(self, checkpoint: Checkpoint) -> int:
+        """How many parameters are trained beside the model's."""
+        return 0
+
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         """Bytes from headers; memory and minutes from the number of parameters."""
-        from compress.core.memory import IMPORTS_BYTES, machine_speed
+        from compress.core.memory import machine_speed
+        from distill._memory import leaner, training_bytes
 
         infos = checkpoint.tensors.values()
         numbers = sum(info.bytes for info in infos) // checkpoint.dtype.itemsize
         length = 1 if calibration is None else calibration.ids.shape[1]
-        held = self.rows_at_once * length * checkpoint.config["hidden_size"] * checkpoint.num_blocks * ACTIVATIONS * 4
-        operations = (6 + 2) * numbers * self.tokens  # forwards and backwards, and the teacher's forward
+        passes = 6 + 2 + 2 * self.checkpointing  # forwards and backwards, the teacher's forward, one again
+        here, all_over = (launched_here(), launched()) if self.joins else (1, 1)
         return Plan(
             layers=tuple(self._layers(checkpoint)),
             bytes_out=sum(info.bytes for info in infos),
-            peak_memory_bytes=IMPORTS_BYTES + BYTES_PER_PARAMETER * numbers + held + self.teacher_bytes(checkpoint),
+            peak_memory_bytes=here * training_bytes(self, checkpoint, numbers, length),
             disk_bytes=(4 + 2 * 12) * numbers,  # the result in fp32, and two saves
-            minutes=operations / machine_speed().matmul / 60,
+            minutes=passes * numbers * self.tokens / machine_speed().matmul / 60 / all_over,
+            leaner=tuple((words, here * size) for words, size in leaner(self, checkpoint, numbers, length)),
         )
 
     def _layers(self, checkpoint: Checkpoint) -> list[LayerPlan]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from compress.core.errors import InputError
 from compress.core.passes import Job
+from compress.core.processes import Message
 from compress.core.saves import Save
+from distill._blocks import prepare_blocks
+from distill._optimizers import Optimizer
 
 if TYPE_CHECKING:
     from distill._settings import Training
@@ -24,30 +27,45 @@ class Student:
     def __init__(self, job: Job, settings: Training, extra: Mapping[str, nn.Parameter] | None = None) -> None:
         self._settings = settings
         self._saves = job.saves
+        self._processes = job.processes
         self._checkpoint = job.checkpoint
         self.model = job.checkpoint.build_model(torch.float32, job.device).requires_grad_(True)
-        self._trained: dict[str, Tensor] = {**dict(self.model.named_parameters()), **(extra or {})}
+        own = dict(self.model.named_parameters())
+        self._trained: dict[str, Tensor] = {**own, **(extra or {})}
         masked = job.checkpoint.kind == "masked"
-        self._masks = {name: value.detach() != 0 for name, value in self._trained.items() if masked and value.ndim > 1}
-        matrices = [value for value in self._trained.values() if value.ndim > 1]
-        others = [value for value in self._trained.values() if value.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+        self._masks = {name: value.detach() != 0 for name, value in own.items() if masked and value.ndim > 1}
+        self._optimizer = Optimizer(settings, self._trained)
+        prepare_blocks(settings, self.model, job.checkpoint.architecture)
         self.losses: list[float] = []
 
     def resume(self) -> int:
         """Take up the newest save; gives the steps that are done."""
+        data, tensors = self._processes.share(self._saved)
+        if data["step"]:
+            with torch.no_grad():
+                for name, value in self._trained.items():
+                    value.copy_(tensors[name])
+                    self._optimizer.take_up(name, data["step"], tensors)
+        self.losses = list(data["losses"])
+        return data["step"]
+
+    def _saved(self) -> Message:
         found = self._saves.latest() if self._saves is not None else None
         if found is None:
-            return 0
-        with torch.no_grad():
-            for name, value in self._trained.items():
-                value.copy_(found.tensors[name])
-                state: dict[str, Any] = {"step": torch.tensor(float(found.step))}
-                state |= {key: found.tensors[f"{key}.{name}"].to(value.device) for key in ("exp_avg", "exp_avg_sq")}
-                self._optimizer.state[value] = state
-        self.losses = list(found.data["losses"])
-        return found.step
+            return {"step": 0, "losses": []}, {}
+        return {"step": found.step, "losses": found.data["losses"]}, found.tensors
+
+    def add_up(self, loss: float) -> float:
+        """Sum the gradients of all processes; gives the sum of their losses."""
+        if self._processes.count == 1:
+            return loss
+        for value in self._trained.values():
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+        summed = torch.tensor([loss], dtype=torch.float64)
+        self._processes.add_up([summed])
+        self._processes.add_up(value.grad for value in self._trained.values() if value.grad is not None)
+        return float(summed)
 
     def update(self, step: int, total: int, loss: float) -> None:
         """One step of the optimizer on the gradients that are there."""
@@ -57,10 +75,7 @@ class Student:
             )
         settings = self._settings
         torch.nn.utils.clip_grad_norm_(self._trained.values(), settings.clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate(settings, step, total)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step(settings.learning_rate * rate(settings, step, total))
         with torch.no_grad():
             for name, mask in self._masks.items():
                 self._trained[name].mul_(mask)
@@ -75,8 +90,7 @@ class Student:
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self._trained.items():
             yield name, value.detach().cpu()
-            state = self._optimizer.state[value]
-            yield from ((f"{key}.{name}", state[key].cpu()) for key in ("exp_avg", "exp_avg_sq"))
+            yield from ((key, held.cpu()) for key, held in self._optimizer.state(name))
 
 
 def rate(settings: Training, step: int, total: int) -> float:

@@ -2,6 +2,9 @@
 
 A step's batch follows from its number and the student as it is, there is no other randomness, and gradients are summed
 in a fixed order: a run that was killed and started again ends with the same weights, on a CPU to the bit.
+
+Several processes each take their share of a step's rows and add up their gradients, so that each makes the step that
+one process would make; the main one makes the batches, saves and writes.
 """
 
 from __future__ import annotations
@@ -9,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from compress.core.errors import InputError
 from compress.core.events import Finished, Metric, Progress, Started
 from compress.core.passes import Job
+from compress.core.processes import Processes
 from compress.core.replaced import ReplacedCheckpoint
 from distill._batches import Batch, Batches
 from distill._student import Student
@@ -39,17 +44,33 @@ def train(settings: Training, job: Job, student: Student, batches: Batches, loss
     """`total` steps, from where the newest save is, and the trained weights in place of the stage's."""
     job.events(Started(STAGE, total, "step"))
     for step in range(student.resume(), total):
-        batch = batches(step)
+        batch = agreed(job.processes, batches, step)
         scored, value = max(batch.scored, 1), 0.0
-        for part in batch.split(settings.rows_at_once):
-            share = loss(part) * (part.scored / scored)
+        for part in batch.share(job.processes.rank, job.processes.count).split(settings.rows_at_once):
+            with precision(settings, student.model.device):
+                share = loss(part) * (part.scored / scored)
             share.backward()
             value += float(share.detach())
+        value = student.add_up(value)
         student.update(step, total, value)
         job.events(Metric(STAGE, "loss", value, f"step {step + 1}"))
         job.events(Progress(STAGE, step + 1, total))
     job.events(Finished(STAGE, f"{total} steps" + (f", loss {student.losses[-1]:.4f}" if student.losses else "")))
-    write(job, student.tensors())
+    if job.processes.is_main:
+        write(job, student.tensors())
+
+
+def agreed(processes: Processes, batches: Batches, step: int) -> Batch:
+    """The batch of a step, as the main process makes it."""
+    if processes.count == 1:
+        return batches(step)
+    _, tensors = processes.share(lambda: ({}, batches(step).tensors()))
+    return Batch(tensors["ids"], tensors["target"], tensors.get("rows"))
+
+
+def precision(settings: Training, device: torch.device) -> torch.autocast:
+    """What forwards compute in: fp32, or bf16 where that keeps sense (weights, norms and losses stay fp32)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
 
 def write(job: Job, tensors: dict[str, Tensor]) -> None:

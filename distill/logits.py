@@ -20,6 +20,8 @@ class Logits(Training):
 
     paper: ClassVar = "Hinton et al., 2015, arXiv:1503.02531; Agarwal et al., 2024, arXiv:2306.13649"
 
+    joins: ClassVar = True
+
     teacher: str = Field("original", description="original: the model that the run starts from; or a folder or hub id")
     divergence: Divergence = Field("forward_kl", description="between the teacher's distribution and the student's")
     temperature: float = Field(1.0, gt=0, le=100, description="of both distributions")

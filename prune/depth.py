@@ -25,6 +25,7 @@ class Depth(StructuredPruning):
         "Gromov et al., 2024, arXiv:2403.17887; Men et al., 2024, arXiv:2403.03853; Kim et al., 2024, arXiv:2402.02834"
     )
     needs_calibration: ClassVar = True
+    renumbers_blocks: ClassVar = True
 
     importance: Literal["influence", "perplexity"] = Field(
         "influence",

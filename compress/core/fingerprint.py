@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import compress
+from compress.core.processes import launched
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
@@ -48,7 +49,7 @@ def fingerprint(
         "micro_batch": micro_batch,
         "dtype": str(compute_dtype(checkpoint, dtype, device)).removeprefix("torch."),
         "evaluates": evaluates,
-    }
+    } | ({"processes": launched()} if launched() > 1 else {})
 
 
 def _device_name(device: str) -> str:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compress.core.events import Listener, silent
 from compress.core.memory import SPILL_ABOVE_BYTES
+from compress.core.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +56,8 @@ class Plan:
     disk_bytes: int
     minutes: float
     notices: tuple[str, ...] = ()
+    leaner: tuple[tuple[str, int], ...] = ()
+    """Other settings, as written in a recipe, with the peak memory that they would need; the mildest change first."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,9 @@ class Job:
     sampler: Sampler | None = None
     teacher_writer: TeacherWriter | None = None
     saves: Saves | None = None
+    kept_blocks: tuple[int, ...] | None = None
+    """Which block of `original` each block of `checkpoint` was; None if the run does not know."""
+    processes: Processes = ALONE
     notes: list[str] = field(default_factory=list)
     remember: Callable[[str, Callable[[], Any]], Any] = lambda name, compute: compute()
     """remember(name, compute): what `compute` gives as plain data; a resumed run gets it without computing again."""
@@ -164,8 +170,12 @@ class Pass(BaseModel, ABC):
     gives: ClassVar[WeightKind | None]
     paper: ClassVar[str]
     needs_calibration: ClassVar[bool]
+    joins: ClassVar[bool] = False
+    """Whether the processes that a launcher started beside the main one take part in its work."""
     renumbers_tokens: ClassVar[bool] = False
     """Whether tokens have other ids after it. It remembers as "kept" which of the old ones stay, in the new order."""
+    renumbers_blocks: ClassVar[bool] = False
+    """Whether blocks have other numbers after it. It remembers as "kept" which of the old ones stay, ascending."""
     formats: ClassVar[tuple[str, ...]] = ("compressed-tensors", "gptq", "awq")
 
     def refusal(self, kind: WeightKind) -> str | None:
