@@ -13,6 +13,7 @@ from compress.core.passes import Job
 from compress.inputs import Inputs, RunOptions
 from compress.interrupt import units_finish
 from compress.peak_memory import PeakMemory
+from compress.sampling import RuntimeSampler
 from compress.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def _run_stage(
     journal: Journal,
     events: Listener,
 ) -> None:
+    from compress.core.kept import Kept
     from compress.core.saves import Saves
     from compress.core.stage_writer import StageWriter
 
@@ -82,7 +84,9 @@ def _run_stage(
             spill_folder=str(make_folder(workspace.spill)),
             events=events,
             remember=partial(_remembered, journal, number),
+            keep=Kept(workspace.kept, journal, number),
             saves=Saves(workspace.saves, journal, number),
+            open_sampler=partial(RuntimeSampler, device=options.device),
         )
         stage.settings.run(job)
         sink.finish(stage.settings.outside(job))

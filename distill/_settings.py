@@ -46,6 +46,10 @@ class Training(Pass):
         """How many steps these tokens are."""
         return max(1, round(self.tokens / (self.batch * tokens.ids.shape[1])))
 
+    def longest(self, tokens: Tokens) -> int:
+        """Tokens of the longest row of a step."""
+        return tokens.ids.shape[1]
+
     def teacher_bytes(self, checkpoint: Checkpoint) -> int:
         """Memory of what the student learns from."""
         return 0
@@ -56,7 +60,7 @@ class Training(Pass):
 
         infos = checkpoint.tensors.values()
         numbers = sum(info.bytes for info in infos) // checkpoint.dtype.itemsize
-        length = 1 if calibration is None else calibration.ids.shape[1]
+        length = 1 if calibration is None else self.longest(calibration)
         held = self.rows_at_once * length * checkpoint.config["hidden_size"] * checkpoint.num_blocks * ACTIVATIONS * 4
         operations = (6 + 2) * numbers * self.tokens  # forwards and backwards, and the teacher's forward
         return Plan(
