@@ -39,7 +39,7 @@ def online_loss(loss: Loss, student: Any, teacher: Any) -> BatchLoss:
             taught_ND = hidden_states(teacher, batch.ids_BT).flatten(0, 1)
         hidden_ND = hidden_states(student, batch.ids_BT).flatten(0, 1)
         pairs = (hidden_ND, head_of(student)), (taught_ND, head_of(teacher))
-        return chunked(loss, *pairs, batch.target_BT.flatten(), CHUNK_TOKENS)
+        return chunked(loss, *pairs, batch.target_BT.flatten().to(hidden_ND.device), CHUNK_TOKENS)
 
     return of_batch
 

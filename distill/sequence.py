@@ -22,7 +22,7 @@ class Sequence(Completing):
 
     loss: Literal["text", "logits"] = Field(
         "text",
-        description="text: cross entropy to the tokens that the teacher wrote; logits: divergence from its distributions",
+        description="text: cross entropy to the tokens that it wrote; logits: divergence from its distributions there",
     )
 
     def steps(self, tokens: Tokens) -> int:
