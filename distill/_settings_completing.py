@@ -42,10 +42,12 @@ class Completing(Taught):
         raise NotImplementedError
 
     def teachers_share(self, checkpoint: Checkpoint, tokens: Tokens) -> Cost:
-        """What it costs to let the teacher complete every row once."""
+        """What it costs to let the teacher complete every row once, and to keep that as 64-bit numbers."""
         from compress.core.generating import generating_cost
 
-        return generating_cost(checkpoint, self.sampling(MOST_AT_ONCE), len(tokens.ids))
+        rows = len(tokens.ids)
+        cost = generating_cost(checkpoint, self.sampling(MOST_AT_ONCE), rows)
+        return replace(cost, spill_bytes=8 * rows * self.completed_tokens)
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         """That of training, and of generation: in the same process, before or in between."""

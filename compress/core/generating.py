@@ -18,7 +18,7 @@ READ_TOKENS = 512  # of prompts that are read in a step
 
 def generating_cost(checkpoint: Checkpoint, sampling: Sampling, prompts: int) -> Cost:
     """Memory of an fp32 copy of the model, of keys and values for `sampling.at_once` sequences and of a step; minutes
-    for `prompts` completions at their longest. What is written of them counts as spilled."""
+    for `prompts` completions at their longest."""
     config, blocks = checkpoint.config, [groups_of(checkpoint, index) for index in range(checkpoint.num_blocks)]
     numbers = sum(info.bytes for info in checkpoint.tensors.values()) // checkpoint.dtype.itemsize
     used = sum(group.rows * group.width * group.share for groups in blocks for group in groups)
@@ -34,4 +34,4 @@ def generating_cost(checkpoint: Checkpoint, sampling: Sampling, prompts: int) ->
     products = 2 * used * prompts * longest / STEP_EFFICIENCY / machine_speed().matmul
     steps = -(-prompts // at_once) * sampling.new_tokens
     seconds = products + steps * LAYER_SECONDS * len(blocks)
-    return Cost(4 * numbers + pool + step, 8 * prompts * longest, seconds / 60)
+    return Cost(4 * numbers + pool + step, 0, seconds / 60)
