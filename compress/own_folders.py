@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.core.recipe import Recipe
 
 JOURNAL_NAME = "journal.jsonl"
-_PARTIAL = {LOCK_NAME, HOLDER_NAME, f".{JOURNAL_NAME}.tmp", "stages", "spill", "saves", "artifact"}
+_PARTIAL = {LOCK_NAME, HOLDER_NAME, f".{JOURNAL_NAME}.tmp", "stages", "spill", "saves", "kept", "artifact"}
 _REPORT = {"report.html", "report.md", "report.json"}
 _TEMPORARY = {f".{name}.tmp" for name in (*_REPORT, "run.json")}
 _STAGE = re.compile(r"\d\d-[a-z_]+")

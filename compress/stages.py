@@ -14,6 +14,7 @@ from compress.core.workers import joined
 from compress.inputs import Inputs, RunOptions
 from compress.interrupt import units_finish
 from compress.peak_memory import PeakMemory
+from compress.sampling import RuntimeSampler
 from compress.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def _run_stage(
     journal: Journal,
     events: Listener,
 ) -> None:
+    from compress.core.kept import Kept
     from compress.core.saves import Saves
     from compress.core.stage_writer import StageWriter
 
@@ -85,8 +87,10 @@ def _run_stage(
             spill_folder=str(make_folder(workspace.spill)),
             events=events,
             remember=partial(_remembered, journal, number),
+            keep=Kept(workspace.kept, journal, number),
             saves=Saves(workspace.saves, journal, number),
             kept_blocks=kept_blocks(number, inputs, journal),
+            open_sampler=partial(RuntimeSampler, device=options.device),
         )
         stage.settings.run(joined(stage.settings, stage.method, job, options.allow_code))
         sink.finish(stage.settings.outside(job))

@@ -1,6 +1,6 @@
 """Workspace: the folders of one output. `OUT.partial/` holds unfinished work, `OUT` appears by one rename.
 
-OUT.partial/   lock, lock.holder, journal.jsonl, stages/NN-kind/, spill/, saves/, artifact/ (staged)
+OUT.partial/   lock, lock.holder, journal.jsonl, stages/NN-kind/, spill/, saves/, kept/, artifact/ (staged)
 OUT.report/    run.json and the rendered report
 OUT.stages/    stage folders of a finished run, with --keep-stages
 """
@@ -53,6 +53,7 @@ class Workspace:
         self.stages = self.partial / "stages"
         self.spill = self.partial / "spill"
         self.saves = self.partial / "saves"
+        self.kept = self.partial / "kept"
         self.staged = self.partial / "artifact"
 
     def _beside(self, suffix: str) -> Path:

@@ -54,6 +54,10 @@ class Training(Pass):
         """How many steps these tokens are."""
         return max(1, round(self.tokens / (self.batch * tokens.ids.shape[1])))
 
+    def longest(self, tokens: Tokens) -> int:
+        """Tokens of the longest row of a step."""
+        return tokens.ids.shape[1]
+
     def teacher_bytes(self, checkpoint: Checkpoint) -> int:
         """Memory of what the student learns from."""
         return 0
@@ -69,7 +73,7 @@ class Training(Pass):
 
         infos = checkpoint.tensors.values()
         numbers = sum(info.bytes for info in infos) // checkpoint.dtype.itemsize
-        length = 1 if calibration is None else calibration.ids.shape[1]
+        length = 1 if calibration is None else self.longest(calibration)
         passes = 6 + 2 + 2 * self.checkpointing  # forwards and backwards, the teacher's forward, one again
         here, all_over = (launched_here(), launched()) if self.joins else (1, 1)
         return Plan(

@@ -83,9 +83,13 @@ class Student:
         if self._saves is not None and ((step + 1) % settings.save_every == 0 or step + 1 == total):
             self._saves.add(Save(step + 1, dict(self._state()), {"losses": self.losses}))
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights as they are, fp32 where the model is, by their names on disk: the next step changes them."""
+        return {name: value.detach() for name, value in self._checkpoint.disk_views(self.model).items()}
+
     def tensors(self) -> dict[str, Tensor]:
         """The trained weights, fp32 on the CPU, by their names on disk."""
-        return {name: value.detach().cpu() for name, value in self._checkpoint.disk_views(self.model).items()}
+        return {name: value.cpu() for name, value in self.weights().items()}
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self._trained.items():

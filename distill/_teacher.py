@@ -11,13 +11,19 @@ from compress.core.errors import InputError
 from compress.core.passes import Job
 
 
-def open_teacher(name: str, job: Job) -> Any:
-    """The teacher's model, in the dtype that is fast here. InputError if its tokens are others than the student's."""
+def teacher_checkpoint(name: str, job: Job) -> Checkpoint:
+    """The teacher's files. InputError if its tokens are others than the student's."""
     original = job.original or job.checkpoint
     teacher = original if name == "original" else Checkpoint.open(name)
     _require_same_tokens(teacher, job.checkpoint)
+    return teacher
+
+
+def open_teacher(name: str, job: Job) -> Any:
+    """The teacher's model, in the dtype that is fast here. InputError if its tokens are others than the student's."""
     from compress.core.walk import compute_dtype
 
+    teacher = teacher_checkpoint(name, job)
     return teacher.build_model(compute_dtype(teacher, job.dtype, job.device), job.device).requires_grad_(False)
 
 

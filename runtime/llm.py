@@ -19,12 +19,14 @@ from typing import Any, Literal, TypedDict, Unpack, cast
 import torch
 
 from compress.core._model_folder import TOKENIZER_FILES, read_json
+from compress.core.checkpoint import Checkpoint
 from compress.core.errors import EnvironmentRefused, InputError, UsageError
 from runtime.completion import Completion, Drafts
 from runtime.engine import Engine, EngineSettings, EngineStats
 from runtime.graphs import DecodeGraphs
 from runtime.loader import load
 from runtime.memory import allocate
+from runtime.models.decoder import Decoder
 from runtime.params import SamplingParams, SamplingSettings
 from runtime.runner import Runner
 from runtime.sample import Update
@@ -54,7 +56,7 @@ class SchedulerKeywords(TypedDict, total=False):
 
 
 class LLM:
-    """A model on one device with its pool of keys and values.
+    """A model, of a folder or an open checkpoint, on one device with its pool of keys and values.
 
     numerics: "fast", or "exact" (fp32; a request's tokens depend on nothing but itself). memory: bytes, or a size such
     as "4GiB", for weights, keys and values, and activations together; kv_bytes: for keys and values alone. By default
@@ -68,7 +70,7 @@ class LLM:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Checkpoint,
         *,
         numerics: Literal["exact", "fast"] = "fast",
         device: str = "auto",
@@ -86,14 +88,15 @@ class LLM:
         require_whole("block_size", block_size, least=1)
         if seed is not None:
             require_whole("seed", seed, least=0)
-        _require_places(path=path, record=record)
+        folder = path.folder if isinstance(path, Checkpoint) else path
+        _require_places(path=folder, record=record)
         if record is not None:
             require_place(Path(record))
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise UsageError(f"dtype is one of torch's, such as torch.float32, not {dtype!r}")
-        folder = Path(path)
+        folder = Path(folder)
         device = _device(device)
-        model = load(folder, numerics=numerics, device=device, dtype=dtype)
+        model = load(path if isinstance(path, Checkpoint) else folder, numerics=numerics, device=device, dtype=dtype)
         self.config = model.config
         self.max_length = _longest(max_length, model.config.max_length)
         self.tokenizer = _tokenizer(folder)
@@ -126,6 +129,18 @@ class LLM:
         """Complete the recording, if there is one."""
         if self._recorder is not None:
             self._recorder.close()
+
+    def refresh(self, checkpoint: Checkpoint) -> None:
+        """Take the weights of another checkpoint of the same shapes, in place of ours and where they lie; what was
+        computed with the old ones is forgotten. UsageError while a request is being worked on."""
+        with self._turn:
+            if self.has_work:
+                raise UsageError("weights cannot change while requests are being worked on")
+            model: Decoder = self.engine.runner.model
+            fresh = load(checkpoint, numerics=model.numerics, device=model.device, dtype=model.dtype)
+            for own, new in zip(model.buffers(), fresh.buffers(), strict=True):
+                own.copy_(new)
+            self.engine.scheduler.pool.forget()
 
     # All at once
 

@@ -23,18 +23,18 @@ _SEPARATE = ("gate_proj", "up_proj", "down_proj")
 _FUSED = ("gate_up_proj", "down_proj")
 
 
-def load(folder: str | Path, *, numerics: Numerics, device: str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
-    """The model in `folder`, ready to run. `dtype` is that of activations and dense weights in fast numerics.
+def load(
+    model: str | Path | Checkpoint, *, numerics: Numerics, device: str = "cpu", dtype: torch.dtype | None = None
+) -> Decoder:
+    """The model in a folder, or of a checkpoint that is open, ready to run. `dtype` is that of activations and dense
+    weights in fast numerics.
 
     InputError names the setting that is not understood, or the tensor that is missing, misshapen or has no place.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError("there is no such folder", where=str(folder))
     if numerics == "exact" and dtype not in (None, torch.float32):
         raise UsageError(f"exact numerics compute in float32, not in {dtype}")
-    checkpoint = Checkpoint.open(folder)
-    config = read(checkpoint.config, str(folder / "config.json"))
+    checkpoint = model if isinstance(model, Checkpoint) else _opened(Path(model))
+    config = read(checkpoint.config, str(checkpoint.folder / "config.json"))
     dtype = dtype or compute_dtype(numerics, device)
     weights = Weights(checkpoint, config, numerics, dtype, device)
     names = checkpoint.architecture
@@ -56,6 +56,12 @@ def load(folder: str | Path, *, numerics: Numerics, device: str = "cpu", dtype: 
         dtype=dtype,
         device=device,
     ).eval()
+
+
+def _opened(folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        raise InputError("there is no such folder", where=str(folder))
+    return Checkpoint.open(folder)
 
 
 def _block(weights: Weights, name: str, layer: LayerConfig) -> tuple[Block, LayerConfig]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compress.core.curvature import Curvature
     from compress.core.saves import Saves
     from compress.core.scheme import Scheme
-    from compress.core.services import Sampler, TeacherWriter
+    from compress.core.services import OpenSampler, TeacherWriter
     from compress.core.statistics import Statistic
     from compress.core.tensors import QuantTensor
     from compress.core.walk import Block, BlockSink, Preparation, Watch
@@ -77,7 +77,7 @@ class Job:
     spill_folder: str | None = None
     spill_above_bytes: int = SPILL_ABOVE_BYTES
     events: Listener = silent
-    sampler: Sampler | None = None
+    open_sampler: OpenSampler | None = None
     teacher_writer: TeacherWriter | None = None
     saves: Saves | None = None
     kept_blocks: tuple[int, ...] | None = None
@@ -86,6 +86,8 @@ class Job:
     notes: list[str] = field(default_factory=list)
     remember: Callable[[str, Callable[[], Any]], Any] = lambda name, compute: compute()
     """remember(name, compute): what `compute` gives as plain data; a resumed run gets it without computing again."""
+    keep: Callable[[str, Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]] = lambda name, compute: compute()
+    """keep(name, compute): the same for tensors, which go to a file."""
 
     def walk(
         self,

@@ -1,0 +1,35 @@
+"""What methods with a teacher have in common: who teaches, and how far from it the student is said to be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from distill._divergences import Divergence
+from distill._settings import Training
+
+if TYPE_CHECKING:
+    from compress.core.checkpoint import Checkpoint
+    from distill._losses import Loss
+
+
+class Taught(Training):
+    """Settings shared by the methods that compare the student with a teacher."""
+
+    teacher: str = Field("original", description="original: the model that the run starts from; or a folder or hub id")
+    divergence: Divergence = Field("forward_kl", description="between the teacher's distribution and the student's")
+    temperature: float = Field(1.0, gt=0, le=100, description="of both distributions")
+    mix: float = Field(0.5, ge=0, le=1, description="beta of jsd, alpha of skew_kl and skew_rkl")
+    alpha: float = Field(0.2, gt=0, le=10, description="of alpha_beta")
+    beta: float = Field(0.7, gt=0, le=10, description="of alpha_beta")
+
+    @property
+    def towards_teacher(self) -> Loss:
+        """The divergence that is asked for."""
+        from distill._losses import Loss
+
+        return Loss(self.divergence, self.temperature, self.mix, self.alpha, self.beta)
+
+    def teacher_bytes(self, checkpoint: Checkpoint) -> int:
+        return 4 * sum(info.bytes for info in checkpoint.tensors.values()) // checkpoint.dtype.itemsize

@@ -1,0 +1,43 @@
+"""Distillation of sequences: the student learns from texts that the teacher has written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.core.passes import Job
+from distill._settings_completing import Completing
+
+if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+    from compress.core.memory import Cost
+
+
+class Sequence(Completing):
+    """Let the teacher complete the beginnings of the calibration rows, once, and train the student on what it says."""
+
+    paper: ClassVar = "Kim and Rush, 2016, arXiv:1606.07947"
+
+    loss: Literal["text", "logits"] = Field(
+        "text",
+        description="text: cross entropy to the tokens that it wrote; logits: divergence from its distributions there",
+    )
+
+    def steps(self, tokens: Tokens) -> int:
+        return max(1, round(self.tokens / (self.batch * self.completed_tokens)))
+
+    def longest(self, tokens: Tokens) -> int:
+        return self.completed_tokens
+
+    def teacher_bytes(self, checkpoint: Checkpoint) -> int:
+        return super().teacher_bytes(checkpoint) if self.loss == "logits" else 0
+
+    def generating(self, checkpoint: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
+        return [(self.teachers_share(checkpoint, tokens), False)]
+
+    def run(self, job: Job) -> None:
+        from distill._sequence import train_on_completions
+
+        train_on_completions(self, job)
