@@ -83,6 +83,7 @@ def _run_stage(
             events=events,
             remember=partial(_remembered, journal, number),
             saves=Saves(workspace.saves, journal, number),
+            base_folder=inputs.recipe.base_folder,
         )
         stage.settings.run(job)
         sink.finish(stage.settings.outside(job))

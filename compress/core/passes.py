@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -60,6 +61,7 @@ class Plan:
 @dataclass(frozen=True)
 class Job:
     """One stage's surroundings. `original` is what the run started from: what stays dense is stored in its dtypes.
+    `base_folder` is where relative paths of the recipe start (None: here).
 
     Methods read from here and write through `walk`; they open no files themselves."""
 
@@ -77,6 +79,7 @@ class Job:
     sampler: Sampler | None = None
     teacher_writer: TeacherWriter | None = None
     saves: Saves | None = None
+    base_folder: Path | None = None
     notes: list[str] = field(default_factory=list)
     remember: Callable[[str, Callable[[], Any]], Any] = lambda name, compute: compute()
     """remember(name, compute): what `compute` gives as plain data; a resumed run gets it without computing again."""
