@@ -30,14 +30,16 @@ from compress.core.events import Event, Metric, Progress, Started
 ONLINE = "online"
 CASES: dict[str, dict[str, object] | None] = {
     ONLINE: None,
-    "sampled, 50 even draws": {"codec": "sampled", "draws": 50, "spread": "even"},
-    "sampled, 16 even draws": {"codec": "sampled", "draws": 16, "spread": "even"},
+    "sampled, 24 even draws": {"codec": "sampled"},
+    "sampled, 50 even draws": {"codec": "sampled", "draws": 50},
     "sampled, 50 random draws": {"codec": "sampled", "draws": 50, "spread": "random"},
     "top 12 and the tail": {"codec": "topk", "k": 12},
     "top 12, naive": {"codec": "topk", "k": 12, "tail": "drop"},
+    "top 50 and the tail": {"codec": "topk", "k": 50},
+    "top 50, naive": {"codec": "topk", "k": 50, "tail": "drop"},
 }
 CUT = {"prune": {"method": "channels", "ratio": 0.25, "importance": "magnitude"}}
-TEXT_ROWS, LENGTH, BATCH = 400, 256, 8
+LENGTH, BATCH = 256, 8
 STORIES, STORY_LENGTH = 100, 256
 
 
@@ -92,7 +94,7 @@ def run(asked: argparse.Namespace) -> None:
     results = {
         "protocol": " ".join(__doc__.split("\n\n")[2].split()),
         "environment": tools.describe_machine() | {"threads": asked.threads},
-        "training": {"steps": asked.steps, "batch": BATCH, "rows": TEXT_ROWS, "length": LENGTH},
+        "training": {"steps": asked.steps, "batch": BATCH, "rows": asked.rows, "length": LENGTH},
         "models": {},
     }
     for name in asked.models:
@@ -105,7 +107,7 @@ def run(asked: argparse.Namespace) -> None:
         work.mkdir(parents=True, exist_ok=True)
         for seed in asked.seeds:
             tokens = work / f"tokens-{seed}.safetensors"
-            ids = calibration_ids(model, asked.data / "text" / "tinystories-a.txt", seed, TEXT_ROWS, LENGTH)
+            ids = calibration_ids(model, asked.data / "text" / "tinystories-a.txt", seed, asked.rows, LENGTH)
             save_file({"input_ids": ids}, tokens)
             for label, cache in CASES.items():
                 load = os.getloadavg()[0]
@@ -131,9 +133,11 @@ def render(results: dict[str, object]) -> str:
 def _of_model(name: str, found: dict[str, object], training: dict[str, int]) -> list[str]:
     cases = found["cases"]
     online = cases[ONLINE]
+    loads = [each["load_before"] for figures in cases.values() for each in figures]
     lines = [
         f"**{name}** without a quarter of its channels, {training['steps']} steps of {training['batch']} × "
-        f"{training['length']} tokens, mean of {len(online)} (teacher: {found['teacher']['cross_entropy']:.4f} nats)",
+        f"{training['length']} tokens, mean of {len(online)} seeds (teacher: {found['teacher']['cross_entropy']:.4f} nats); "
+        f"load of the machine before a case {min(loads):.1f} to {max(loads):.1f}",
         "",
         "| teacher | cross entropy | to online | KL to the teacher | to online | bytes a token | time of a step |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -157,6 +161,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tinystories-656k"], choices=["tinystories-656k", "stories-7m"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=400, help="of the text that is trained on")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=tools.REPOSITORY / ".bench" / "teacher-cache")
     parser.add_argument("--out", type=Path, default=tools.HERE / "results" / "teacher-cache.json")
