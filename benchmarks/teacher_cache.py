@@ -30,7 +30,7 @@ from compress.core.events import Event, Metric, Progress, Started
 ONLINE = "online"
 CASES: dict[str, dict[str, object] | None] = {
     ONLINE: None,
-    "sampled, 24 even draws": {"codec": "sampled"},
+    "sampled, 24 even draws": {"codec": "sampled", "draws": 24},
     "sampled, 50 even draws": {"codec": "sampled", "draws": 50},
     "sampled, 50 random draws": {"codec": "sampled", "draws": 50, "spread": "random"},
     "top 12 and the tail": {"codec": "topk", "k": 12},
@@ -136,8 +136,8 @@ def _of_model(name: str, found: dict[str, object], training: dict[str, int]) -> 
     loads = [each["load_before"] for figures in cases.values() for each in figures]
     lines = [
         f"**{name}** without a quarter of its channels, {training['steps']} steps of {training['batch']} × "
-        f"{training['length']} tokens, mean of {len(online)} seeds (teacher: {found['teacher']['cross_entropy']:.4f} nats); "
-        f"load of the machine before a case {min(loads):.1f} to {max(loads):.1f}",
+        f"{training['length']} tokens, mean of {len(online)} seeds (teacher: {found['teacher']['cross_entropy']:.4f} "
+        f"nats); load of the machine before a case {min(loads):.1f} to {max(loads):.1f}",
         "",
         "| teacher | cross entropy | to online | KL to the teacher | to online | bytes a token | time of a step |",
         "|---|--:|--:|--:|--:|--:|--:|",

@@ -21,7 +21,7 @@ class Cache(Section):
 
     codec: Literal["sampled", "topk"] = Field("sampled", description="sampled: unbiased; topk: the most likely tokens")
     draws: int = Field(
-        50, ge=1, le=255, description="of sampled: token ids drawn at a position; equal ones are counted"
+        24, ge=1, le=255, description="of sampled: token ids drawn at a position; equal ones are counted"
     )
     spread: Literal["even", "random"] = Field(
         "even", description="of sampled: draws at equal distances along the distribution, or each by itself"
