@@ -91,6 +91,7 @@ def _run_stage(
             saves=Saves(workspace.saves, journal, number),
             kept_blocks=kept_blocks(number, inputs, journal),
             open_sampler=partial(RuntimeSampler, device=options.device),
+            base_folder=inputs.recipe.base_folder,
         )
         stage.settings.run(joined(stage.settings, stage.method, job, options.allow_code))
         sink.finish(stage.settings.outside(job))

@@ -18,7 +18,7 @@ from compress.core.passes import Job
 from compress.core.services import Sampler
 from distill._batches import NO_TARGET, Batch, Batches, batch_rows
 from distill._settings_completing import MOST_AT_ONCE
-from distill._teacher import teacher_checkpoint
+from distill._teacher import find_teacher
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
@@ -77,7 +77,7 @@ def teacher_batches(settings: Completing, job: Job, tokens: Tokens) -> Batches:
         def of_rows(rows_B: Tensor = rows_B) -> dict[str, Tensor]:
             nonlocal teacher
             if teacher is None:
-                teacher = sampler_of(job, teacher_checkpoint(settings.teacher, job), settings.sampling(MOST_AT_ONCE))
+                teacher = sampler_of(job, find_teacher(settings.teacher, job), settings.sampling(MOST_AT_ONCE))
             prompts = prompts_of(tokens, rows_B, settings.prompt_tokens, teacher.end_tokens)
             seeds = [number_of("teacher", settings.seed, row) for row in rows_B.tolist()]
             return _packed(prompts, teacher.complete(prompts, seeds))

@@ -42,7 +42,10 @@ class Loss:
         """The loss of each token, fp32 [N], from logits; -100 as a target counts for nothing."""
         log_q_NV = torch.log_softmax(student_NV.float() / self.temperature, dim=-1)
         log_p_NV = torch.log_softmax(teacher_NV.float() / self.temperature, dim=-1)
-        loss_N = self.temperature**2 * self.divergence_of(log_p_NV, log_q_NV)
+        return self.with_text(self.temperature**2 * self.divergence_of(log_p_NV, log_q_NV), student_NV, target_N)
+
+    def with_text(self, loss_N: Tensor, student_NV: Tensor, target_N: Tensor) -> Tensor:
+        """These losses with the share of the cross entropy to the text's own tokens."""
         if self.cross_entropy:
             own_N = torch.nn.functional.cross_entropy(student_NV.float(), target_N, ignore_index=-100, reduction="none")
             loss_N = (1 - self.cross_entropy) * loss_N + self.cross_entropy * own_N
@@ -99,7 +102,6 @@ def chunked(
     """The mean loss over all tokens with a target; 0 if there is none. `student`, `teacher`: hidden states [N, D], and
     what makes logits of them."""
     hidden_ND, head = student
-    total = hidden_ND.new_zeros((), dtype=torch.float32) + 0.0 * hidden_ND.float().sum()  # a graph even without tokens
 
     def part(hidden_ND: Tensor, taught_ND: Tensor, target_N: Tensor) -> Tensor:
         with torch.no_grad():
@@ -108,7 +110,17 @@ def chunked(
         width = min(student_NV.shape[-1], teacher_NV.shape[-1])  # padding rows behind the vocabulary
         return loss.of_tokens(student_NV[:, :width], teacher_NV[:, :width], target_N).sum()
 
+    return mean_in_chunks(part, (hidden_ND, teacher[0]), target_N, chunk_tokens)
+
+
+def mean_in_chunks(
+    summed: Callable[..., Tensor], tensors: tuple[Tensor, ...], target_N: Tensor, chunk_tokens: int
+) -> Tensor:
+    """The mean over all tokens with a target of what `summed` gives for rows of `tensors` and targets, so many at a
+    time; computed again for the gradient, so that nothing as wide as the vocabulary is kept."""
+    hidden_ND = tensors[0]
+    total = hidden_ND.new_zeros((), dtype=torch.float32) + 0.0 * hidden_ND.float().sum()  # a graph even without tokens
     for start in range(0, len(target_N), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
-        total = total + checkpoint(part, hidden_ND[rows], teacher[0][rows], target_N[rows], use_reentrant=False)
+        total = total + checkpoint(summed, *(each[rows] for each in tensors), target_N[rows], use_reentrant=False)
     return total / max(int((target_N != -100).sum()), 1)

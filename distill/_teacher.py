@@ -11,8 +11,8 @@ from compress.core.errors import InputError
 from compress.core.passes import Job
 
 
-def teacher_checkpoint(name: str, job: Job) -> Checkpoint:
-    """The teacher's files. InputError if its tokens are others than the student's."""
+def find_teacher(name: str, job: Job) -> Checkpoint:
+    """The teacher, not loaded yet. InputError if its tokens are others than the student's."""
     original = job.original or job.checkpoint
     teacher = original if name == "original" else Checkpoint.open(name)
     _require_same_tokens(teacher, job.checkpoint)
@@ -21,10 +21,19 @@ def teacher_checkpoint(name: str, job: Job) -> Checkpoint:
 
 def open_teacher(name: str, job: Job) -> Any:
     """The teacher's model, in the dtype that is fast here. InputError if its tokens are others than the student's."""
+    return load_teacher(find_teacher(name, job), job)
+
+
+def load_teacher(teacher: Checkpoint, job: Job) -> Any:
+    """Its model, to be asked and not trained."""
+    return teacher.build_model(teacher_dtype(teacher, job), job.device).requires_grad_(False)
+
+
+def teacher_dtype(teacher: Checkpoint, job: Job) -> Any:
+    """What it computes in."""
     from compress.core.walk import compute_dtype
 
-    teacher = teacher_checkpoint(name, job)
-    return teacher.build_model(compute_dtype(teacher, job.dtype, job.device), job.device).requires_grad_(False)
+    return compute_dtype(teacher, job.dtype, job.device)
 
 
 def _require_same_tokens(teacher: Checkpoint, student: Checkpoint) -> None:

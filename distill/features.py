@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from compress.core.errors import UsageError
 from compress.core.passes import Job, Plan
+from distill._cache_settings import Cache
 from distill.logits import Logits
 
 if TYPE_CHECKING:
@@ -38,6 +39,13 @@ class Features(Logits):
         description="teacher layer of each student layer, from 0: {3: 7}; none: the layers that they were before depth "
         "pruning in the same run, else evenly spread with last to last",
     )
+
+    @field_validator("cache")
+    @classmethod
+    def _the_teacher_itself(cls, cache: Cache | None) -> Cache | None:
+        if cache is not None:
+            raise ValueError("a cache holds what the teacher says, not its hidden states: leave it out")
+        return cache
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         if not self.hidden and not self.attention:

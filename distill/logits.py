@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from compress.core.passes import Job
+from compress.core.passes import Job, Plan
+from compress.core.quantities import format_bytes
+from distill._cache_settings import Cache
 from distill._settings_taught import Taught
 
 if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
     from distill._losses import Loss
 
 
@@ -19,15 +23,43 @@ class Logits(Taught):
 
     paper: ClassVar = "Hinton et al., 2015, arXiv:1503.02531; Agarwal et al., 2024, arXiv:2306.13649"
 
-    joins: ClassVar = True
-
     cross_entropy: float = Field(0.0, ge=0, le=1, description="share of the loss that is the text's own next token")
+    cache: Cache | None = Field(None, description="write what the teacher says once, and train without it beside")
+
+    @field_validator("cache")
+    @classmethod
+    def _enough_for_the_divergence(cls, cache: Cache | None, found: ValidationInfo) -> Cache | None:
+        divergence = found.data.get("divergence", "forward_kl")
+        if cache is not None and divergence != "forward_kl":
+            raise ValueError(f"{divergence} needs the teacher's whole distribution, and a cache holds part of it")
+        return cache
+
+    @property
+    def joins(self) -> bool:
+        return self.cache is None  # one process fills a cache and reads it
 
     @property
     def loss(self) -> Loss:
         return replace(self.towards_teacher, cross_entropy=self.cross_entropy)
 
-    def run(self, job: Job) -> None:
-        from distill._logits import train_on_logits
+    def teacher_bytes(self, checkpoint: Checkpoint) -> int:
+        return 0 if self.cache is not None else super().teacher_bytes(checkpoint)  # it is gone before the student comes
 
-        train_on_logits(self, job)
+    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
+        plan = super().plan(checkpoint, calibration)
+        if self.cache is None or calibration is None:
+            return plan
+        token_bytes = self.cache.token_bytes(checkpoint.config["vocab_size"])
+        cache_bytes = token_bytes * (calibration.count - len(calibration.ids))
+        said = f"the teacher cache takes up to {format_bytes(cache_bytes)}, {token_bytes} bytes a token"
+        return replace(plan, disk_bytes=plan.disk_bytes + cache_bytes, notices=(*plan.notices, said))
+
+    def run(self, job: Job) -> None:
+        if self.cache is not None:
+            from distill._cached import train_on_cache
+
+            train_on_cache(self, self.cache, job)
+        else:
+            from distill._logits import train_on_logits
+
+            train_on_logits(self, job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -63,6 +64,7 @@ class Plan:
 @dataclass(frozen=True)
 class Job:
     """One stage's surroundings. `original` is what the run started from: what stays dense is stored in its dtypes.
+    `base_folder` is where relative paths of the recipe start (None: here).
 
     Methods read from here and write through `walk`; they open no files themselves."""
 
@@ -83,6 +85,7 @@ class Job:
     kept_blocks: tuple[int, ...] | None = None
     """Which block of `original` each block of `checkpoint` was; None if the run does not know."""
     processes: Processes = ALONE
+    base_folder: Path | None = None
     notes: list[str] = field(default_factory=list)
     remember: Callable[[str, Callable[[], Any]], Any] = lambda name, compute: compute()
     """remember(name, compute): what `compute` gives as plain data; a resumed run gets it without computing again."""
@@ -172,8 +175,6 @@ class Pass(BaseModel, ABC):
     gives: ClassVar[WeightKind | None]
     paper: ClassVar[str]
     needs_calibration: ClassVar[bool]
-    joins: ClassVar[bool] = False
-    """Whether the processes that a launcher started beside the main one take part in its work."""
     renumbers_tokens: ClassVar[bool] = False
     """Whether tokens have other ids after it. It remembers as "kept" which of the old ones stay, in the new order."""
     renumbers_blocks: ClassVar[bool] = False
@@ -183,6 +184,11 @@ class Pass(BaseModel, ABC):
     def refusal(self, kind: WeightKind) -> str | None:
         """Why these settings cannot work on weights of `kind`, as what follows the method's name; None if they can."""
         return None if kind in self.takes else f"takes {' or '.join(sorted(self.takes))} weights"
+
+    @property
+    def joins(self) -> bool:
+        """Whether the processes that a launcher started beside the main one take part in its work."""
+        return False
 
     @property
     def calibrated(self) -> bool:

@@ -35,6 +35,10 @@ class Saves:
         self._journal = journal
         self._stage = stage
 
+    def folder(self, name: str) -> Path:
+        """Where all stages of the run find what one of them has written; it goes when the run is over."""
+        return self._folder / name
+
     def latest(self) -> Save | None:
         """The newest one, None if there is none. ArtifactError if its file is not as the journal says."""
         entries = self._entries()

@@ -103,8 +103,8 @@ def _tensors_of(job: Job) -> dict[str, Tensor]:
 def serve() -> int:
     """Work for the main process until it needs no one; gives the exit code. What fails is told on standard error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process finishes its unit first, and this one ends with it
+    processes = current()
     try:
-        processes = current()
         while True:
             data, tensors = processes.hear()
             _work(Order(**data), tensors, processes)
