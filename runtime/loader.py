@@ -15,6 +15,7 @@ from runtime.layers.embedding import Embedding
 from runtime.layers.experts import MixtureOfExperts
 from runtime.layers.linear import Numerics, compute_dtype
 from runtime.layers.mlp import MLP, activation_of
+from runtime.layers.sparse import Packer, Sparse
 from runtime.models.config import LayerConfig
 from runtime.models.decoder import Block, Decoder
 from runtime.models.reading import read
@@ -23,8 +24,17 @@ _SEPARATE = ("gate_proj", "up_proj", "down_proj")
 _FUSED = ("gate_up_proj", "down_proj")
 
 
-def load(folder: str | Path, *, numerics: Numerics, device: str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+def load(
+    folder: str | Path,
+    *,
+    numerics: Numerics,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    sparse: Sparse = "auto",
+) -> Decoder:
     """The model in `folder`, ready to run. `dtype` is that of activations and dense weights in fast numerics.
+
+    `sparse` auto: where the config says that zeros were chosen, layers are packed if that is faster; off: never.
 
     InputError names the setting that is not understood, or the tensor that is missing, misshapen or has no place.
     """
@@ -33,10 +43,13 @@ def load(folder: str | Path, *, numerics: Numerics, device: str = "cpu", dtype: 
         raise InputError("there is no such folder", where=str(folder))
     if numerics == "exact" and dtype not in (None, torch.float32):
         raise UsageError(f"exact numerics compute in float32, not in {dtype}")
+    if sparse not in ("auto", "off"):
+        raise UsageError(f"sparse is auto or off, not {sparse!r}")
     checkpoint = Checkpoint.open(folder)
     config = read(checkpoint.config, str(folder / "config.json"))
     dtype = dtype or compute_dtype(numerics, device)
-    weights = Weights(checkpoint, config, numerics, dtype, device)
+    packs = sparse == "auto" and numerics == "fast" and checkpoint.kind == "masked"
+    weights = Weights(checkpoint, config, numerics, dtype, device, Packer() if packs else None)
     names = checkpoint.architecture
     embedding_VD = weights.embedding().to(device)
     blocks, layers = [], []

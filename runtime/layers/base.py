@@ -6,11 +6,15 @@ Shape suffixes: M rows of a batch, K input channels, O output channels, G groups
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from runtime.native.linear import Weight
+
+if TYPE_CHECKING:
+    from runtime.layers.sparse import Packing
 
 _TILE_WEIGHTS = 1 << 20  # weights that are dense at a time
 
@@ -20,12 +24,14 @@ class LinearLayer(nn.Module):
 
     A subclass holds the weight as buffers and gives `product`. `input_scale` fp32 [1] is that of static inputs.
     `slow_reason` says why a layer has no fast path on this device; it is empty if it has one. `many_rows`: from so many
-    rows on, it is faster not to go through the kernels of runtime.native.
+    rows on, it is faster not to go through the kernels of runtime.native. `packing` says what became of a layer with
+    zeros, in models that have them by choice.
     """
 
     bias: Tensor | None
     input_scale: Tensor | None
     many_rows: int = 0
+    packing: Packing | None = None
 
     def __init__(
         self,
@@ -65,14 +71,19 @@ class LinearLayer(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.bytes} bytes{reason}"
 
 
-def product_by_tiles(x_MK: Tensor, channels: int, fill: Callable[[int, int, Tensor], object]) -> Tensor:
+def product_by_tiles(
+    x_MK: Tensor,
+    channels: int,
+    fill: Callable[[int, int, Tensor], object],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """x Wᵀ [M, O] through BLAS, in the dtype of x, some output channels at a time.
 
-    `fill(first, last, to)` puts those of W into fp32 `to` [last - first, K].
+    `fill(first, last, to)` puts those of W into `to` [last - first, K], which is of `dtype`.
     """
     width = x_MK.shape[1]
     count = tile_channels(width)
-    tile_OK = torch.empty(min(count, channels), width)
+    tile_OK = torch.empty(min(count, channels), width, dtype=dtype)
     y_MO = x_MK.new_empty(len(x_MK), channels)
     for first in range(0, channels, count):
         last = min(first + count, channels)
