@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from runtime.layers.sparse import Packing
 
+_MOST_NAMES = 2
 _FORMS = {"2:4": "as 2:4 on sparse tensor cores", "bitmap": "as a bitmap and the weights that are left"}
 
 
@@ -36,13 +37,14 @@ def _ratios(each: Sequence[Mapping[int, float]]) -> dict[str, float]:
 
 
 def sentence(outcome: Mapping[str, Any]) -> str:
-    """How many layers ran how, and why."""
-    count = len(outcome["layers"])
-    one = count == 1
-    many = f"{count:,} layer{'' if one else 's'} with zeros ({outcome['zeros']:.0%} of {'it' if one else 'them'})"
+    """How many layers ran how, which, and why."""
+    names = outcome["layers"]
+    one = len(names) == 1
+    many = f"{len(names):,} layer{'' if one else 's'} with zeros ({outcome['zeros']:.0%} of {'it' if one else 'them'})"
     form = f"packed, {_FORMS.get(outcome['form'], outcome['form'])}" if outcome["form"] else "dense"
+    named = ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
     times = ", ".join(f"{ratio:.2f} at {rows}" for rows, ratio in outcome["against_dense"].items())
-    return f"{many} ran {form}: {outcome['reason']}" + (f" (packed : dense by rows: {times})" if times else "")
+    return f"{many} ran {form} ({named}): {outcome['reason']}" + (f"; packed : dense by rows: {times}" if times else "")
 
 
 def run_notes(run: Mapping[str, Any]) -> list[str]:

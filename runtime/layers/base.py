@@ -71,19 +71,14 @@ class LinearLayer(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.bytes} bytes{reason}"
 
 
-def product_by_tiles(
-    x_MK: Tensor,
-    channels: int,
-    fill: Callable[[int, int, Tensor], object],
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def product_by_tiles(x_MK: Tensor, channels: int, fill: Callable[[int, int, Tensor], object]) -> Tensor:
     """x Wᵀ [M, O] through BLAS, in the dtype of x, some output channels at a time.
 
-    `fill(first, last, to)` puts those of W into `to` [last - first, K], which is of `dtype`.
+    `fill(first, last, to)` puts those of W into fp32 `to` [last - first, K].
     """
     width = x_MK.shape[1]
     count = tile_channels(width)
-    tile_OK = torch.empty(min(count, channels), width, dtype=dtype)
+    tile_OK = torch.empty(min(count, channels), width)
     y_MO = x_MK.new_empty(len(x_MK), channels)
     for first in range(0, channels, count):
         last = min(first + count, channels)

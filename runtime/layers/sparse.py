@@ -21,7 +21,7 @@ from runtime.layers.bitmap import BitmapLinear
 from runtime.layers.dense import CompiledDense, DenseLinear
 from runtime.layers.gpu_timing import milliseconds
 from runtime.layers.semi_structured import LEAST_CAPABILITY, SemiStructuredLinear, has_sparse_cores
-from runtime.native.bitmap import takes_zeros
+from runtime.native.bitmap import has_tiles, takes_zeros
 
 Sparse = Literal["auto", "off"]
 ROWS = (1, 16, 512)  # a stream by itself, a small batch, a prompt: as important as each other
@@ -58,7 +58,7 @@ class Packer:
             return layer
         if layer.weight.device.type == "cpu":
             packing = _rule(layer, zeros)
-            packed = BitmapLinear(layer.weight, layer.bias, _inputs_of(layer)) if packing.form else layer
+            packed = BitmapLinear(layer.weight, layer.bias) if packing.form else layer
         else:
             packed, packing = self._on_gpu(layer, zeros)
         packed.packing = packing
@@ -113,12 +113,10 @@ def _rule(layer: DenseLinear | CompiledDense, zeros: float) -> Packing:
     """For a CPU."""
     if not takes_zeros(layer.weight):
         return Packing("", zeros, "there is no CPU kernel for this dtype, shape or machine")
+    if isinstance(layer, DenseLinear) and not has_tiles():
+        return Packing("", zeros, "with bf16 inputs nothing is known to be faster without AMX")
     if zeros < _LEAST_ZEROS:
         return Packing("", zeros, f"less than {_LEAST_ZEROS:.0%} of it are zeros")
     if layer.weight.numel() < _LEAST_WEIGHTS:
         return Packing("", zeros, "it is small")
     return Packing("bitmap", zeros, "by the table of benchmarks/sparse_linear.py")
-
-
-def _inputs_of(layer: DenseLinear | CompiledDense) -> torch.dtype:
-    return layer.weight.dtype if isinstance(layer, DenseLinear) else torch.float32

@@ -6,118 +6,55 @@
    The order of sums of a row does not depend on the other rows. Shapes: M rows, K input channels (a multiple of 32),
    O output channels, B words of 32 bits of an output channel. 32 numbers more than there are can be read. */
 
-#include "linear.h"
-
-#include <stdlib.h>
-#include <string.h>
-
-#define STEP 32 /* numbers of a word of the map */
-
-#ifdef __AVX2__
-#include <immintrin.h>
-
-#define HALF (STEP / 2)
-
-INLINE int64_t words_of(const weight *w) { return w->width / STEP; }
+#include "bitmap.h"
 
 #ifdef __AVX512VBMI2__
+#include <stdlib.h>
+
+#define HALF (STEP / 2)
+#define AT_ONCE 8 /* rows, or output channels times rows: there are registers for twice as many sums */
+
 typedef __m512 vector;
-#define VECTORS 1 /* of numbers at even places of a word, and as many at odd ones */
-
-/* The numbers of a word as pairs of bf16. Returns where those of the next begin. */
-INLINE const uint16_t *spread(const uint16_t *values, uint32_t map, __m512i *pairs) {
-    *pairs = _mm512_maskz_expand_epi16(map, _mm512_loadu_si512(values));
-    return values + __builtin_popcount(map);
-}
-
-INLINE vector even(__m512i pairs) { return (vector)_mm512_slli_epi32(pairs, 16); }
-INLINE vector odd(__m512i pairs) { return (vector)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)); }
-INLINE void store(uint16_t *to, __m512i pairs) { _mm512_storeu_si512(to, pairs); }
-typedef __m512i numbers;
-
-#else
-typedef __m256 vector;
-#define VECTORS 2
-typedef __m256i numbers;
-
-/* For each byte of a map, where the bytes of eight numbers come from; 0x80: zero. */
-static uint8_t places[256][16] __attribute__((aligned(16)));
-
-__attribute__((constructor)) static void fill_places(void) {
-    for (int map = 0; map < 256; map++)
-        for (int bit = 0, from = 0; bit < 8; bit++) {
-            const int set = map >> bit & 1;
-            places[map][2 * bit] = set ? (uint8_t)(2 * from) : 0x80;
-            places[map][2 * bit + 1] = set ? (uint8_t)(2 * from + 1) : 0x80;
-            from += set;
-        }
-}
-
-INLINE __m128i spread_eight(const uint16_t *values, uint32_t map) {
-    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)values), *(const __m128i *)places[map]);
-}
-
-INLINE const uint16_t *spread(const uint16_t *values, uint32_t map, __m256i *pairs) {
-    for (int half = 0; half < VECTORS; half++, map >>= HALF) {
-        const __m128i low = spread_eight(values, map & 0xff);
-        values += __builtin_popcount(map & 0xff);
-        pairs[half] = _mm256_set_m128i(spread_eight(values, map >> 8 & 0xff), low);
-        values += __builtin_popcount(map & 0xff00);
-    }
-    return values;
-}
-
-INLINE vector even(__m256i pairs) { return (vector)_mm256_slli_epi32(pairs, 16); }
-INLINE vector odd(__m256i pairs) { return (vector)_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)); }
-INLINE void store(uint16_t *to, __m256i pairs) { _mm256_storeu_si256((__m256i *)to, pairs); }
-#endif
-
-#define VECTOR_FLOATS (HALF / VECTORS)
-typedef vector vector_at __attribute__((aligned(4), may_alias));
-
-INLINE float sum_of(vector x) {
-    float lanes[VECTOR_FLOATS];
-    memcpy(lanes, &x, sizeof x);
-    for (int width = VECTOR_FLOATS / 2; width; width /= 2)
-        for (int lane = 0; lane < width; lane++) lanes[lane] += lanes[lane + width];
-    return lanes[0];
-}
 
 /* R output channels from `o` on for M rows. x [B][M][2][16], y [M][O]. */
 INLINE void channels(const weight *w, int64_t o, const int R, const int M, const float *x, float *y) {
-    const int64_t B = words_of(w);
-    const uint32_t *map = (const uint32_t *)w->map + o * B;
+    const int64_t B = w->width / STEP;
+    const uint32_t *map = w->map + o * B;
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000);
     const uint16_t *values[MOST_CHANNELS];
-    vector one[MOST_CHANNELS][MOST_ROWS], other[MOST_CHANNELS][MOST_ROWS];
+    vector even[MOST_CHANNELS][AT_ONCE], odd[MOST_CHANNELS][AT_ONCE];
     for (int r = 0; r < R; r++) {
         values[r] = (const uint16_t *)w->codes + w->start[o + r];
-        for (int m = 0; m < M; m++) one[r][m] = other[r][m] = (vector){0};
+        for (int m = 0; m < M; m++) even[r][m] = odd[r][m] = _mm512_setzero_ps();
     }
     for (int64_t b = 0; b < B; b++, x += STEP * M)
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            numbers pairs[VECTORS];
-            values[r] = spread(values[r], map[r * B + b], pairs);
-            for (int v = 0; v < VECTORS; v++) {
-                const vector first = even(pairs[v]), second = odd(pairs[v]);
-                for (int m = 0; m < M; m++) {
-                    const float *at = x + m * STEP + v * VECTOR_FLOATS;
-                    one[r][m] += first * *(const vector_at *)at;
-                    other[r][m] += second * *(const vector_at *)(at + HALF);
-                }
+            __m512i pairs;
+            values[r] = spread(values[r], map[r * B + b], &pairs);
+            const vector first = (vector)_mm512_slli_epi32(pairs, 16), second = (vector)_mm512_and_si512(pairs, high);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                even[r][m] += first * *(const vector *)(x + m * STEP);
+                odd[r][m] += second * *(const vector *)(x + m * STEP + HALF);
             }
         }
     for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) y[m * w->rows + o + r] = sum_of(one[r][m] + other[r][m]);
+        for (int m = 0; m < M; m++) y[m * w->rows + o + r] = _mm512_reduce_add_ps(even[r][m] + odd[r][m]);
 }
 
-/* At least MOST_CHANNELS output channels [first, end) for 1, 2 or 4 rows. The last ones may be done twice. */
+/* How many rows to take at once when `left` are left. */
+INLINE int rows_of(int64_t left) { return left >= AT_ONCE ? AT_ONCE : rows_at_once(left); }
+
+/* At least MOST_CHANNELS output channels [first, end) for 1, 2, 4 or 8 rows. The last ones may be done twice. */
 static void product_of(const weight *w, int64_t first, int64_t end, int M, const float *x, float *y) {
-    const int64_t at_once = M == 1 ? 4 : M == 2 ? 2 : 1;
+    const int64_t at_once = M == 1 ? MOST_CHANNELS : AT_ONCE / M;
     for (int64_t next = first; next < end; next += at_once) {
         const int64_t o = next < end - at_once ? next : end - at_once;
-        if (M == 1) channels(w, o, 4, 1, x, y);
-        else if (M == 2) channels(w, o, 2, 2, x, y);
-        else channels(w, o, 1, 4, x, y);
+        if (M == 1) channels(w, o, MOST_CHANNELS, 1, x, y);
+        else if (M == 2) channels(w, o, AT_ONCE / 2, 2, x, y);
+        else if (M == 4) channels(w, o, AT_ONCE / 4, 4, x, y);
+        else channels(w, o, 1, AT_ONCE, x, y);
     }
 }
 
@@ -137,14 +74,14 @@ int bitmap_served(void) { return 1; }
 
 int bitmap_product(const weight *w, int64_t M, const float *x, float *y, int threads) {
     const int64_t tiles = tiles_of(w), K = w->width;
-    float *arranged = malloc(sizeof(float) * (size_t)(M * K));
+    float *arranged = aligned_alloc(LINE, sizeof(float) * (size_t)(M * K));
     if (!arranged) return 1;
-    for (int64_t m = 0; m < M; m += rows_at_once(M - m)) arrange(w, rows_at_once(M - m), x + m * K, arranged + m * K);
+    for (int64_t m = 0; m < M; m += rows_of(M - m)) arrange(w, rows_of(M - m), x + m * K, arranged + m * K);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t tile = 0; tile < tiles; tile++) {
         const int64_t o = tile * TILE, end = tile == tiles - 1 ? w->rows : o + TILE;
-        for (int64_t m = 0; m < M; m += rows_at_once(M - m))
-            product_of(w, o, end, rows_at_once(M - m), arranged + m * K, y + m * w->rows);
+        for (int64_t m = 0; m < M; m += rows_of(M - m))
+            product_of(w, o, end, rows_of(M - m), arranged + m * K, y + m * w->rows);
     }
     free(arranged);
     return 0;
@@ -152,16 +89,14 @@ int bitmap_product(const weight *w, int64_t M, const float *x, float *y, int thr
 
 /* Output channels [first, end) as dense bf16 [end - first][K]. */
 void bitmap_expand(const weight *w, int64_t first, int64_t end, uint16_t *to, int threads) {
-    const int64_t B = words_of(w);
+    const int64_t B = w->width / STEP;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t o = first; o < end; o++) {
-        const uint32_t *map = (const uint32_t *)w->map + o * B;
         const uint16_t *values = (const uint16_t *)w->codes + w->start[o];
-        uint16_t *place = to + (o - first) * w->width;
         for (int64_t b = 0; b < B; b++) {
-            numbers pairs[VECTORS];
-            values = spread(values, map[b], pairs);
-            for (int v = 0; v < VECTORS; v++, place += STEP / VECTORS) store(place, pairs[v]);
+            __m512i pairs;
+            values = spread(values, w->map[o * B + b], &pairs);
+            _mm512_storeu_si512(to + ((o - first) * B + b) * STEP, pairs);
         }
     }
 }

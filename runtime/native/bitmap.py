@@ -17,6 +17,7 @@ from runtime.native.linear import LEAST_CHANNELS, Weight
 
 KIND = 5
 STEP = 32  # numbers of a word
+TILE_CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Bitmap:
 
 
 def takes_zeros(weight_OK: Tensor) -> bool:
-    """Whether the kernels do this weight: bf16 on a CPU with AVX2, where they could be compiled."""
+    """Whether the kernels do this weight: bf16 on a CPU with AVX-512 VBMI2, where they could be compiled."""
     rows, width = weight_OK.shape
     plain = weight_OK.device.type == "cpu" and weight_OK.dtype is torch.bfloat16 and weight_OK.is_contiguous()
     fits = plain and rows >= LEAST_CHANNELS and width % STEP == 0
@@ -63,6 +64,27 @@ def described(bitmap: Bitmap) -> Weight:
         row_bytes=2 * (len(bitmap.values_N) - STEP) // rows + 4 * words,
         kind=KIND,
     )
+
+
+def has_tiles() -> bool:
+    """Whether this CPU has AMX."""
+    return library().loaded is not None and bool(library().loaded.bitmap_tiles_served())
+
+
+def takes_tiles(bitmap: Bitmap) -> bool:
+    """Whether `tiles_product` does this weight."""
+    return len(bitmap.start_O) >= TILE_CHANNELS and has_tiles()
+
+
+def tiles_product(weight: Weight, x_MK: Tensor) -> Tensor:
+    """x Wᵀ, fp32 [M, O], of bf16 x [M, K]."""
+    x_MK = x_MK.contiguous()
+    y_MO = torch.empty((len(x_MK), weight.rows), dtype=torch.float32)
+    threads = threads_for(weight.rows * weight.row_bytes)
+    at = ctypes.byref(weight)
+    if library().loaded.bitmap_tiles_product(at, len(x_MK), x_MK.data_ptr(), y_MO.data_ptr(), threads):
+        raise MemoryError(f"no memory for {len(x_MK)} rows of inputs")
+    return y_MO
 
 
 def expand(weight: Weight, first: int, last: int, to: Tensor) -> None:

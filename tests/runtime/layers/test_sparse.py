@@ -25,7 +25,7 @@ from tests.conftest import TinyModel
 from tests.runtime._folders import edited, rewritten
 
 needs_kernels = pytest.mark.skipif(
-    library().loaded is None or not library().loaded.bitmap_served(), reason="needs gcc, libgomp and AVX2"
+    library().loaded is None or not library().loaded.bitmap_served(), reason="no AVX-512 VBMI2 or gcc here"
 )
 
 
