@@ -34,8 +34,8 @@ def test_layers_are_put_together_by_what_became_of_them() -> None:
     assert [outcome["layers"] for outcome in OUTCOMES] == [["a", "b"], ["c"]]
     assert OUTCOMES[0]["against_dense"] == {"1": 1.1, "512": 0.55}
     assert [sentence(outcome) for outcome in OUTCOMES] == [
-        "2 layers with zeros (50% of them) ran packed, as 2:4 on sparse tensor cores (a, b): measured; packed : dense by "
-        "rows: 1.10 at 1, 0.55 at 512",
+        "2 layers with zeros (50% of them) ran packed, as 2:4 on sparse tensor cores (a, b): measured; "
+        "packed : dense by rows: 1.10 at 1, 0.55 at 512",
         "1 layer with zeros (50% of it) ran dense (c): it is small",
     ]
 
