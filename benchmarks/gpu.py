@@ -24,6 +24,9 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 from runtime.graphs import DecodeGraphs
+from runtime.layers.dense import DenseLinear
+from runtime.layers.gpu_timing import milliseconds as layer_milliseconds
+from runtime.layers.semi_structured import SemiStructuredLinear
 from runtime.ops.attention import AttentionBatch, paged_attention
 from runtime.ops.backend import torch_only
 from runtime.ops.kv_store import store_kv
@@ -145,6 +148,29 @@ def low_bit(bandwidth: float) -> Iterator[Row]:
             }  # fmt: skip
 
 
+def sparse(bandwidth: float) -> Iterator[Row]:
+    """2:4 weights, dense and as torch packs them, timed as the runtime times them when it loads a pruned model."""
+    for outputs, inputs in [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]:
+        weight = random(outputs, inputs).view(-1, 4)
+        weight = weight.scatter(1, torch.rand(weight.shape, device=DEVICE).argsort(dim=1)[:, :2], 0)
+        dense = DenseLinear(weight.view(outputs, inputs), None, DTYPE)
+        try:
+            packed = SemiStructuredLinear(dense.weight, None)
+        except RuntimeError as error:
+            yield {"outputs": outputs, "inputs": inputs, "refused": str(error).splitlines()[0]}
+            continue
+        sizes = {"dense_bytes": dense.bytes, "packed_bytes": packed.bytes}
+        for rows in (1, 4, 16, 64, 512, 2048):
+            x = random(rows, inputs)
+            wanted = dense(x).float()
+            apart = ((packed(x).float() - wanted).norm() / wanted.norm()).item()
+            ours, rival = layer_milliseconds(packed, x), layer_milliseconds(dense, x)
+            yield {
+                "outputs": outputs, "inputs": inputs, "rows": rows, "ms": ours, "dense_ms": rival,
+                "speedup": rival / ours, "apart": apart, **sizes,
+            }  # fmt: skip
+
+
 def steps(bandwidth: float) -> Iterator[Row]:
     """A whole decode step of a 1B shape, launched one operation at a time and as a graph, in bf16 and in 4 bits."""
     shape = {"layers": 16, "hidden": 2048, "heads": 32, "groups": 8, "ffn": 8192, "vocabulary": 128256}
@@ -169,7 +195,7 @@ def steps(bandwidth: float) -> Iterator[Row]:
         torch.cuda.empty_cache()
 
 
-SECTIONS = {"decode": decode, "low_bit": low_bit, "steps": steps, "prefill": prefill, "small": small}
+SECTIONS = {"decode": decode, "low_bit": low_bit, "sparse": sparse, "steps": steps, "prefill": prefill, "small": small}
 
 
 def measure(names: list[str], minutes: float) -> dict[str, object]:

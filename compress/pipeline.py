@@ -99,7 +99,8 @@ def _measure_speed(
         )
         rates = {model["role"]: model["figures"]["generated_tokens_per_second"] for model in result["models"]}
         first = {model["role"]: model["figures"]["first_token"]["p50"] for model in result["models"]}
-        found.append({"batch": batch, "tokens_per_second": rates, "first_token_seconds": first})
+        packings = result["models"][0]["packings"]
+        found.append({"batch": batch, "tokens_per_second": rates, "first_token_seconds": first, "packings": packings})
     journal.add("speed", {"asked": asked.model_dump(mode="json"), "numerics": evaluation.numerics, "found": found})
 
 

@@ -20,6 +20,7 @@ from compress.core.tensors import QuantTensor
 from runtime.layers.linear import Numerics, concatenate, make_linear
 from runtime.layers.merged import Merged
 from runtime.layers.norm import RMSNorm
+from runtime.layers.sparse import Packer
 from runtime.models.config import ModelConfig
 
 Weight = Tensor | QuantTensor
@@ -50,13 +51,20 @@ class Weights:
     """Takes tensors out of a checkpoint and makes layers of them."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, numerics: Numerics, dtype: torch.dtype, device: str
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        numerics: Numerics,
+        dtype: torch.dtype,
+        device: str,
+        packer: Packer | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = config
         self.numerics: Numerics = numerics
         self.dtype = dtype
         self.device = device
+        self._packer = packer
         self._reader = reader_for(checkpoint.config) if checkpoint.schemes else None
         self._taken: set[str] = set()
 
@@ -138,7 +146,7 @@ class Weights:
                 raise InputError(
                     f"{name} differs from the embedding that it is tied to", where=self._where(), hint=hint
                 )
-        return self._make(embedding_VD, None)
+        return self._make(embedding_VD, None, packs=False)  # the embedding needs it dense
 
     def misfit(self, name: str, value: Weight, wanted: str) -> InputError:
         """The error for a tensor of the wrong shape."""
@@ -146,10 +154,10 @@ class Weights:
             f"tensor {name!r} has shape {list(value.shape)}, the model needs {wanted}", where=self._where(name)
         )
 
-    def _make(self, weight: Weight, bias: Tensor | None, slow_reason: str = "") -> nn.Module:
+    def _make(self, weight: Weight, bias: Tensor | None, slow_reason: str = "", *, packs: bool = True) -> nn.Module:
         layer = make_linear(weight, bias, numerics=self.numerics, device=self.device, dtype=self.dtype)
         layer.slow_reason = layer.slow_reason or slow_reason
-        return layer
+        return self._packer.pack(layer) if packs and self._packer is not None else layer
 
     def _dense(self, name: str) -> Tensor:
         value = self.checkpoint.tensor(name)

@@ -62,7 +62,8 @@ class LLM:
     as "4GiB", for weights, keys and values, and activations together; kv_bytes: for keys and values alone. By default
     the pool takes what `max_sequences` of `max_length` need, at most a quarter of the memory that is free (GPU: 90 %).
     max_length: longest sequence, prompt and completion together (default: the model's). record: a file that takes down
-    every step for replay (see runtime.trace); close() completes it. seed: for requests that bring none.
+    every step for replay (see runtime.trace); close() completes it. seed: for requests that bring none. sparse: "auto"
+    packs layers of a pruned model whose zeros make them faster here, "off" leaves them dense.
     The other keywords are those of SchedulerSettings.
 
     Raises InputError for a folder that cannot be loaded, ResourceError where memory does not suffice.
@@ -80,6 +81,7 @@ class LLM:
         block_size: int = 16,
         max_length: int | None = None,
         cuda_graphs: bool = True,
+        sparse: Literal["auto", "off"] = "auto",
         record: str | Path | None = None,
         seed: int | None = None,
         **scheduler: Unpack[SchedulerKeywords],
@@ -96,7 +98,8 @@ class LLM:
             raise UsageError(f"dtype is one of torch's, such as torch.float32, not {dtype!r}")
         folder = Path(folder)
         device = _device(device)
-        model = load(path if isinstance(path, Checkpoint) else folder, numerics=numerics, device=device, dtype=dtype)
+        source = path if isinstance(path, Checkpoint) else folder
+        model = load(source, numerics=numerics, device=device, dtype=dtype, sparse=sparse)
         self.config = model.config
         self.max_length = _longest(max_length, model.config.max_length)
         self.tokenizer = _tokenizer(folder)

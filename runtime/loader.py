@@ -15,6 +15,7 @@ from runtime.layers.embedding import Embedding
 from runtime.layers.experts import MixtureOfExperts
 from runtime.layers.linear import Numerics, compute_dtype
 from runtime.layers.mlp import MLP, activation_of
+from runtime.layers.sparse import Packer, Sparse
 from runtime.models.config import LayerConfig
 from runtime.models.decoder import Block, Decoder
 from runtime.models.reading import read
@@ -24,19 +25,29 @@ _FUSED = ("gate_up_proj", "down_proj")
 
 
 def load(
-    model: str | Path | Checkpoint, *, numerics: Numerics, device: str = "cpu", dtype: torch.dtype | None = None
+    model: str | Path | Checkpoint,
+    *,
+    numerics: Numerics,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    sparse: Sparse = "auto",
 ) -> Decoder:
     """The model in a folder, or of a checkpoint that is open, ready to run. `dtype` is that of activations and dense
     weights in fast numerics.
+
+    `sparse` auto: where the config says that zeros were chosen, layers are packed if that is faster; off: never.
 
     InputError names the setting that is not understood, or the tensor that is missing, misshapen or has no place.
     """
     if numerics == "exact" and dtype not in (None, torch.float32):
         raise UsageError(f"exact numerics compute in float32, not in {dtype}")
+    if sparse not in ("auto", "off"):
+        raise UsageError(f"sparse is auto or off, not {sparse!r}")
     checkpoint = model if isinstance(model, Checkpoint) else _opened(Path(model))
     config = read(checkpoint.config, str(checkpoint.folder / "config.json"))
     dtype = dtype or compute_dtype(numerics, device)
-    weights = Weights(checkpoint, config, numerics, dtype, device)
+    packs = sparse == "auto" and numerics == "fast" and checkpoint.kind == "masked"
+    weights = Weights(checkpoint, config, numerics, dtype, device, Packer() if packs else None)
     names = checkpoint.architecture
     embedding_VD = weights.embedding().to(device)
     blocks, layers = [], []

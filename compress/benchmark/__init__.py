@@ -18,6 +18,7 @@ from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError, UsageError
 from compress.core.events import Finished, Listener, Notice, Progress, Started, silent
 from compress.facts import environment
+from compress.report.packings import by_outcome
 from runtime.models.reading import read
 
 __all__ = ["SCHEMA_VERSION", "Asked", "benchmark"]
@@ -43,6 +44,7 @@ def benchmark(
     against: str | Path | None = None,
     numerics: str = "fast",
     device: str = "cpu",
+    sparse: str = "auto",
     rounds: int | None = None,
     offline: bool = False,
     events: Listener = silent,
@@ -65,12 +67,12 @@ def benchmark(
     )
     for notice in workload.notices:
         events(Notice(notice, level="warning"))
-    measured = _in_turns(models, workload, rounds, numerics, device, events)
+    measured = _in_turns(models, workload, rounds, numerics, device, sparse, events)
     found = [_summed_up(each, measured[number]) for number, each in enumerate(models)]
     return {
         "schema_version": SCHEMA_VERSION,
         "workload": workload.description,
-        "settings": {"numerics": numerics, "device": device, "rounds": rounds},
+        "settings": {"numerics": numerics, "device": device, "sparse": sparse, "rounds": rounds},
         "models": found,
         "ratios": ratios(*found) if len(found) > 1 else None,
         "notices": [*workload.notices, *_failures(found)],
@@ -87,7 +89,13 @@ def _open(role: str, model: str | Path, offline: bool) -> _Model:
 
 
 def _in_turns(
-    models: Sequence[_Model], workload: Workload, rounds: int, numerics: str, device: str, events: Listener
+    models: Sequence[_Model],
+    workload: Workload,
+    rounds: int,
+    numerics: str,
+    device: str,
+    sparse: str,
+    events: Listener,
 ) -> list[list[Measurement]]:
     """Measurements of each model: A B, B A, A B …"""
     _warm_up()
@@ -103,6 +111,7 @@ def _in_turns(
                 workload,
                 numerics=numerics,
                 device=device,
+                sparse=sparse,
                 finished=lambda done, stage=stage: events(Progress(stage, done, total)),
             )
             if not any(timing.tokens for timing in measured.requests):
@@ -130,6 +139,7 @@ def _summed_up(model: _Model, rounds: Sequence[Measurement]) -> dict[str, Any]:
         "figures": figures(rounds),
         "memory": memory(rounds, model.disk_bytes),
         "fallbacks": fallbacks(rounds),
+        "packings": by_outcome(rounds[0].packings),
         "series": series(rounds),
     }
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from runtime.engine import EngineStats
+    from runtime.layers.sparse import Packing
     from runtime.memory import Ledger
 
 _WARM_REQUESTS, _WARM_PROMPT, _WARM_TOKENS = 8, 256, 4
@@ -74,6 +75,7 @@ class Measurement:
     peak_of: str
     slow_layers: dict[str, str]
     computes_in: str  # the dtype of activations
+    packings: dict[str, Packing] = field(default_factory=dict)  # of layers with zeros
 
     @property
     def seconds(self) -> float:
@@ -82,13 +84,19 @@ class Measurement:
 
 
 def measure(
-    folder: Path, workload: Workload, *, numerics: str, device: str, finished: Callable[[int], None]
+    folder: Path,
+    workload: Workload,
+    *,
+    numerics: str,
+    device: str,
+    sparse: str = "auto",
+    finished: Callable[[int], None],
 ) -> Measurement:
     """Load the model, warm it up, send the workload, and let go of the model. `finished` hears how many are done."""
     gc.collect()
     with PeakMemory() as memory:
         start = time.perf_counter()
-        llm = _load(folder, workload, numerics, device)
+        llm = _load(folder, workload, numerics, device, sparse)
         load_seconds = time.perf_counter() - start
         _warm_up(llm, workload)
         before = llm.stats()
@@ -107,18 +115,20 @@ def measure(
         "this process" if gpu_bytes is None else "the GPU",
         dict(llm.engine.runner.model.slow_reasons),
         str(llm.engine.runner.model.dtype).removeprefix("torch."),
+        llm.engine.runner.model.packings,
     )
     del llm
     gc.collect()
     return found
 
 
-def _load(folder: Path, workload: Workload, numerics: str, device: str) -> LLM:
+def _load(folder: Path, workload: Workload, numerics: str, device: str, sparse: str) -> LLM:
     count = len(workload.requests)
     return LLM(
         folder,
         numerics=numerics,  # type: ignore[arg-type]  the loader refuses what it does not know
         device=device,
+        sparse=sparse,  # type: ignore[arg-type]  likewise
         max_length=workload.longest_tokens,
         max_queue=max(1024, count),
         max_sequences=min(256, count),

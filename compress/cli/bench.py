@@ -37,6 +37,7 @@ def bench(
     ] = None,
     numerics: opt.Numerics = "fast",
     device: opt.Device = "auto",
+    sparse: opt.Sparse = "auto",
     folder: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report.")] = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -50,6 +51,7 @@ def bench(
 
     output = speak(json=json, quiet=quiet)
     opt.check_numerics(numerics)
+    opt.check_sparse(sparse)
     from compress.benchmark import Asked, benchmark
 
     asked = Asked(requests, prompt_tokens, output_tokens, trace, rate, seed)
@@ -60,7 +62,7 @@ def bench(
     with LiveProgress(output) as listener:
         result = benchmark(
             opt.model_name(artifact), asked, against=against and opt.model_name(against), numerics=numerics,
-            device=opt.choose_device(device), rounds=rounds, events=listener,
+            device=opt.choose_device(device), sparse=sparse, rounds=rounds, events=listener,
         )  # fmt: skip
     files = _write(result, folder)
     _show(output, result, files)
@@ -73,7 +75,7 @@ def _show(output: Output, result: dict[str, Any], files: list[str]) -> None:
     from compress.benchmark.fallbacks import sentence
     from compress.cli.tables import add_row, grid
     from compress.core.quantities import format_bytes
-    from compress.report.speed import speed_tables
+    from compress.report.speed import packing_lines, speed_tables
 
     models = result["models"]
     for table in speed_tables(result):
@@ -90,6 +92,8 @@ def _show(output: Output, result: dict[str, Any], files: list[str]) -> None:
     for model in models:
         for item in model["fallbacks"]:
             output.tell(f"{model['role']}: {sentence(item['reason'], item['layers'])}", style="yellow")
+    for line in packing_lines(models):
+        output.tell(line)
 
 
 def _write(result: dict[str, Any], folder: Path | None) -> list[str]:

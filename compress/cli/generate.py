@@ -41,6 +41,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
     numerics: opt.Numerics = "fast",
     device: opt.Device = "auto",
+    sparse: opt.Sparse = "auto",
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -50,6 +51,7 @@ def generate(
     """
     output = speak(json=json, quiet=quiet)
     opt.check_numerics(numerics)
+    opt.check_sparse(sparse)
     from runtime.params import SamplingParams
 
     text = _prompt(prompt, file)
@@ -63,19 +65,19 @@ def generate(
     _require_tokenizer(artifact)
     if chat:
         text = _chat_prompt(artifact, text)
-    llm = _load(output, artifact, numerics, opt.choose_device(device))
+    llm = _load(output, artifact, numerics, opt.choose_device(device), sparse)
     ids = llm.encode(text, special_tokens=not chat)
     if max_tokens is None:
         params = _fitting(params, llm.max_length - len(ids))
     _answer(output, llm, ids, params)
 
 
-def _load(output: Output, artifact: Path, numerics: str, device: str) -> "LLM":
+def _load(output: Output, artifact: Path, numerics: str, device: str, sparse: str) -> "LLM":
     """The model, and what there is to say about its layers."""
     from compress.benchmark.fallbacks import sentences
     from runtime.llm import LLM
 
-    llm = LLM(artifact, numerics=numerics, device=device)  # type: ignore[arg-type]  numerics are checked
+    llm = LLM(artifact, numerics=numerics, device=device, sparse=sparse)  # type: ignore[arg-type]  both are checked
     for sentence in sentences(llm.engine.runner.model.slow_reasons):
         output.tell(sentence, style="yellow")
     return llm

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 NUMERICS = ("fast", "exact")
+SPARSE = ("auto", "off")
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -37,6 +38,12 @@ DType = Annotated[str, typer.Option("--dtype", help="Dtype to compute in: auto (
 Numerics = Annotated[
     str,
     typer.Option("--numerics", help="Of the runtime: fast, or exact (fp32).", autocompletion=lambda: [*NUMERICS]),
+]
+Sparse = Annotated[
+    str,
+    typer.Option(
+        "--sparse", help="Zeros of a pruned model: auto, packed where faster; off.", autocompletion=lambda: [*SPARSE]
+    ),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Use nothing that is not on this machine.")]
 AllowCode = Annotated[
@@ -109,3 +116,12 @@ def check_numerics(numerics: str) -> str:
     if numerics not in NUMERICS:
         raise UsageError(f"--numerics is fast or exact, not {numerics!r}")
     return numerics
+
+
+def check_sparse(sparse: str) -> str:
+    """`sparse` if the runtime knows it."""
+    from compress.core.errors import UsageError
+
+    if sparse not in SPARSE:
+        raise UsageError(f"--sparse is auto or off, not {sparse!r}")
+    return sparse

@@ -142,6 +142,7 @@ def _resume_line() -> str:
 def _finish(result: "RunResult", output: Output) -> None:
     from compress.cli.tables import before_after, cost_line
     from compress.core.errors import GateError
+    from compress.report.packings import run_notes
 
     report = result.report_folder / "report.html"
     if not output.quiet:
@@ -151,6 +152,8 @@ def _finish(result: "RunResult", output: Output) -> None:
         output.line(f"artifact  {result.artifact}")
     else:
         output.answer(result.artifact)
+    for note in run_notes(result.summary):
+        output.tell(note)
     for failure in result.gate_failures:
         output.tell(f"gate: {failure}", style="red")
     code = GateError.exit_code if result.gate_failures else 0

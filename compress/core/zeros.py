@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from compress.core.checkpoint import Checkpoint
 
 
@@ -24,10 +26,19 @@ def count_zeros(checkpoint: Checkpoint) -> Zeros:
     zeros = weights = layers = held = 0
     for index in range(checkpoint.num_blocks):
         for name in checkpoint.sites(index):
-            other_RK = checkpoint.tensor(f"{name}.weight") != 0
-            zeros += other_RK.numel() - int(other_RK.sum())
-            weights += other_RK.numel()
+            weight_RK = checkpoint.tensor(f"{name}.weight")
+            zeros += weight_RK.numel() - int((weight_RK != 0).sum())
+            weights += weight_RK.numel()
             layers += 1
-            in_fours = other_RK.shape[1] % 4 == 0
-            held += in_fours and bool((other_RK.view(-1, 4).sum(1) <= 2).all())
+            held += in_two_of_four(weight_RK)
     return Zeros(zeros / max(weights, 1), layers, held)
+
+
+def share_of_zeros(weight_RK: Tensor) -> float:
+    """Of all numbers of a weight."""
+    return 1 - int((weight_RK != 0).sum()) / max(weight_RK.numel(), 1)
+
+
+def in_two_of_four(weight_RK: Tensor) -> bool:
+    """Whether at most two of any four neighbours along the input channels are other than zero. Exact."""
+    return weight_RK.shape[1] % 4 == 0 and bool(((weight_RK != 0).view(-1, 4).sum(1) <= 2).all())

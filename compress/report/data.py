@@ -12,6 +12,7 @@ from typing import Any
 from compress.core.quantities import format_bytes
 from compress.report import layers, words
 from compress.report.figures import Row, headline, missing, tiles
+from compress.report.packings import run_notes
 from compress.report.plots import Plot, Point, size_quality
 from compress.report.training import judged_stages, loss_plot
 
@@ -70,7 +71,7 @@ def report_data(run: Mapping[str, Any]) -> ReportData:
         worth=[(_stage_words(stage), *found) for stage, found in judged_stages(run)],
         fallbacks=fallbacks[:MOST_LINES],
         more_fallbacks=max(0, len(fallbacks) - MOST_LINES),
-        notices=[str(notice) for notice in run.get("notices") or []],
+        notices=[*map(str, run.get("notices") or []), *run_notes(run)],
         layers=rows,
         layers_note=note,
         protocol=protocol_lines(run.get("evaluation")),

@@ -12,6 +12,7 @@ from compress.core.files import io_errors, report_folder
 from compress.core.quantities import format_bytes
 from compress.report import words
 from compress.report.figures import Row
+from compress.report.packings import sentence
 from compress.report.plots import Plot
 from compress.report.render import html, markdown_text, write_files
 from compress.report.speed_plots import course_plots, latency_plots
@@ -97,13 +98,18 @@ def speed_report(result: Mapping[str, Any]) -> SpeedReport:
         subtitle=f"{against}{_requests(workload)}, {settings['numerics']} numerics on {settings['device']}",
         tiles=_tiles(models, result["ratios"]),
         tables=speed_tables(result),
-        notices=result["notices"],
+        notices=[*result["notices"], *packing_lines(models)],
         fallbacks=[_fallback(model["role"], item) for model in models for item in model["fallbacks"]],
         small_plots=latency_plots(models),
         plots=course_plots(models),
         workload=_workload(workload, settings, models[0]["computes_in"]),
         environment=[(key, str(value)) for key, value in sorted(result["environment"].items()) if value is not None],
     )
+
+
+def packing_lines(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What became of layers with zeros, a line for each outcome."""
+    return [f"{model['role']}: {sentence(outcome)}" for model in models for outcome in model.get("packings") or ()]
 
 
 def speed_tables(result: Mapping[str, Any]) -> list[SpeedTable]:

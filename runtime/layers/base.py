@@ -6,11 +6,15 @@ Shape suffixes: M rows of a batch, K input channels, O output channels, G groups
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from runtime.native.linear import Weight
+
+if TYPE_CHECKING:
+    from runtime.layers.sparse import Packing
 
 _TILE_WEIGHTS = 1 << 20  # weights that are dense at a time
 
@@ -20,12 +24,14 @@ class LinearLayer(nn.Module):
 
     A subclass holds the weight as buffers and gives `product`. `input_scale` fp32 [1] is that of static inputs.
     `slow_reason` says why a layer has no fast path on this device; it is empty if it has one. `many_rows`: from so many
-    rows on, it is faster not to go through the kernels of runtime.native.
+    rows on, it is faster not to go through the kernels of runtime.native. `packing` says what became of a layer with
+    zeros, in models that have them by choice.
     """
 
     bias: Tensor | None
     input_scale: Tensor | None
     many_rows: int = 0
+    packing: Packing | None = None
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from runtime.layers.attention import Attention
 from runtime.layers.embedding import Embedding
 from runtime.layers.norm import RMSNorm
 from runtime.layers.rotary import Rotary
+from runtime.layers.sparse import Packing
 from runtime.models.config import ModelConfig
 from runtime.ops.attention import AttentionBatch
 
@@ -119,3 +120,9 @@ class Decoder(nn.Module):
         """Why layers have no fast path, by their place in the model."""
         reasons = {name: getattr(module, "slow_reason", "") for name, module in self.named_modules()}
         return {name: reason for name, reason in reasons.items() if reason}
+
+    @property
+    def packings(self) -> dict[str, Packing]:
+        """What became of layers with zeros, by their place in the model; empty where nobody looked for them."""
+        found = {name: getattr(module, "packing", None) for name, module in self.named_modules()}
+        return {name: packing for name, packing in found.items() if packing is not None}

@@ -13,6 +13,12 @@ from compress.core.errors import CompressError
 
 _POINTER, _INTEGER = c_void_p, c_int64
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # result, arguments
+    "bitmap_expand": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER, c_int]),
+    "bitmap_map": (None, [_POINTER, *[_INTEGER] * 2, *[_POINTER] * 2, c_int]),
+    "bitmap_served": (c_int, []),
+    "bitmap_tiles_product": (c_int, [_POINTER, _INTEGER, _POINTER, _POINTER, c_int]),
+    "bitmap_tiles_served": (c_int, []),
+    "bitmap_values": (None, [_POINTER, *[_INTEGER] * 2, *[_POINTER] * 3, c_int]),
     "decoder_step": (c_int, [_POINTER] * 2),
     "linear_product": (c_int, [_POINTER, _INTEGER, _POINTER, _POINTER, c_int]),
     "low_bit_dequantize": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER, c_int]),

@@ -3,6 +3,10 @@
 #include "linear.h"
 
 int linear_product(const weight *w, int64_t M, const float *x, float *y, int threads) {
-    const int dense = w->kind == FLOAT32 || w->kind == BFLOAT16;
-    return (dense ? dense_product : int16_product)(w, M, x, y, threads);
+    switch (w->kind) {
+    case FLOAT32:
+    case BFLOAT16: return dense_product(w, M, x, y, threads);
+    case BITMAP: return bitmap_product(w, M, x, y, threads);
+    default: return int16_product(w, M, x, y, threads);
+    }
 }

@@ -8,13 +8,15 @@
 #define MOST_CHANNELS 4 /* no weight has fewer */
 #define TILE 16         /* output channels whose weights stay in the cache while all rows meet them */
 
-enum kind { INTEGER, TABLE, FP8, FLOAT32, BFLOAT16 };
+enum kind { INTEGER, TABLE, FP8, FLOAT32, BFLOAT16, BITMAP };
 
 typedef struct {           /* ctypes mirrors it in linear.py */
-    const void *codes;     /* [O][B]; of dense weights, these themselves */
+    const void *codes;     /* [O][B]; of dense weights, these themselves; of bitmaps, the numbers that are not zero */
     const float *scale;    /* [O][G] */
     const uint8_t *zero;   /* [O][G], or NULL: `middle` for all */
     const float *table;    /* 16 levels, or NULL */
+    const uint32_t *map;   /* of bitmaps: a bit for each number [O][K / 32] */
+    const int64_t *start;  /* of bitmaps: where the numbers of each output channel begin */
     int64_t rows, width, row_bytes, groups, group_bytes;
     float middle;
     int32_t bits, kind;
@@ -31,4 +33,5 @@ int linear_product(const weight *w, int64_t M, const float *x, float *y, int thr
 
 int dense_product(const weight *w, int64_t M, const float *x, float *y, int threads);
 int low_bit_product(const weight *w, int64_t M, const float *x, float *y, int threads);
+int bitmap_product(const weight *w, int64_t M, const float *x, float *y, int threads);
 int int16_product(const weight *w, int64_t M, const float *x, float *y, int threads);

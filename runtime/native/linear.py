@@ -27,7 +27,7 @@ class Weight(ctypes.Structure):
     """The struct `weight` of linear.h; pointers are plain numbers, so that it can be copied."""
 
     _fields_ = [
-        *((name, ctypes.c_size_t) for name in ("codes", "scale", "zero", "table")),
+        *((name, ctypes.c_size_t) for name in ("codes", "scale", "zero", "table", "map", "start")),
         *((name, ctypes.c_int64) for name in ("rows", "width", "row_bytes", "groups", "group_bytes")),
         ("middle", ctypes.c_float),
         ("bits", ctypes.c_int32),

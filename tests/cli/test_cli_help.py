@@ -24,8 +24,10 @@ OPTIONS = {
     "eval": (
         "against recipe text window tasks task-folder limit through numerics device dtype offline json quiet verbose"
     ),
-    "generate": "file max-tokens temperature top-k top-p min-p seed stop n chat numerics device json quiet",
-    "bench": "requests prompt-tokens output-tokens trace rate seed against rounds numerics device output json quiet",
+    "generate": "file max-tokens temperature top-k top-p min-p seed stop n chat numerics device sparse json quiet",
+    "bench": (
+        "requests prompt-tokens output-tokens trace rate seed against rounds numerics device sparse output json quiet"
+    ),
     "report": "output json quiet",
     "compare": "output json quiet",
     "doctor": "json quiet verbose",
