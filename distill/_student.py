@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,15 +19,23 @@ if TYPE_CHECKING:
 
 class Student:
     """What is trained: the parameters of the model, and those of `extra`, which end with the training. Zeros of a
-    masked model stay zeros."""
+    masked model stay zeros. With `instead` the model is frozen, and what that function makes of it is trained."""
 
-    def __init__(self, job: Job, settings: Training, extra: Mapping[str, nn.Parameter] | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        settings: Training,
+        extra: Mapping[str, nn.Parameter] | None = None,
+        *,
+        instead: Callable[[Any], Mapping[str, nn.Parameter]] | None = None,
+    ) -> None:
         self._settings = settings
         self._saves = job.saves
         self._checkpoint = job.checkpoint
-        self.model = job.checkpoint.build_model(torch.float32, job.device).requires_grad_(True)
-        self._trained: dict[str, Tensor] = {**dict(self.model.named_parameters()), **(extra or {})}
-        masked = job.checkpoint.kind == "masked"
+        self.model = job.checkpoint.build_model(torch.float32, job.device).requires_grad_(instead is None)
+        own = dict(self.model.named_parameters() if instead is None else instead(self.model))
+        self._trained: dict[str, Tensor] = {**own, **(extra or {})}
+        masked = job.checkpoint.kind == "masked" and instead is None
         self._masks = {name: value.detach() != 0 for name, value in self._trained.items() if masked and value.ndim > 1}
         matrices = [value for value in self._trained.values() if value.ndim > 1]
         others = [value for value in self._trained.values() if value.ndim <= 1]

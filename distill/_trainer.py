@@ -37,6 +37,12 @@ def text_of(job: Job) -> Tokens:
 
 def train(settings: Training, job: Job, student: Student, batches: Batches, loss: BatchLoss, total: int) -> None:
     """`total` steps, from where the newest save is, and the trained weights in place of the stage's."""
+    learn(settings, job, student, batches, loss, total)
+    write(job, student.tensors())
+
+
+def learn(settings: Training, job: Job, student: Student, batches: Batches, loss: BatchLoss, total: int) -> None:
+    """`total` steps, from where the newest save is."""
     job.events(Started(STAGE, total, "step"))
     for step in range(student.resume(), total):
         batch = batches(step)
@@ -49,7 +55,6 @@ def train(settings: Training, job: Job, student: Student, batches: Batches, loss
         job.events(Metric(STAGE, "loss", value, f"step {step + 1}"))
         job.events(Progress(STAGE, step + 1, total))
     job.events(Finished(STAGE, f"{total} steps" + (f", loss {student.losses[-1]:.4f}" if student.losses else "")))
-    write(job, student.tensors())
 
 
 def write(job: Job, tensors: dict[str, Tensor]) -> None:

@@ -77,6 +77,8 @@ class Job:
     sampler: Sampler | None = None
     teacher_writer: TeacherWriter | None = None
     saves: Saves | None = None
+    zeros_stay: bool = False
+    """Whether zeros among the weights are chosen, also where these are quantized by now."""
     notes: list[str] = field(default_factory=list)
     remember: Callable[[str, Callable[[], Any]], Any] = lambda name, compute: compute()
     """remember(name, compute): what `compute` gives as plain data; a resumed run gets it without computing again."""
