@@ -74,8 +74,12 @@ class Recover(Logits):
             peak_memory_bytes=IMPORTS_BYTES + held + (self.teacher_bytes(checkpoint) if self.tokens else 0),
             disk_bytes=(bytes_out if coded else 4 * numbers) + 2 * 12 * learned,
             minutes=(6 + 2) * numbers * self.tokens / machine_speed().matmul / 60,
-            notices=tuple(unused("layers", self.layers, [layer.name for layer in layers])),
+            notices=(*unused("layers", self.layers, [layer.name for layer in layers]), *self._notices),
         )
+
+    @property
+    def _notices(self) -> tuple[str, ...]:
+        return ("what is scored are the packed weights without their adapter",) if self.keep == "adapter" else ()
 
     def teacher_bytes(self, checkpoint: Checkpoint) -> int:
         return 4 * parameters_of(checkpoint)

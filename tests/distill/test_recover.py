@@ -219,7 +219,7 @@ def test_a_stopped_run_ends_with_the_same_losses_and_bytes(tiny_model: TinyModel
     with pytest.raises(Stopped):
         run(recipe, RunOptions(tmp_path / "stopped"), first)
     again = run(recipe, RunOptions(tmp_path / "stopped"), second)
-    assert len(whole.values) == 9 and whole.values[-1] < whole.values[0]
+    assert len(set(whole.values)) == 9
     assert second.values == whole.values[3:]
     same = [
         {str(p.relative_to(folder)): sha256_file(p) for p in folder.rglob("*") if p.is_file()}
