@@ -28,19 +28,19 @@ class Recover(Logits):
         ("*",), min_length=1, description="layers of the blocks that are trained, by name pattern: '*.q_proj'"
     )
     rank: int = Field(16, ge=1, le=4096, description="of pairs")
-    alpha: float | None = Field(None, gt=0, description="pairs count alpha / rank times; default: as the rank, once")
+    lora_alpha: float | None = Field(None, gt=0, description="pairs count lora_alpha / rank times; default: once")
     keep: Literal["merged", "adapter"] = Field(
         "merged", description="adapter: quantized weights stay, pairs are written beside them for PEFT and vLLM"
     )
     tokens: int = Field(1_000_000, ge=0, description="tokens to train on; with keep: adapter 0 leaves it at its start")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="of pairs, at its highest")
-    code_rate: float = Field(0.02, gt=0, le=1, description="of codes, at its highest, in steps of their grid")
-    scale_rate: float = Field(5e-4, ge=0, le=0.1, description="of their scales, in parts of themselves; 0: they stay")
+    code_rate: float = Field(0.003, gt=0, le=1, description="of codes, at its highest, in steps of their grid")
+    scale_rate: float = Field(1e-3, ge=0, le=0.1, description="of their scales, in parts of themselves; 0: they stay")
 
     @property
     def scale(self) -> float:
         """What a pair's product counts."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
 
     def refusal(self, kind: WeightKind) -> str | None:
         if self.keep == "adapter" and kind != "quantized":

@@ -47,7 +47,7 @@ def layers_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
 def test_pairs_recover_a_pruned_model_and_leave_the_rest(tiny_model: TinyModel, tmp_path: Path, family: str) -> None:
     model, heard = tiny_model(family, False, "bfloat16"), Losses()
-    recipe = recipe_of(tmp_path, model, CUT, recovery(10, layers=["*.layers.1.*"], alpha=8.0))
+    recipe = recipe_of(tmp_path, model, CUT, recovery(10, layers=["*.layers.1.*"], lora_alpha=8.0))
     after = Checkpoint.open(run(recipe, RunOptions(tmp_path / "out"), heard).artifact)
     before = Checkpoint.open(run(recipe_of(tmp_path, model, CUT), RunOptions(tmp_path / "cut")).artifact)
     assert heard.values[-1] < 0.9 * heard.values[0]
@@ -78,7 +78,7 @@ def test_the_forward_in_training_is_that_of_the_merged_model(
 ) -> None:
     source = run(recipe_of(tmp_path, tiny_model(family), HALF), RunOptions(tmp_path / "half")).artifact
     checkpoint = Checkpoint.open(source)
-    pairs = Pairs(Recover(rank=4, alpha=12.0), checkpoint)
+    pairs = Pairs(Recover.model_validate({"rank": 4, "lora_alpha": 12.0}), checkpoint)
     model = checkpoint.build_model(torch.float32)
     names = pairs.attach(model)
     generator = torch.Generator().manual_seed(1)
@@ -123,7 +123,7 @@ def test_what_is_stored_is_what_the_last_forward_saw(tiny_model: TinyModel, tmp_
     ).artifact
     checkpoint = Checkpoint.open(folder)
     original = Checkpoint.open(tiny_model("llama", False, "bfloat16"))
-    coded = CodedLayers(Recover(), Job(checkpoint, None, Shelf(), original))
+    coded = CodedLayers(Recover.model_validate({}), Job(checkpoint, None, Shelf(), original))
     model = checkpoint.build_model(torch.float32).requires_grad_(False)
     trained = coded.attach(model)
     layer = model.get_submodule(Q_PROJ)
@@ -133,7 +133,7 @@ def test_what_is_stored_is_what_the_last_forward_saw(tiny_model: TinyModel, tmp_
     )
     with torch.no_grad():
         place.add_(torch.randn(place.shape, generator=torch.Generator().manual_seed(0)) * 1.5)
-        stretch.add_(0.3)
+        stretch.add_(0.03)
     weight = layer.weight
     assert torch.equal(coded.packed()[Q_PROJ].dequantize(), weight)
     up = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
@@ -141,13 +141,13 @@ def test_what_is_stored_is_what_the_last_forward_saw(tiny_model: TinyModel, tmp_
     packed = checkpoint.quant_tensor(Q_PROJ)
     assert packed is not None and place.grad is not None and stretch.grad is not None
     zero = torch.zeros_like(packed.scale) if packed.zero is None else packed.zero
-    scale = (packed.scale.float() * (1 + 0.3 * 5e-4 / 0.02)).bfloat16().float()[..., None]
+    scale = (packed.scale.float() * (1 + 0.03 * 1e-3 / 0.003)).bfloat16().float()[..., None]
     level = place.detach().view(64, 4, 16).round().clamp(-4, 3) - zero.float()[..., None]
     wanted = up.view(64, 4, 16) * scale
     outside = ((place > 3) & (wanted.view(64, 64) < 0)) | ((place < -4) & (wanted.view(64, 64) > 0))
     assert bool(outside.any())
     assert torch.allclose(place.grad, torch.where(outside, 0.0, wanted.view(64, 64)))
-    slope = (up.view(64, 4, 16) * level).sum(-1, keepdim=True) * packed.scale.float()[..., None] * (5e-4 / 0.02)
+    slope = (up.view(64, 4, 16) * level).sum(-1, keepdim=True) * packed.scale.float()[..., None] * (1e-3 / 0.003)
     assert torch.allclose(stretch.grad, slope, atol=1e-6)
 
 
@@ -162,7 +162,9 @@ def test_zeros_of_a_quantized_masked_model_stay(tiny_model: TinyModel, tmp_path:
 
 def test_an_adapter_makes_up_for_rounding(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model("llama", False, "float32")
-    recipe = recipe_of(tmp_path, model, W3, recovery(keep="adapter", tokens=0, layers=["*_proj"], rank=8, alpha=16.0))
+    recipe = recipe_of(
+        tmp_path, model, W3, recovery(keep="adapter", tokens=0, layers=["*_proj"], rank=8, lora_alpha=16.0)
+    )
     artifact = run(recipe, RunOptions(tmp_path / "out")).artifact
     assert verify(artifact).ok
     before = run(recipe_of(tmp_path, model, W3), RunOptions(tmp_path / "w3")).artifact
@@ -231,12 +233,12 @@ def test_a_stopped_run_ends_with_the_same_losses_and_bytes(tiny_model: TinyModel
 def test_the_optimizer_remembers_pairs_alone(tiny_model: TinyModel) -> None:
     checkpoint = Checkpoint.open(tiny_model("llama"))
     tokens = Tokens.of(torch.zeros(4, 32, dtype=torch.int64))
-    peaks = [Recover(rank=rank).plan(checkpoint, tokens).peak_memory_bytes for rank in (4, 8)]
+    peaks = [Recover.model_validate({"rank": rank}).plan(checkpoint, tokens).peak_memory_bytes for rank in (4, 8)]
     sites = [name for index in range(checkpoint.num_blocks) for name in checkpoint.sites(index)]
     assert peaks[1] - peaks[0] == 16 * 4 * sum(sum(checkpoint.matrix_shape(name)) for name in sites)
-    full = Logits().plan(checkpoint, tokens).peak_memory_bytes
+    full = Logits.model_validate({}).plan(checkpoint, tokens).peak_memory_bytes
     numbers = sum(value.numel() for value in checkpoint.build_model(torch.float32).parameters())
-    assert full - Recover(rank=1).plan(checkpoint, tokens).peak_memory_bytes > 6 * numbers
+    assert full - Recover.model_validate({"rank": 1}).plan(checkpoint, tokens).peak_memory_bytes > 6 * numbers
 
 
 def test_orders_and_settings_that_cannot_work_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -267,7 +269,7 @@ def test_an_artifact_of_another_format_is_recovered(tiny_model: TinyModel, tmp_p
 
     first = run(parse_recipe(recipe, base_folder=tmp_path), RunOptions(tmp_path / "gptq")).artifact
     second = run(
-        recipe_of(tmp_path, first, recovery(6, teacher=str(model), layers=["*.q_proj"])),
+        recipe_of(tmp_path, first, recovery(12, teacher=str(model), layers=["*.q_proj"], code_rate=0.02)),
         RunOptions(tmp_path / "out"),
         heard,
     ).artifact
