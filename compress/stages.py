@@ -57,10 +57,11 @@ def _run_stage(
     from compress.core.saves import Saves
     from compress.core.stage_writer import StageWriter
 
-    stage = inputs.recipe.stages[number]
+    stage, earlier = inputs.recipe.stages[number], inputs.recipe.stages[:number]
     source = stage.settings.view(source)
     name = f"{stage.kind} {stage.method}"
     events(Started(name, 1, "stage"))
+    kind = stage.settings.gives or source.kind
     with units_finish(events) as after_block, PeakMemory() as memory:
         sink = StageWriter(
             workspace.stage(number, stage.kind),
@@ -68,9 +69,9 @@ def _run_stage(
             stage=number,
             source=source,
             original=inputs.original,
-            rounds=stage.settings.gives == "quantized",
-            format=stage.settings.formats[0],
-            masked=(stage.settings.gives or source.kind) == "masked",
+            rounds=kind == "quantized",
+            format=stage.settings.formats[0] if stage.settings.gives else inputs.recipe.stage_format,
+            masked=kind == "masked",
             after_commit=after_block,
         )
         if sink.finished():
@@ -92,6 +93,7 @@ def _run_stage(
             kept_blocks=kept_blocks(number, inputs, journal),
             open_sampler=partial(RuntimeSampler, device=options.device),
             base_folder=inputs.recipe.base_folder,
+            zeros_stay=inputs.original.kind == "masked" or "masked" in [s.settings.gives for s in earlier],
         )
         stage.settings.run(joined(stage.settings, stage.method, job, options.allow_code))
         sink.finish(stage.settings.outside(job))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,24 @@ if TYPE_CHECKING:
 
 class Student:
     """What is trained: the parameters of the model, and those of `extra`, which end with the training. Zeros of a
-    masked model stay zeros."""
+    masked model stay zeros. With `instead` the model is frozen, and what that function makes of it is trained."""
 
-    def __init__(self, job: Job, settings: Training, extra: Mapping[str, nn.Parameter] | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        settings: Training,
+        extra: Mapping[str, nn.Parameter] | None = None,
+        *,
+        instead: Callable[[Any], Mapping[str, nn.Parameter]] | None = None,
+    ) -> None:
         self._settings = settings
         self._saves = job.saves
         self._processes = job.processes
         self._checkpoint = job.checkpoint
-        self.model = job.checkpoint.build_model(torch.float32, job.device).requires_grad_(True)
-        own = dict(self.model.named_parameters())
+        self.model = job.checkpoint.build_model(torch.float32, job.device).requires_grad_(instead is None)
+        own = dict(self.model.named_parameters() if instead is None else instead(self.model))
         self._trained: dict[str, Tensor] = {**own, **(extra or {})}
-        masked = job.checkpoint.kind == "masked"
+        masked = job.checkpoint.kind == "masked" and instead is None
         self._masks = {name: value.detach() != 0 for name, value in own.items() if masked and value.ndim > 1}
         self._optimizer = Optimizer(settings, self._trained)
         prepare_blocks(settings, self.model, job.checkpoint.architecture)

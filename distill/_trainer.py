@@ -42,6 +42,13 @@ def text_of(job: Job) -> Tokens:
 
 def train(settings: Training, job: Job, student: Student, batches: Batches, loss: BatchLoss, total: int) -> None:
     """`total` steps, from where the newest save is, and the trained weights in place of the stage's."""
+    learn(settings, job, student, batches, loss, total)
+    if job.processes.is_main:
+        write(job, student.tensors())
+
+
+def learn(settings: Training, job: Job, student: Student, batches: Batches, loss: BatchLoss, total: int) -> None:
+    """`total` steps, from where the newest save is."""
     job.events(Started(STAGE, total, "step"))
     for step in range(student.resume(), total):
         batch = agreed(job.processes, batches, step)
@@ -56,8 +63,6 @@ def train(settings: Training, job: Job, student: Student, batches: Batches, loss
         job.events(Metric(STAGE, "loss", value, f"step {step + 1}"))
         job.events(Progress(STAGE, step + 1, total))
     job.events(Finished(STAGE, f"{total} steps" + (f", loss {student.losses[-1]:.4f}" if student.losses else "")))
-    if job.processes.is_main:
-        write(job, student.tensors())
 
 
 def agreed(processes: Processes, batches: Batches, step: int) -> Batch:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from compress.core.errors import UsageError
 from compress.core.passes import Job, Plan
-from distill._cache_settings import Cache
 from distill.logits import Logits
 
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ class Features(Logits):
     a student of another depth or width. The projections between the widths end with the training."""
 
     paper: ClassVar = "Romero et al., 2015, arXiv:1412.6550; Wang et al., 2021, arXiv:2012.15828 (MiniLMv2)"
+
+    reads_caches: ClassVar = False
 
     logits: float = Field(1.0, ge=0, description="weight of the divergence of the distributions")
     hidden: float = Field(0.1, ge=0, description="weight of the distance of hidden states, 0: they are not compared")
@@ -39,13 +40,6 @@ class Features(Logits):
         description="teacher layer of each student layer, from 0: {3: 7}; none: the layers that they were before depth "
         "pruning in the same run, else evenly spread with last to last",
     )
-
-    @field_validator("cache")
-    @classmethod
-    def _the_teacher_itself(cls, cache: Cache | None) -> Cache | None:
-        if cache is not None:
-            raise ValueError("a cache holds what the teacher says, not its hidden states: leave it out")
-        return cache
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         if not self.hidden and not self.attention:

@@ -23,6 +23,8 @@ class Logits(Taught):
 
     paper: ClassVar = "Hinton et al., 2015, arXiv:1503.02531; Agarwal et al., 2024, arXiv:2306.13649"
 
+    reads_caches: ClassVar[bool] = True
+
     cross_entropy: float = Field(0.0, ge=0, le=1, description="share of the loss that is the text's own next token")
     cache: Cache | None = Field(None, description="write what the teacher says once, and train without it beside")
 
@@ -30,6 +32,8 @@ class Logits(Taught):
     @classmethod
     def _enough_for_the_divergence(cls, cache: Cache | None, found: ValidationInfo) -> Cache | None:
         divergence = found.data.get("divergence", "forward_kl")
+        if cache is not None and not cls.reads_caches:
+            raise ValueError("is read by method: logits alone: here the teacher itself is needed")
         if cache is not None and divergence != "forward_kl":
             raise ValueError(f"{divergence} needs the teacher's whole distribution, and a cache holds part of it")
         return cache

@@ -208,6 +208,18 @@ class WeightQuantization(Pass):
             notices=(*idle, *_untied(added_bytes)),
         )
 
+    def after(self, checkpoint: Checkpoint) -> Checkpoint:
+        from compress.core.to_be_quantized import ToBeQuantized
+
+        checkpoint = self.view(checkpoint)
+        outside = self.outside_schemes(checkpoint)
+        found = {
+            name: outside.get(name) or self.scheme_for(name, shape[1])
+            for name, shape in self._layers(checkpoint, outside)
+        }
+        schemes = {name: scheme for name, scheme in found.items() if scheme is not None}
+        return ToBeQuantized(checkpoint, schemes, self.formats[0], self.transforms)
+
     @property
     def first_steps(self) -> tuple[Transform, ...]:
         """The transforms that come first, in order."""

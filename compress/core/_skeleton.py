@@ -42,8 +42,12 @@ class StoredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.scheme is not None:
-            rows_MK = rounded_inputs(input.reshape(-1, self.in_features).float(), self.scheme, self.input_scale)
-            input = rows_MK.view(input.shape).to(input.dtype)
+            rows_MK = rounded_inputs(
+                input.detach().reshape(-1, self.in_features).float(), self.scheme, self.input_scale
+            )
+            rounded = rows_MK.view(input.shape).to(input.dtype)
+            through = torch.is_grad_enabled() and input.requires_grad  # the gradient goes straight through
+            input = rounded + (input - input.detach()) if through else rounded
         if self.weight.dtype == input.dtype:
             return super().forward(input)
         if self.keeps_cast:

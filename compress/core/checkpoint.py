@@ -15,7 +15,7 @@ from compress.core._model_folder import aux_files, load_tokenizer, read_config, 
 from compress.core.architectures import Architecture, lookup
 from compress.core.errors import InputError, UsageError
 from compress.core.lazy import lazy_module
-from compress.core.model_files import MASKED_KEY
+from compress.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_KEY
 from compress.core.places import recorded_name
 from compress.core.safetensors_io import TensorInfo, load_rows, load_tensor, torch_dtype
 from compress.core.sizes import widths_of
@@ -122,8 +122,9 @@ class Checkpoint:
     @cached_property
     def aux_files(self) -> list[Path]:
         """Files that belong to the model beside config and weights, relative to the folder: tokenizer, generation
-        config, chat template, licence."""
-        return aux_files(self.folder)
+        config, chat template, licence; the adapter that makes up for a quantization."""
+        adapter = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if self.kind == "quantized" else ()
+        return aux_files(self.folder) + [Path(name) for name in adapter if (self.folder / name).is_file()]
 
     def aux_bytes(self, path: Path) -> bytes:
         """The content of one of them."""

@@ -18,6 +18,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SHARD_METADATA = {"format": "pt"}
 MASKED_KEY = "compress_masked"  # in config.json: zeros among the weights are chosen, and are to stay zeros
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
+
 
 def shard_name(index: int, num_blocks: int) -> str:
     """Shards are numbered before the first is written: one per block, then one for the rest."""

@@ -86,6 +86,8 @@ class Job:
     """Which block of `original` each block of `checkpoint` was; None if the run does not know."""
     processes: Processes = ALONE
     base_folder: Path | None = None
+    zeros_stay: bool = False
+    """Whether zeros among the weights are chosen, also where these are quantized by now."""
     notes: list[str] = field(default_factory=list)
     remember: Callable[[str, Callable[[], Any]], Any] = lambda name, compute: compute()
     """remember(name, compute): what `compute` gives as plain data; a resumed run gets it without computing again."""

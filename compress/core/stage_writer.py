@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.core.cuts import Cut, Cuts, cut, widen
 from compress.core.errors import ArtifactError
-from compress.core.files import Written, atomic_write, make_folder, write_entries, written_file
-from compress.core.formats import writer_for
+from compress.core.files import Written, atomic_write, make_folder, write_entries, write_safetensors, written_file
+from compress.core.formats import stored_modules, writer_for
 from compress.core.journal import Journal
 from compress.core.model_files import (
     INDEX_NAME,
@@ -44,8 +44,8 @@ class StageWriter:
 
     `source` is what the stage reads, `original` what the run started from. A quantizing stage (`rounds`) is the last
     that touches weights: what it keeps is rounded once to the original's dtype; other stages keep what they are given.
-    Quantized weights are kept in `format`; `masked` says of dense ones that zeros are to stay. `after_commit` is called
-    when a block is durable and recorded.
+    Quantized weights are kept in `format`, those of the source, too; `masked` says that zeros are to stay.
+    `after_commit` is called when a block is durable and recorded.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class StageWriter:
         self._since = time.monotonic()
         self._blocks = [data for data in journal.of("block") if data["stage"] == stage]
         self._outside: dict[str, Scheme] = {}
+        self._attached: dict[str, Written] = {}
         for index, data in enumerate(self._blocks):
             self._require_intact(index, data)
 
@@ -137,6 +138,16 @@ class StageWriter:
         """From here on `source` is what the stage reads: names, numbers of blocks and config are its own."""
         self._source = source
 
+    def attach(self, name: str, content: str | Mapping[str, torch.Tensor]) -> None:
+        """Put a file of text or tensors beside the weights: what readers of the model may take or leave."""
+        make_folder((self.folder / name).parent)
+        path = self.folder / name
+        if isinstance(content, str):
+            atomic_write(path, content)
+            self._attached[name] = written_file(path)
+        else:
+            self._attached[name] = write_safetensors(path, content.items(), SHARD_METADATA)
+
     # ------------------------------------------------------------------ the rest of the folder
     def finish(self, outside: Mapping[str, QuantTensor] = MappingProxyType({})) -> dict[str, Written]:
         """Write what lies outside the blocks, config, index and auxiliary files; record the stage. Gives all files.
@@ -155,15 +166,18 @@ class StageWriter:
             atomic_write(self.folder / relative, self._source.aux_bytes(relative))
             files[str(relative)] = written_file(self.folder / relative)
         files["config.json"] = write_json(self.folder / "config.json", self._config())
-        files[INDEX_NAME] = write_json(self.folder / INDEX_NAME, shard_index(self.folder, files))
+        weights = [name for name in files if "/" not in name]
+        files[INDEX_NAME] = write_json(self.folder / INDEX_NAME, shard_index(self.folder, weights))
+        files |= self._attached
         data = {"stage": self._stage, "files": {name: asdict(file) for name, file in files.items()}}
         self._journal.add("stage", {**data, "seconds": self._lap()})
         return files
 
     def schemes(self) -> dict[str, Scheme]:
-        """Module -> scheme of everything this stage quantized so far."""
+        """Module -> scheme of everything that is quantized, by this stage so far or in the source."""
         blocks = (sorted(data["schemes"].items()) for data in self._blocks)
-        return {module: Scheme(**fields) for block in blocks for module, fields in block} | self._outside
+        own = {module: Scheme(**fields) for block in blocks for module, fields in block} | self._outside
+        return self._source.schemes | own
 
     # ------------------------------------------------------------------ entries
     def _changed(
@@ -180,8 +194,15 @@ class StageWriter:
         self, names: list[str], replaced: Mapping[str, object], cuts: Cuts = MappingProxyType({})
     ) -> Iterator[Entry]:
         """Entries for the source's tensors of `names` that nobody replaced, byte for byte where the dtype stays."""
+        module_of = stored_modules(self._source)
+        coded = dict.fromkeys(module_of[name] for name in names if name in module_of)
+        for module in coded:
+            tensor = None if module in replaced else self._source.quant_tensor(module)
+            if tensor is not None:
+                encoded = self._format.encode(module, tensor)
+                yield from (tensor_entry(disk_name, part) for disk_name, part in encoded.items())
         for name in names:
-            if name in replaced or name.removesuffix(".weight") in replaced:
+            if name in module_of or name in replaced or name.removesuffix(".weight") in replaced:
                 continue
             if name in cuts:
                 yield tensor_entry(name, self._rounded(name, cut(self._source.tensor(name), cuts[name])))

@@ -43,6 +43,9 @@ class NoSink:
     def become(self, source: Checkpoint) -> None:
         raise _writes()
 
+    def attach(self, name: str, content: str | Mapping[str, Tensor]) -> None:
+        raise _writes()
+
 
 def _writes() -> RuntimeError:
     return RuntimeError("a process beside the main one was about to write")

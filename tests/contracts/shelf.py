@@ -23,6 +23,7 @@ class Shelf:
         self.records: list[BlockRecord] = earlier.records[:done] if earlier else []
         self.cuts: dict[str, Sequence[Cut]] = {}
         self.source: Checkpoint | None = None
+        self.attached: dict[str, str | Mapping[str, torch.Tensor]] = {}
 
     def finished(self) -> int:
         return len(self.blocks)
@@ -43,6 +44,9 @@ class Shelf:
 
     def become(self, source: Checkpoint) -> None:
         self.source = source
+
+    def attach(self, name: str, content: str | Mapping[str, torch.Tensor]) -> None:
+        self.attached[name] = content
 
     @property
     def dense(self) -> dict[str, torch.Tensor]:

@@ -1,0 +1,77 @@
+"""What recovery does with weights of each kind: pairs that are merged, codes, or pairs beside codes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from compress.core.errors import InputError
+from compress.core.passes import Job
+from distill._adapter import attach_adapter
+from distill._batches import text_batches
+from distill._codes import CodedLayers
+from distill._compensation import compensations
+from distill._logits import online_loss
+from distill._low_rank import Pairs
+from distill._patches import Attach, made_once
+from distill._student import Student
+from distill._teacher import open_teacher
+from distill._trainer import learn, text_of, write
+
+if TYPE_CHECKING:
+    from distill.recover import Recover
+
+
+def recover(settings: Recover, job: Job) -> None:
+    """Train pairs or codes of job.checkpoint towards a teacher, and write what became of it."""
+    if job.checkpoint.kind != "quantized":
+        pairs = Pairs(settings, job.checkpoint)
+        _learn(settings, job, pairs.attach)
+        write(job, pairs.merged())
+    elif settings.keep == "merged":
+        coded = CodedLayers(settings, job)
+        rates = {"learning_rate": settings.code_rate, "weight_decay": 0.0}  # a place near zero is no smaller model
+        _learn(settings.model_copy(update=rates), job, coded.attach)
+        _write_codes(job, coded)
+    else:
+        pairs = Pairs(settings, job.checkpoint, fused=False)
+        starts = compensations(settings, job)
+
+        def attach(model: object) -> dict[str, torch.nn.Parameter]:
+            trained = dict(pairs.attach(model))
+            for name, start in starts.items():
+                pairs.by_name[name].begin(*start)
+            return trained
+
+        _learn(settings, job, attach)
+        attach_adapter(settings, job, pairs)
+        write(job, {})
+
+
+def _learn(settings: Recover, job: Job, attach: Attach) -> None:
+    """Train what `attach` puts into the model."""
+    original = job.original or job.checkpoint
+    if settings.teacher == "original" and original.kind == "quantized":
+        raise InputError(
+            "the model that the run starts from is quantized itself: there is nothing to learn from it",
+            where=str(original.folder),
+            hint="name the model that it was made from: teacher",
+        )
+    tokens = text_of(job)
+    student = Student(job, settings, instead=attach)
+    total = settings.steps(tokens)
+    if total:
+        loss = made_once(online_loss(settings.loss, student.model, open_teacher(settings.teacher, job)))
+        learn(settings, job, student, text_batches(settings, tokens), loss, total)
+
+
+def _write_codes(job: Job, coded: CodedLayers) -> None:
+    """Packed tensors in place of the stage's."""
+    packed = coded.packed()
+    for block in job.walk(calibrate=False):
+        for site in block.sites:
+            if site.name in packed:
+                tensor = packed[site.name]
+                site.replace(tensor)
+                site.note(method="recover", bits=tensor.scheme.bits, group_size=tensor.scheme.group_size)
