@@ -47,9 +47,11 @@ def test_nothing_is_lost(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_products_are_those_of_the_dense_weight(name: str) -> None:
+@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "no tiles"])
+def test_products_are_those_of_the_dense_weight(name: str, tiles: bool) -> None:
     weight, bias = WEIGHTS[name], random(len(WEIGHTS[name]), seed=1)
     layer = BitmapLinear(weight, bias)
+    layer._in_tiles &= tiles
     for rows in ROWS:
         x = random(rows, weight.shape[1], seed=rows)
         wanted = x.double() @ weight.double().T + bias.double()
@@ -84,8 +86,9 @@ def test_minus_zero_is_zero_and_what_is_not_finite_stays() -> None:
     assert bool(layer(x)[1].isnan().any()), "an infinite input meets a zero, as in the dense product"
 
 
-def test_no_row_depends_on_another() -> None:
-    layer, x = BitmapLinear(sparse(300, 256), None), random(9, 256)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_row_depends_on_another(dtype: torch.dtype) -> None:
+    layer, x = BitmapLinear(sparse(300, 256), None), random(9, 256).to(dtype)
     clean = layer(x)
     assert torch.equal(layer(x[4:5])[0], clean[4])
     x[1, 5] = float("nan")
@@ -93,8 +96,9 @@ def test_no_row_depends_on_another() -> None:
     assert bool(found[1].isnan().all()) and torch.equal(found[others], clean[others])
 
 
-def test_threads_do_not_change_bits() -> None:
-    layer, x, before = BitmapLinear(sparse(600, 256), None), random(5, 256), torch.get_num_threads()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_bits(dtype: torch.dtype) -> None:
+    layer, x, before = BitmapLinear(sparse(600, 256), None), random(5, 256).to(dtype), torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2):
