@@ -93,9 +93,9 @@ def test_a_cache_of_all_tokens_trains_as_the_teacher_does(
 def test_a_sampled_cache_teaches_all_stages_of_a_run(tiny_model: TinyModel, tmp_path: Path, small_shards: None) -> None:
     online, cached = Ear(), Ear()
     run(recipe_of(tmp_path, tiny_model(), None), RunOptions(tmp_path / "online"), online)
-    run(recipe_of(tmp_path, tiny_model(), {}, stages=2), RunOptions(tmp_path / "cached"), cached)
-    assert cached.losses[0] == pytest.approx(online.losses[0], rel=0.25)  # of few tokens
-    assert len(cached.losses) == 8 and cached.losses[-1] < 0.8 * cached.losses[0]
+    run(recipe_of(tmp_path, tiny_model(), {"draws": 200}, stages=2), RunOptions(tmp_path / "cached"), cached)
+    assert cached.losses[0] == pytest.approx(online.losses[0], rel=0.1)
+    assert len(cached.losses) == 8 and cached.losses[-1] < cached.losses[0]
     assert cached.shards == 3  # the second stage found them
     assert not (tmp_path / "cached.partial").exists()
 
