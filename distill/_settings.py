@@ -64,6 +64,8 @@ class Training(Pass):
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         """Bytes from headers; memory and minutes from the number of parameters."""
+        import torch
+
         from compress.core.memory import machine_speed
         from distill._memory import leaner, training_bytes
 
@@ -71,13 +73,14 @@ class Training(Pass):
         numbers = sum(info.bytes for info in infos) // checkpoint.dtype.itemsize
         length = 1 if calibration is None else calibration.ids.shape[1]
         passes = 6 + 2 + 2 * self.checkpointing  # forwards and backwards, the teacher's forward, one again
-        here, all_over = (launched_here(), launched()) if self.joins else (1, 1)
+        processes = launched() if self.joins else 1
+        here = launched_here() if self.joins and not torch.cuda.is_available() else 1  # each GPU has its own memory
         return Plan(
             layers=tuple(self._layers(checkpoint)),
             bytes_out=sum(info.bytes for info in infos),
             peak_memory_bytes=here * training_bytes(self, checkpoint, numbers, length),
             disk_bytes=(4 + 2 * 12) * numbers,  # the result in fp32, and two saves
-            minutes=passes * numbers * self.tokens / machine_speed().matmul / 60 / all_over,
+            minutes=passes * numbers * self.tokens / machine_speed().matmul / 60 / processes,
             leaner=tuple((words, here * size) for words, size in leaner(self, checkpoint, numbers, length)),
         )
 
