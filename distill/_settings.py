@@ -42,7 +42,6 @@ class Training(Pass):
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW with moments in fp32, or in 8 bits by bitsandbytes: 10 bytes a parameter, not 16"
     )
-    compile: bool = Field(False, description="compile the blocks by torch.compile: pays on a GPU, after minutes")
     seed: int = Field(0, ge=0, description="of the order of rows")
     save_every: int = Field(50, ge=1, description="steps between two saves, from which a run that was killed goes on")
 
