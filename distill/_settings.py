@@ -42,7 +42,6 @@ class Training(Pass):
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW with moments in fp32, or in 8 bits by bitsandbytes: 10 bytes a parameter, not 16"
     )
-    compile: bool = Field(False, description="compile the blocks by torch.compile: pays on a GPU, after minutes")
     seed: int = Field(0, ge=0, description="of the order of rows")
     save_every: int = Field(50, ge=1, description="steps between two saves, from which a run that was killed goes on")
 
@@ -68,6 +67,8 @@ class Training(Pass):
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         """Bytes from headers; memory and minutes from the number of parameters."""
+        import torch
+
         from compress.core.memory import machine_speed
         from distill._memory import leaner, training_bytes
 
@@ -75,13 +76,14 @@ class Training(Pass):
         numbers = sum(info.bytes for info in infos) // checkpoint.dtype.itemsize
         length = 1 if calibration is None else self.longest(calibration)
         passes = 6 + 2 + 2 * self.checkpointing  # forwards and backwards, the teacher's forward, one again
-        here, all_over = (launched_here(), launched()) if self.joins else (1, 1)
+        processes = launched() if self.joins else 1
+        here = launched_here() if self.joins and not torch.cuda.is_available() else 1  # each GPU has its own memory
         return Plan(
             layers=tuple(self._layers(checkpoint)),
             bytes_out=sum(info.bytes for info in infos),
             peak_memory_bytes=here * training_bytes(self, checkpoint, numbers, length),
             disk_bytes=(4 + 2 * 12) * numbers,  # the result in fp32, and two saves
-            minutes=passes * numbers * self.tokens / machine_speed().matmul / 60 / all_over,
+            minutes=passes * numbers * self.tokens / machine_speed().matmul / 60 / processes,
             leaner=tuple((words, here * size) for words, size in leaner(self, checkpoint, numbers, length)),
         )
 

@@ -24,7 +24,7 @@ class Features(Logits):
     reads_caches: ClassVar = False
 
     logits: float = Field(1.0, ge=0, description="weight of the divergence of the distributions")
-    hidden: float = Field(0.1, ge=0, description="weight of the distance of hidden states, 0: they are not compared")
+    hidden: float = Field(1.0, ge=0, description="weight of the distance of hidden states, 0: they are not compared")
     distance: Literal["mse", "cosine"] = Field(
         "mse", description="of hidden states: squared, over the squared length of the teacher's; or 1 - cosine"
     )

@@ -6,8 +6,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import CompressError
@@ -73,27 +73,26 @@ def joined(settings: Pass, method: str, job: Job, allow_code: tuple[str, ...] = 
     processes = current()
     if processes.count == 1 or not settings.joins:
         return job
-    order = {
-        "kind": settings.kind,
-        "method": method,
-        "settings": settings.model_dump(mode="json"),
-        "checkpoint": str(job.checkpoint.folder.absolute()),
-        "original": str(job.original.folder.absolute()) if job.original else None,
-        "seed": job.seed,
-        "device": job.device,
-        "dtype": job.dtype,
-        "kept_blocks": None if job.kept_blocks is None else list(job.kept_blocks),
-        "allow_code": list(allow_code),
-    }
-    processes.tell(order, _tensors_of(job))
-    return replace(
-        job,
-        processes=processes,
-        device=processes.device(job.device),
-        remember=lambda name, compute: processes.share(lambda: ({"value": job.remember(name, compute)}, {}))[0][
-            "value"
-        ],
+    order = Order(
+        kind=settings.kind,
+        method=method,
+        settings=settings.model_dump(mode="json"),
+        checkpoint=str(job.checkpoint.folder.absolute()),
+        original=str(job.original.folder.absolute()) if job.original else None,
+        seed=job.seed,
+        device=job.device,
+        dtype=job.dtype,
+        kept_blocks=None if job.kept_blocks is None else list(job.kept_blocks),
+        allow_code=list(allow_code),
     )
+    processes.tell(asdict(order), _tensors_of(job))
+
+    def remember(name: str, compute: Callable[[], Any]) -> Any:
+        value = job.remember(name, compute)
+        processes.tell({"value": value}, {})
+        return value
+
+    return replace(job, processes=processes, device=processes.device(job.device), remember=remember)
 
 
 def _tensors_of(job: Job) -> dict[str, Tensor]:
@@ -112,7 +111,7 @@ def serve() -> int:
             data, tensors = processes.hear()
             _work(Order(**data), tensors, processes)
     except Dismissed:
-        processes.leave()
+        current().leave()
         return 0
     except CompressError as error:
         time.sleep(MOURNING_SECONDS)

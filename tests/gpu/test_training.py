@@ -43,7 +43,7 @@ def train(place: Path, **settings: Any) -> tuple[list[float], int]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"precision": "bf16"}, {"checkpointing": True}, {"optimizer": "adamw8bit"}, {"compile": True}],
+    [{"precision": "bf16"}, {"checkpointing": True}, {"optimizer": "adamw8bit"}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_losses_fall_as_without(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> None:
