@@ -2,9 +2,9 @@
 
     python benchmarks/recipes.py --work DIR [--only NAME ...] [--out FILE]
 
-Calibration and evaluation are the bundled stories, so that no recipe needs the hub; all else is as shipped, but that
-distillation is shorter. Minutes and memory are those of the stages, without start-up and evaluation, as in the plan.
-Recipes that are not asked for keep the figures that they have in FILE.
+Calibration and evaluation are the bundled stories, so that no recipe needs the hub; all else is as shipped. Minutes
+and memory are those of the stages, without start-up and evaluation, as in the plan. Recipes that are not asked for keep
+the figures that they have in FILE.
 """
 
 import argparse
@@ -17,13 +17,14 @@ from pathlib import Path
 
 import tools
 
-RECIPES = tools.REPOSITORY / "recipes"
+from compress.cli.shipped import shipped_recipes
+
 STORIES = ["calibration.dataset=demo", "calibration.samples=32", "calibration.length=256"]
-SMALLER = {  # what a small model and an hour allow
-    "channels-distill": ["calibration.samples=128", "stages[1].distill.tokens=500000", "stages[1].distill.batch=8",
-                         "stages[1].distill.learning_rate=0.001"],
-}  # fmt: skip
-UNFIT = ("experts-25", "vocabulary-25")  # the bundled model has no experts; perplexities of other tokens say nothing
+UNFIT = (
+    "experts-25",  # the bundled model has none
+    "vocabulary-25",  # perplexities of other tokens say nothing
+    *("channels-distill", "prune-distill-quantize", "gradual", "distill-into-smaller"),  # too little text to train on
+)
 EVALUATED = [
     "evaluate.perplexity.dataset=demo",
     "evaluate.perplexity.window=256",
@@ -40,9 +41,8 @@ def measure(
     for leftover in (output, Path(f"{output}.report"), Path(f"{output}.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
     changes = [*EVALUATED, *settings]
-    if "\ncalibration:" in (RECIPES / f"{name}.yaml").read_text():
+    if "\ncalibration:" in shipped_recipes()[name].read_text():
         changes += STORIES
-    changes += SMALLER.get(name, [])
     command = [sys.executable, "-m", "compress", "run", "--recipe", name, "--model", model, "--output", str(output)]
     for change in changes:
         command += ["--set", change]
@@ -67,7 +67,7 @@ def measure(
 
 
 def _all() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in UNFIT)
+    return [name for name in shipped_recipes() if name not in UNFIT]
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     known = json.loads(asked.out.read_text())["recipes"] if asked.out.exists() else []
-    found = {entry["recipe"]: entry for entry in known if (RECIPES / f"{entry['recipe']}.yaml").exists()}
+    found = {entry["recipe"]: entry for entry in known if entry["recipe"] in shipped_recipes()}
     environment = tools.describe_machine() | {"threads": asked.threads}
     for name in asked.only:
         found[name] = measure(name, asked.work.resolve(), asked.threads)

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -149,6 +149,8 @@ def run_json(
     """The content of run.json: the facts (with path and file_bytes of the artifact), and what this machine took."""
     stages = [{**stage, **_measured(journal, number)} for number, stage in enumerate(facts["stages"])]
     evaluation = journal.last("evaluation") or {}
+    if len(stages) > 1 and stages[-2]["worth"] is not None:
+        stages[-1]["worth"] = {key: facts["evaluation"][key] for key in ("perplexity", "bits_per_byte", "kl")}
     seconds = sum(stage["seconds"] for stage in stages) + evaluation.get("seconds", 0.0)
     peaks = [stage["peak_memory_bytes"] for stage in stages] + [evaluation.get("peak_memory_bytes", 0)]
     return {
@@ -174,13 +176,21 @@ def run_json(
 
 
 def _measured(journal: Journal, stage: int) -> dict[str, Any]:
-    """Seconds and peak memory of a stage; over all processes that worked on it, if it was resumed."""
+    """Seconds and peak memory of a stage, over all processes that worked on it, if it was resumed; the losses of one
+    that trained; what the model was worth behind it, where that was measured."""
     units = [*journal.of("block"), *journal.of("stage")]
     peaks = [data["peak_memory_bytes"] for data in journal.of("memory") if data["stage"] == stage]
     return {
         "seconds": sum(data["seconds"] for data in units if data["stage"] == stage),
         "peak_memory_bytes": max(peaks, default=0),
+        "losses": next((data["data"]["losses"] for data in _of_stage(journal, "save", stage)), None),
+        "worth": next((data for data in _of_stage(journal, "worth", stage)), None),
     }
+
+
+def _of_stage(journal: Journal, what: str, stage: int) -> Iterator[dict[str, Any]]:
+    """What the journal says of a stage, the newest first."""
+    return (data for data in reversed(list(journal.of(what))) if data["stage"] == stage)
 
 
 def environment() -> dict[str, Any]:

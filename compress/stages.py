@@ -32,9 +32,11 @@ def run_stages(
     source = Checkpoint.open(folders[first - 1]) if first else inputs.original
     if first:
         events(Notice(f"going on behind stage {first} of {len(stages)}"))
+        _judge(first - 1, source, inputs, options, workspace, journal, events)
     for number in range(first, len(stages)):
         _run_stage(number, source, inputs, options, workspace, journal, events)
         source = Checkpoint.open(folders[number])
+        _judge(number, source, inputs, options, workspace, journal, events)
         if number and not options.keep_stages:
             remove_tree(folders[number - 1])
     return source
@@ -90,6 +92,37 @@ def _run_stage(
         sink.finish(stage.settings.outside(job))
     journal.add("memory", {"stage": number, "peak_memory_bytes": memory.peak_bytes})
     events(Finished(name, f"{source.num_blocks} blocks"))
+
+
+def _judge(
+    number: int,
+    left: Checkpoint,
+    inputs: Inputs,
+    options: RunOptions,
+    workspace: Workspace,
+    journal: Journal,
+    events: Listener,
+) -> None:
+    """Measure what stage `number` has left, if the recipe asks; the last one's result is the artifact itself."""
+    asked = inputs.located.evaluate
+    if asked is None or not (asked.stages and options.evaluate) or number + 1 == len(inputs.recipe.stages):
+        return
+    if any(data["stage"] == number for data in journal.of("worth")):
+        return
+    from compress.evaluate import evaluate
+
+    result = evaluate(
+        inputs.original,
+        left,
+        asked.model_copy(update={"tasks": (), "through": "transformers"}),
+        base_folder=inputs.recipe.base_folder,
+        device=options.device,
+        dtype=options.dtype,
+        spill_folder=workspace.spill,
+        offline=options.offline,
+        events=events,
+    )
+    journal.add("worth", {"stage": number, **{key: result[key] for key in ("perplexity", "bits_per_byte", "kl")}})
 
 
 def calibration_behind(

@@ -24,6 +24,7 @@ from compress.core.files import sha256_file
 from compress.core.lock import FolderLock
 from compress.core.manifest import Manifest
 from compress.core.recipe import Evaluation, Gate, Perplexity, Recipe, Stage, parse_recipe
+from compress.evaluate import evaluate_folder
 from compress.pipeline import RunOptions, plan, run
 from compress.workspace import Workspace
 from tests.conftest import TinyModel
@@ -554,3 +555,27 @@ def test_speed_is_told_in_the_report_alone(tiny_model: TinyModel, tmp_path: Path
     assert "tokens a second" not in (result.artifact / "README.md").read_text()
     without = run(recipe, RunOptions(tmp_path / "none", evaluate=False))
     assert without.summary["speed"] is None
+
+
+def test_the_model_is_measured_behind_each_stage(place: Path) -> None:
+    stages = [
+        {"prune": {"method": "magnitude", "sparsity": 0.5}},
+        {"quantize": {"method": "rtn", "scheme": "w4a16", "group_size": 16}},
+    ]
+    perplexity = {"dataset": "text.txt", "window": 16}
+    evaluation = {"perplexity": perplexity, "through": "transformers", "stages": True}
+    recipe = parse_recipe({"model": "model", "stages": stages, "evaluate": evaluation}, base_folder=place)
+    result = run(recipe, RunOptions(place / "out", keep_stages=True))
+    pruned, quantized = (stage["worth"] for stage in result.summary["stages"])
+    found = result.summary["evaluation"]
+    assert {key: quantized[key] for key in ("perplexity", "kl")} == {key: found[key] for key in ("perplexity", "kl")}
+    asked = Evaluation(perplexity=Perplexity(dataset=str(place / "text.txt"), window=16), through="transformers")
+    again = evaluate_folder(next(place.glob("out.stages/00-*")), asked, base=place / "model")
+    assert pruned["perplexity"] == again["perplexity"] and pruned["kl"] == again["kl"]
+    assert pruned["kl"]["mean"] != quantized["kl"]["mean"]
+    assert (
+        f"| magnitude 50 % | {again['perplexity']['artifact']:.4g}" in (result.report_folder / "report.md").read_text()
+    )
+    without = evaluation | {"stages": False}
+    recipe = parse_recipe({"model": "model", "stages": stages, "evaluate": without}, base_folder=place)
+    assert [stage["worth"] for stage in run(recipe, RunOptions(place / "less")).summary["stages"]] == [None, None]

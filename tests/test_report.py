@@ -88,6 +88,20 @@ def test_the_page_shows_figures_plots_recipe_fallbacks_plan_environment_and_line
     assert data["run"]["evaluation"]["kl"]["mean"] == 0.0291
 
 
+def test_losses_and_what_each_stage_cost_are_shown(tmp_path):
+    run = sample_run()
+    worth = {"perplexity": {"artifact": 17.25}, "kl": {"mean": 0.125}, "bits_per_byte": None}
+    prune = {"kind": "prune", "method": "channels", "settings": {"ratio": 0.25}, "worth": worth}
+    distill = {"kind": "distill", "method": "logits", "losses": [3.0 / step for step in range(1, 1001)]}
+    run["stages"] = [prune, distill, *run["stages"]]
+    page, text, _ = read(write_report(run, tmp_path))
+    structure = Structure(page)
+    assert "What each stage cost or won back" in structure.text and "stage 2: logits" in structure.text
+    assert "| channels 25 % | 17.25 | 0.125 |" in text
+    assert page.count("<svg") == 4
+    assert len(page) < 200_000
+
+
 def test_the_page_is_one_small_file_that_loads_nothing(tmp_path):
     run = sample_run(blocks=80)
     for block in run["stages"][0]["blocks"]:

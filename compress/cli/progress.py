@@ -5,9 +5,11 @@ Time left comes from the median of the last measured units, so that blocks repla
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from types import TracebackType
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -60,6 +62,8 @@ class LiveProgress:
         )
         self._tasks: dict[str, TaskID] = {}
         self._pace: dict[str, _Pace] = {}
+        self._losses: dict[str, list[float]] = {}
+        self._totals: dict[str, int] = {}
 
     def __enter__(self) -> "LiveProgress":
         if self._live:
@@ -81,6 +85,8 @@ class LiveProgress:
             text = f"{event.where}: {event.message}" if event.where else event.message
             self._line(f"warning: {text}" if event.level == "warning" else text, event.level == "warning")
         elif isinstance(event, Metric):
+            if event.name == "loss":
+                self._losses.setdefault(event.stage, []).append(event.value)
             if self._output.verbose:
                 self._line(f"{event.where or event.stage}: {event.name} {event.value:.4g}")
         elif event.stage == "run":
@@ -102,7 +108,13 @@ class LiveProgress:
         """One line when a stage begins and one when it is over, for logs."""
         name = _TITLES.get(event.stage, event.stage)
         if isinstance(event, Started):
+            self._totals[event.stage] = event.total
             self._line(f"{name}: {event.total} {event.unit}s" if event.total > 1 else name)
+        elif isinstance(event, Done) and self._losses.get(event.stage):
+            tenths = (10 * done // self._totals[event.stage] for done in (event.done - 1, event.done))
+            if len(set(tenths)) > 1:
+                curve = sparkline(self._losses[event.stage])
+                self._line(f"{name}: step {event.done} of {self._totals[event.stage]}, loss {curve}")
         elif isinstance(event, Finished):
             self._line(f"{name}: done{f', {event.summary}' if event.summary else ''}")
 
@@ -123,7 +135,23 @@ class LiveProgress:
         pace.note(done)
         time_text = pace.left(total - done) if done < total else pace.took()
         count = f"{done}/{total} {pace.unit}s" if total > 1 else ""
+        if self._losses.get(stage):
+            count += f", loss {sparkline(self._losses[stage])}"
         self._bars.update(task, completed=done, count=count, time=time_text, held=memory_bytes())
+
+
+_TICKS = "▁▂▃▄▅▆▇█"
+_SPARKS = 12
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A curve of a few letters, and its last value: "█▅▃▂▁ 2.31". Each letter is the mean of a part."""
+    parts = min(_SPARKS, len(values))
+    edges = [len(values) * place // parts for place in range(parts + 1)]
+    means = [fmean(values[start:end]) for start, end in pairwise(edges)]
+    low, high = min(means), max(means)
+    steps = [round((mean - low) / (high - low) * (len(_TICKS) - 1)) if high > low else 0 for mean in means]
+    return f"{''.join(_TICKS[step] for step in steps)} {means[-1]:.4g}"
 
 
 class _Pace:

@@ -14,7 +14,8 @@ def recipes_folder() -> Path:
 
 def shipped_recipes() -> dict[str, Path]:
     """Name -> file of every shipped recipe, sorted."""
-    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"), key=lambda path: path.stem)}
+    found = [path for pattern in ("*.yaml", "pipelines/*.yaml") for path in recipes_folder().glob(pattern)]
+    return {path.stem: path for path in sorted(found, key=lambda path: path.stem)}
 
 
 def description(path: Path) -> str:

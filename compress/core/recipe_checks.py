@@ -130,6 +130,8 @@ def evaluation_problem(recipe: "Recipe") -> Problem | None:
         return None
     if evaluate.perplexity is None and not evaluate.tasks and evaluate.speed is None:
         return Problem(("evaluate",), "measures nothing", "add perplexity: {dataset: …} or tasks: […]", at_key=True)
+    if evaluate.stages and evaluate.perplexity is None:
+        return Problem(("evaluate", "stages"), "needs a text", "add perplexity: {dataset: …}")
     text = evaluate.perplexity
     if text is not None and text.stride is not None and text.stride > text.window:
         message = f"should be at most the window of {text.window}, not {text.stride}: tokens would be skipped"

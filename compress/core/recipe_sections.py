@@ -104,6 +104,9 @@ class Evaluation(Section):
     numerics: Literal["fast", "exact"] = Field(
         "fast", description="of the runtime: packed kernels as deployed, or fp32 that depends on nothing but the text"
     )
+    stages: bool = Field(
+        False, description="perplexity and KL divergence behind each stage, too: what it costs, or wins back"
+    )
     seed: NotNegative = Field(0, description="of bootstrap intervals and few-shot examples")
 
     def located(self, base_folder: Path) -> "Evaluation":

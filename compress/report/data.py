@@ -13,6 +13,7 @@ from compress.core.quantities import format_bytes
 from compress.report import layers, words
 from compress.report.figures import Row, headline, missing, tiles
 from compress.report.plots import Plot, Point, size_quality
+from compress.report.training import judged_stages, loss_plot
 
 SCHEMA_VERSION = 1
 MOST_LINES = 200
@@ -37,6 +38,7 @@ class ReportData:
     recipe_yaml: str
     plan: Sequence[tuple[str, str, str, str]]
     stages: Sequence[tuple[str, str, str, str]]
+    worth: Sequence[tuple[str, str, str]]
     fallbacks: Sequence[tuple[str, str]]
     more_fallbacks: int
     notices: Sequence[str]
@@ -65,6 +67,7 @@ def report_data(run: Mapping[str, Any]) -> ReportData:
         recipe_yaml=as_yaml(run["recipe"]),
         plan=_plan(run),
         stages=_stages(run),
+        worth=[(_stage_words(stage), *found) for stage, found in judged_stages(run)],
         fallbacks=fallbacks[:MOST_LINES],
         more_fallbacks=max(0, len(fallbacks) - MOST_LINES),
         notices=[str(notice) for notice in run.get("notices") or []],
@@ -152,7 +155,7 @@ def _plots(run: Mapping[str, Any]) -> list[Plot]:
             Point(summary(run), run["artifact"]["bytes"], after, interval),
         ]
         plots.append(size_quality(points, "perplexity"))
-    return plots + layers.layer_plots(run)
+    return plots + loss_plot(run) + layers.layer_plots(run)
 
 
 def _plan(run: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

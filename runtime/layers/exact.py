@@ -1,22 +1,21 @@
 """Linear layers in fp32 whose rows do not depend on the batch that they come in.
 
-BLAS takes another order of sums for a few rows than for many. Rows are therefore padded to a multiple of 8 and go in
-tiles of a fixed size, so that the same row gives the same bits alone, in a batch, and in a chunk of a prompt.
+BLAS takes another order of sums for a few rows than for many, and where it changes its mind depends on the processor
+and the number of threads. Rows therefore go in tiles of one size, the last one padded, so that the same row gives the
+same bits alone, in a batch, and in a chunk of a prompt.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from compress.core.rounded_inputs import rounded_inputs
 from compress.core.tensors import QuantTensor
 from runtime.layers.base import LinearLayer, pad_rows
 from runtime.layers.packed import PackedLinear
 
-ROW_MULTIPLE = 8
-ROW_TILE = 64
+ROW_TILE = 16
 
 
 class ExactDense(LinearLayer):
@@ -46,11 +45,8 @@ class ExactPacked(PackedLinear):
 
 def exact_product(x_MK: Tensor, weight_OK: Tensor) -> Tensor:
     """x Wᵀ in fp32, each row with the same bits whatever rows are beside it."""
-    padded_MK = pad_rows(x_MK, ROW_MULTIPLE)
-    if len(padded_MK) <= ROW_TILE:
-        return functional.linear(padded_MK, weight_OK)[: len(x_MK)]
+    padded_MK = pad_rows(x_MK, ROW_TILE)
     y_MO = x_MK.new_empty(len(padded_MK), len(weight_OK))
-    for start in range(0, len(padded_MK), ROW_TILE):
-        tile = slice(start, start + ROW_TILE)
-        torch.mm(padded_MK[tile], weight_OK.T, out=y_MO[tile])
+    for x_TK, y_TO in zip(padded_MK.split(ROW_TILE), y_MO.split(ROW_TILE), strict=True):
+        torch.mm(x_TK, weight_OK.T, out=y_TO)
     return y_MO[: len(x_MK)]

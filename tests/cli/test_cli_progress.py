@@ -131,3 +131,21 @@ def test_what_was_not_measured_has_no_row() -> None:
 )
 def test_figures_in_words(got: str, wanted: str) -> None:
     assert got == wanted
+
+
+def test_losses_are_drawn_as_they_come() -> None:
+    losses = [4.0, 3.0, 2.0, 1.0]
+    events: list[Event] = [Started("train", 20, "step")]
+    for step in range(20):
+        events += [Metric("train", "loss", losses[step // 5]), Progress("train", step + 1, 20)]
+    lines = [line.rstrip() for line in listen(terminal=False, events=events).splitlines()]
+    assert len(lines) == 1 + 10  # a line for each tenth
+    assert lines[1] == "train: step 2 of 20, loss ▁▁ 4"
+    assert lines[-1] == "train: step 20 of 20, loss " + progress.sparkline([loss for loss in losses for _ in range(5)])
+    assert "loss" in listen(terminal=True, events=events)
+
+
+def test_a_curve_of_letters() -> None:
+    assert progress.sparkline([1.0]) == "▁ 1"
+    assert progress.sparkline([0.0, 7.0, 3.5]) == "▁█▅ 3.5"
+    assert progress.sparkline([*[2.0] * 50, *[1.0] * 50]) == "██████▁▁▁▁▁▁ 1"

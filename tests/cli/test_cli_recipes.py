@@ -61,8 +61,8 @@ def fits_keys(value: dict[str, Any], schema: dict[str, Any], root: dict[str, Any
 def test_the_shipped_recipes_are_those_of_the_readme() -> None:
     assert "demo-w4" in NAMES
     table = (recipes_folder() / "README.md").read_text()
-    for name in NAMES:
-        assert f"[{name}]({name}.yaml)" in table
+    for name, path in shipped_recipes().items():
+        assert f"[{name}]({path.relative_to(recipes_folder())})" in table
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +70,8 @@ def test_a_shipped_recipe_is_valid_commented_and_has_its_modeline(name: str) -> 
     path = shipped_recipes()[name]
     recipe = load_recipe(path)
     text = path.read_text()
-    assert text.startswith("# yaml-language-server: $schema=./schema.json\n")
+    schema = "./schema.json" if path.parent == recipes_folder() else "../schema.json"
+    assert text.startswith(f"# yaml-language-server: $schema={schema}\n")
     assert 20 < len(description(path)) < 140
     assert text.count("#") >= 5
     assert recipe.evaluate is not None and recipe.evaluate.through == "runtime"

@@ -27,7 +27,7 @@ methods = pytest.mark.parametrize("method", QUANTIZERS)
 CHANNELS_ONLY = ("fp8",)
 BLOCKS_ONLY = ("nf4",)
 integer_methods = pytest.mark.parametrize("method", [name for name in QUANTIZERS if name not in BLOCKS_ONLY])
-QUICK: dict[str, dict[str, object]] = {"autoround": {"steps": 3, "tokens_per_step": 96}}
+QUICK: dict[str, dict[str, object]] = {"autoround": {"steps": 3, "tokens_per_step": 96}, "awq": {"steps": 3}}
 
 
 def settings_of(method: str, **asked: object) -> Pass:

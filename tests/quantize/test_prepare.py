@@ -164,6 +164,7 @@ def test_prepared_models_say_about_the_same(tiny_model: TinyModel, family: str, 
     folder = tiny_model(family, odd=True)
     checkpoint = Checkpoint.open(folder)
     fields = PREPARED.get(name, {"group_size": 8}) | {"scheme": "w8a8" if name == "smoothquant" else "w8a16"}
+    fields |= {"steps": 4} if method == "awq" else {}
     settings = find_pass("quantize", method)(**fields)
     shelf = run(folder, settings, Shelf(), tokens_of(checkpoint))
     view = settings.view(checkpoint)

@@ -245,10 +245,10 @@ def test_memory_is_kept_to(tiny_model: TinyModel) -> None:
     assert isinstance(default.ledger, Ledger)
     assert default.ledger.total_bytes == sum(getattr(default.ledger, field.name) for field in fields(Ledger))
     with pytest.raises(ResourceError, match="kv_bytes") as refused:
-        LLM(folder, kv_bytes=page - 1, block_size=16)
+        LLM(folder, kv_bytes=page - 1, block_size=16, dtype=torch.float32)
     [least] = re.findall(r"at least ([\d,]+)", refused.value.hint or "")
-    assert int(least.replace(",", "")) <= page  # in the dtype of fast numerics
-    assert LLM(folder, kv_bytes=int(least.replace(",", ""))).engine.scheduler.pool.pages == 1
+    assert int(least.replace(",", "")) == page
+    assert LLM(folder, kv_bytes=page, dtype=torch.float32).engine.scheduler.pool.pages == 1
     with pytest.raises(ResourceError, match="memory"):
         LLM(folder, memory="10kB")
 

@@ -89,7 +89,7 @@ def test_logits_are_those_of_the_layers(tiny_model: TinyModel, family: str, dtyp
 @pytest.mark.parametrize("scheme", [Scheme(2, 32), Scheme(4, 32, symmetric=False), Scheme(8), Scheme(3, 64)])
 def test_packed_weights_are_read_as_they_are(tmp_path: Path, scheme: Scheme) -> None:
     folder = write_quantized(tmp_path / "model", scheme).path
-    runner = WholeSteps(load(folder, numerics="fast"))
+    runner = WholeSteps(load(folder, numerics="fast", dtype=torch.float32))
     vocabulary = runner.layers.config.vocab
     found = decoded(runner, vocabulary)
     assert runner.taken >= STEPS

@@ -33,7 +33,8 @@ def four_bit(kind: str, *, nested: bool, shape=(24, 128), block: int = 64):
     weight.view(-1)[:64] = 0  # a block without a scale
     packed, state = functional.quantize_4bit(weight, blocksize=block, quant_type=kind, compress_statistics=nested)
     parts = {f"m.weight.{name}": part.contiguous() for name, part in state.as_dict(packed=True).items()}
-    return {"m.weight": packed, **parts}, functional.dequantize_4bit(packed, state)
+    state.shape = torch.Size([1, weight.numel()])  # with AVX-512, 0.50.2 errs where blocks straddle rows
+    return {"m.weight": packed, **parts}, functional.dequantize_4bit(packed, state).view(shape)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -121,7 +122,7 @@ def test_models_that_transformers_saved(tmp_path: Path, settings, scheme) -> Non
     ids = torch.arange(3, 35)[None]
     with torch.no_grad():
         ours, theirs = checkpoint.build_model(torch.float32)(ids).logits, model(ids).logits
-    tolerance = 0.05 if scheme == "w8a16" else 2e-3  # LLM.int8() also rounds inputs
+    tolerance = 0.05 if scheme == "w8a16" else 1e-2  # LLM.int8() also rounds inputs; bf16 products where CPUs have them
     assert float((ours - theirs).norm() / theirs.norm()) < tolerance
 
 

@@ -1,0 +1,124 @@
+"""What distillation wins back of what pruning lost, beside plain fine-tuning on as many tokens.
+
+    python benchmarks/distillation.py --data DIR [--models stories-7m demo] [--tokens 600000] [--threads 2]
+    python benchmarks/distillation.py --table       # print the table of what results/distillation.json holds
+
+A quarter of the feed-forward channels go (OSSCAR), then the rest is trained: towards the original (forward KL), or on
+the text alone (cross entropy), with the same settings, the same rows of text a in the same order. Scored are the first
+200 stories of text b, as in quality.py. `won back` is the share of the bits per byte that pruning lost. Minutes are
+those of the training stage. Both texts are training text of stories-7m.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import tools
+from make_tokens import calibration_ids
+from quality import Workplace, score_original
+from safetensors.numpy import save_file
+
+SAMPLES, LENGTH = 768, 250
+PRUNE = {"prune": {"method": "channels", "ratio": 0.25}}
+TRAINING = {"method": "logits", "batch": 16, "learning_rate": 5e-4, "save_every": 1000}
+CASES = {
+    "pruned": [PRUNE],
+    "fine-tuned": [PRUNE, {"distill": {**TRAINING, "cross_entropy": 1.0}}],
+    "distilled": [PRUNE, {"distill": TRAINING}],
+}
+
+
+def text(place: Workplace, model: str) -> Path:
+    path = place.root / model / "training.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        story_file = place.data / "text" / "tinystories-a.txt"
+        save_file({"input_ids": calibration_ids(place.model(model), story_file, 0, SAMPLES, LENGTH)}, path)
+    return path
+
+
+def stages(case: str, tokens: int) -> Iterator[dict[str, object]]:
+    for stage in CASES[case]:
+        yield {kind: settings | ({"tokens": tokens} if kind == "distill" else {}) for kind, settings in stage.items()}
+
+
+def measure(model: str, case: str, place: Workplace, tokens: int) -> dict[str, object]:
+    from perplexity import score
+
+    output = place.root / model / case
+    for leftover in (output, Path(f"{output}.report"), Path(f"{output}.partial")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    recipe = {
+        "model": str(place.model(model)),
+        "calibration": {"dataset": str(text(place, model))},
+        "stages": list(stages(case, tokens)),
+    }
+    written = Path(f"{output}.json")
+    written.write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "compress", "run", "--recipe", str(written), "--output", str(output), "--quiet"]
+    subprocess.run(command, env=tools.quiet_environment(place.threads), check=True)
+    found = score(output, place.model(model), place.evaluation(model))
+    run = json.loads((Path(f"{output}.report") / "run.json").read_text())
+    trained = [stage["seconds"] / 60 for stage in run["stages"] if stage["kind"] == "distill"]
+    return {"model": model, "case": case, "perplexity": found.perplexity, "kl": found.kl, "minutes": sum(trained)}
+
+
+def run(asked: argparse.Namespace) -> None:
+    place = Workplace(asked.work.resolve(), asked.data.resolve(), asked.threads)
+    found = []
+    for model in asked.models:
+        place.evaluation(model)
+        score_original(model, place)
+        for case in CASES:
+            found.append(measure(model, case, place, asked.tokens))
+            print(json.dumps(found[-1]), flush=True)
+    originals = {model: json.loads((place.root / model / "original.json").read_text()) for model in asked.models}
+    results = {
+        "protocol": " ".join(__doc__.split("\n\n")[2].split()),
+        "environment": tools.describe_machine() | {"threads": asked.threads},
+        "tokens": asked.tokens,
+        "training": TRAINING,
+        "original": {model: record["perplexity"] for model, record in originals.items()},
+        "cases": found,
+    }
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def render(results: dict[str, object]) -> str:
+    lines = ["| model | | perplexity | KL to the original | won back | minutes |", "|---|---|--:|--:|--:|--:|"]
+    for model, original in results["original"].items():
+        cases = {case["case"]: case for case in results["cases"] if case["model"] == model}
+        lines.append(f"| {model} | original | {original:.2f} | | | |")
+        lost = math.log(cases["pruned"]["perplexity"] / original)
+        for name, case in cases.items():
+            won = math.log(cases["pruned"]["perplexity"] / case["perplexity"]) / lost
+            cells = "| |" if name == "pruned" else f"{100 * won:.0f} % | {case['minutes']:.1f} |"
+            lines.append(f"| | {name} | {case['perplexity']:.2f} | {case['kl']:.3f} | {cells}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="the folder with models/ and text/")
+    parser.add_argument("--models", nargs="+", default=["stories-7m", "demo"])
+    parser.add_argument("--tokens", type=int, default=600_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=tools.REPOSITORY / ".bench" / "distillation")
+    parser.add_argument("--out", type=Path, default=tools.HERE / "results" / "distillation.json")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    asked = parser.parse_args()
+    if not asked.table:
+        if asked.data is None:
+            parser.error("--data is needed (benchmarks/README.md says what it holds)")
+        run(asked)
+    print(render(json.loads(asked.out.read_text())))
+
+
+if __name__ == "__main__":
+    main()
