@@ -130,7 +130,7 @@ BAD = {
         "- kv_cache",
         "4:5",
         "no kv_cache stages; it has prune (alps, channels, depth, experts, heads, hidden, magnitude, sparsegpt, "
-        "vocabulary, wanda); distill (logits, onpolicy, sequence); "
+        "vocabulary, wanda); distill (features, logits, onpolicy, recover, sequence); "
         "quantize (autoround, awq, fp8, gptq, hqq, mixed, nf4, rtn)",
         None,
     ),
