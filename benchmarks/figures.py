@@ -8,14 +8,18 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import distillation
 import narrow
 import pruning
 import quality_table
 import quantization_plot
 import quantization_table
+import sparse_linear
 import speed
+import teacher_cache
 import throughput
 
 HERE = Path(__file__).resolve().parent
@@ -199,14 +203,14 @@ def mixed_table() -> str:
     return "\n".join(lines)
 
 
-def narrow_table() -> str:
-    results = read("narrow")
-    return "(not measured)" if results is None else narrow.render(results)
+def rendered(name: str, render: Callable[[dict[str, object]], str]) -> Callable[[], str]:
+    """The table that a benchmark makes of its own results."""
 
+    def table() -> str:
+        results = read(name)
+        return "(not measured)" if results is None else render(results).strip()
 
-def pruning_tables() -> str:
-    results = read("pruning")
-    return "(not measured)" if results is None else pruning.render(results)
+    return table
 
 
 def figure_tables() -> str:
@@ -220,8 +224,11 @@ PLACES = {  # markers -> where they are, and what is between them
     "quantize": (README, quantize_tables),
     "recipes": (HERE.parent / "recipes" / "README.md", recipe_table),
     "mixed": (HERE.parent / "docs" / "methods.md", mixed_table),
-    "narrow": (HERE.parent / "docs" / "pruning.md", narrow_table),
-    "pruning": (HERE.parent / "docs" / "pruning.md", pruning_tables),
+    "narrow": (HERE.parent / "docs" / "pruning.md", rendered("narrow", narrow.render)),
+    "pruning": (HERE.parent / "docs" / "pruning.md", rendered("pruning", pruning.render)),
+    "distillation": (HERE.parent / "docs" / "distillation.md", rendered("distillation", distillation.render)),
+    "teacher-cache": (HERE.parent / "docs" / "distillation.md", rendered("teacher-cache", teacher_cache.render)),
+    "sparse-linear": (HERE.parent / "docs" / "runtime.md", rendered("sparse-linear", sparse_linear.table)),
 }
 
 
