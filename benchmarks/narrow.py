@@ -1,8 +1,9 @@
-"""Speed of a model whose feed-forward networks and heads became narrower, beside the model as it was.
+"""Speed of a model that became narrower, or has zeros in 2:4, beside the model as it was.
 
     python benchmarks/narrow.py --work DIR [--runs 5] [--threads 2]
 
-The 135M shape with random weights; 25 % of the channels go, or those and one of three key-value heads with its queries.
+The 135M shape with random weights; 25 % of the channels go, or those and one of three key-value heads with its queries;
+or two of every four weights are zero, which the runtime packs where it has a kernel, and transformers takes as they are.
 The runtime in `fast` numerics and transformers in the dtype of the weights take turns on the same requests in one
 process group; medians. Random token ids; prefill: one prompt of 512 tokens; decode: tokens a second behind a prompt of
 128, one request and 16 at a time. The share of the model that is left says what could be won at best.
@@ -11,6 +12,7 @@ process group; medians. Random token ids; prefill: one prompt of 512 tokens; dec
 import argparse
 import json
 import math
+import re
 import time
 from pathlib import Path
 from statistics import median
@@ -31,6 +33,7 @@ CUTS["channels and heads"] = [
     {"prune": {"method": "heads", "keep": 2, "importance": "magnitude"}},
     *CUTS["channels"],
 ]
+CUTS["zeros in 2:4"] = [{"prune": {"method": "magnitude", "pattern": "2:4"}}]
 PREFILL, PROMPT, DECODED = 512, 128, 32
 BATCHES = (1, 16)
 
@@ -41,7 +44,7 @@ def prepare(work: Path) -> dict[str, Path]:
         make_model(SHAPES["135m"], original, seed=0)
     folders = {"original": original}
     for name, stages in CUTS.items():
-        folders[name] = work / name.replace(" ", "-")
+        folders[name] = work / re.sub("[^a-z0-9]+", "-", name)
         if not (folders[name] / "compress.json").exists():
             recipe = compress.parse_recipe({"model": str(original), "stages": stages})
             compress.run(recipe, compress.RunOptions(output=folders[name], fresh=True))
