@@ -3,7 +3,7 @@
     python benchmarks/narrow.py --work DIR [--runs 5] [--threads 2]
 
 The 135M shape with random weights; 25 % of the channels go, or those and one of three key-value heads with its queries;
-or two of every four weights are zero, which the runtime packs where it has a kernel, and transformers takes as they are.
+or two of every four weights are zero, which the runtime packs where it has a kernel; transformers does not.
 The runtime in `fast` numerics and transformers in the dtype of the weights take turns on the same requests in one
 process group; medians. Random token ids; prefill: one prompt of 512 tokens; decode: tokens a second behind a prompt of
 128, one request and 16 at a time. The share of the model that is left says what could be won at best.

@@ -92,11 +92,11 @@ def _run_stage(
             saves=Saves(workspace.saves, journal, number),
             kept_blocks=kept_blocks(number, inputs, journal),
             open_sampler=partial(RuntimeSampler, device=options.device),
-            base_folder=inputs.recipe.base_folder,
             zeros_stay=inputs.original.kind == "masked" or "masked" in [s.settings.gives for s in earlier],
         )
-        stage.settings.run(joined(stage.settings, stage.method, job, options.allow_code))
-        sink.finish(stage.settings.outside(job))
+        settings = stage.settings.located(inputs.recipe.base_folder)
+        settings.run(joined(settings, stage.method, job, options.allow_code))
+        sink.finish(settings.outside(job))
     journal.add("memory", {"stage": number, "peak_memory_bytes": memory.peak_bytes})
     events(Finished(name, f"{source.num_blocks} blocks"))
 

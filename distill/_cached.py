@@ -115,7 +115,7 @@ def _width(checkpoint: Checkpoint) -> int:
 def _folder(wanted: Cache, job: Job, header: str) -> Path:
     """Where the recipe says; else with the run, where all stages that want the same find it."""
     if wanted.folder is not None:
-        return ((job.base_folder or Path.cwd()) / Path(wanted.folder).expanduser()).absolute()
+        return Path(wanted.folder).absolute()
     if job.saves is None:
         raise UsageError("nothing says where the teacher cache should lie", hint="name a folder: cache: {folder: …}")
     return job.saves.folder(f"teacher-{hashlib.sha256(header.encode()).hexdigest()[:16]}")

@@ -19,6 +19,7 @@ from compress.core.sizes import sizes_of
 from distill._batches import NO_TARGET, Batch, text_batches
 from distill._logits import CHUNK_TOKENS, head_of
 from distill._losses import chunked
+from distill._settings_taught import ORIGINAL
 from distill._states import distance, relation_divergence
 from distill._student import Student
 from distill._teacher import open_teacher
@@ -32,7 +33,7 @@ def train_on_features(settings: Settings, job: Job) -> None:
     """Train job.checkpoint towards a teacher's logits and states, and write what became of it."""
     tokens = text_of(job)
     teacher = Inside.of(open_teacher(settings.teacher, job))
-    kept = job.kept_blocks if settings.teacher == "original" else None
+    kept = job.kept_blocks if settings.teacher == ORIGINAL else None
     pairs = layer_pairs(settings.layers, job.checkpoint.num_blocks, teacher.blocks, kept)
     projections = {}
     if settings.hidden:

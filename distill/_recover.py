@@ -15,6 +15,7 @@ from distill._compensation import compensations
 from distill._logits import online_loss
 from distill._low_rank import Pairs
 from distill._patches import Attach, made_once
+from distill._settings_taught import ORIGINAL
 from distill._student import Student
 from distill._teacher import open_teacher
 from distill._trainer import learn, text_of, write
@@ -52,7 +53,7 @@ def recover(settings: Recover, job: Job) -> None:
 def _learn(settings: Recover, job: Job, attach: Attach) -> None:
     """Train what `attach` puts into the model."""
     original = job.original or job.checkpoint
-    if settings.teacher == "original" and original.kind == "quantized":
+    if settings.teacher == ORIGINAL and original.kind == "quantized":
         raise InputError(
             "the model that the run starts from is quantized itself: there is nothing to learn from it",
             where=str(original.folder),

@@ -9,13 +9,22 @@ from typing import Any
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError
 from compress.core.passes import Job
+from distill._settings_taught import ORIGINAL
 
 
 def find_teacher(name: str, job: Job) -> Checkpoint:
     """The teacher, not loaded yet. InputError if its tokens are others than the student's."""
-    original = job.original or job.checkpoint
-    teacher = original if name == "original" else Checkpoint.open(name)
+    if name != ORIGINAL:
+        return named_teacher(name, job.checkpoint)
+    teacher = job.original or job.checkpoint
     _require_same_tokens(teacher, job.checkpoint)
+    return teacher
+
+
+def named_teacher(name: str, student: Checkpoint) -> Checkpoint:
+    """The teacher that lies in a folder, or at the hub. InputError if its tokens are others than the student's."""
+    teacher = Checkpoint.open(name)
+    _require_same_tokens(teacher, student)
     return teacher
 
 

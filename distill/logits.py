@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -41,6 +42,13 @@ class Logits(Taught):
     @property
     def joins(self) -> bool:
         return self.cache is None  # one process fills a cache and reads it
+
+    def located(self, base_folder: Path) -> Self:
+        found = super().located(base_folder)
+        if self.cache is None or self.cache.folder is None:
+            return found
+        folder = base_folder / Path(self.cache.folder).expanduser()
+        return found.model_copy(update={"cache": self.cache.model_copy(update={"folder": str(folder)})})
 
     @property
     def loss(self) -> Loss:

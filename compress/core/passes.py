@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compress.core.curvature import Curvature
     from compress.core.saves import Saves
     from compress.core.scheme import Scheme
-    from compress.core.services import OpenSampler, TeacherWriter
+    from compress.core.services import OpenSampler
     from compress.core.statistics import Statistic
     from compress.core.tensors import QuantTensor
     from compress.core.walk import Block, BlockSink, Preparation, Watch
@@ -64,7 +64,6 @@ class Plan:
 @dataclass(frozen=True)
 class Job:
     """One stage's surroundings. `original` is what the run started from: what stays dense is stored in its dtypes.
-    `base_folder` is where relative paths of the recipe start (None: here).
 
     Methods read from here and write through `walk`; they open no files themselves."""
 
@@ -80,12 +79,10 @@ class Job:
     spill_above_bytes: int = SPILL_ABOVE_BYTES
     events: Listener = silent
     open_sampler: OpenSampler | None = None
-    teacher_writer: TeacherWriter | None = None
     saves: Saves | None = None
     kept_blocks: tuple[int, ...] | None = None
     """Which block of `original` each block of `checkpoint` was; None if the run does not know."""
     processes: Processes = ALONE
-    base_folder: Path | None = None
     zeros_stay: bool = False
     """Whether zeros among the weights are chosen, also where these are quantized by now."""
     notes: list[str] = field(default_factory=list)
@@ -201,6 +198,10 @@ class Pass(BaseModel, ABC):
     def transforms(self) -> tuple[str, ...]:
         """What changes weights beside the method proper, by name: such weights do not resemble the source's."""
         return ()
+
+    def located(self, base_folder: Path) -> Self:
+        """These settings with the paths in them made absolute: relative ones start at `base_folder`."""
+        return self
 
     def after(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with the shapes and the config that this pass leaves: what later stages plan with. Which rows

@@ -42,9 +42,3 @@ class OpenSampler(Protocol):
     """Loads a checkpoint into the runtime."""
 
     def __call__(self, source: Checkpoint, sampling: Sampling) -> Sampler: ...
-
-
-class TeacherWriter(Protocol):
-    """Writes a teacher's top logits for token batches into a folder."""
-
-    def __call__(self, batches: Sequence[Sequence[int]], folder: str) -> None: ...

@@ -17,7 +17,7 @@ from compress.core.files import sha256_file
 from compress.core.model_files import MASKED_KEY
 from compress.core.recipe import Recipe, parse_recipe
 from compress.core.verify import verify
-from compress.pipeline import RunOptions, run
+from compress.pipeline import RunOptions, plan, run
 from distill._batches import batch_rows, targets_of
 from distill._student import rate
 from distill.logits import Logits
@@ -132,6 +132,14 @@ def test_a_teacher_with_padding_rows_teaches(tiny_model: TinyModel, tmp_path: Pa
     recipe = recipe_of(tmp_path, tiny_model("llama"), CUT, lessons(teacher=str(teacher), divergence="jsd"))
     run(recipe, RunOptions(tmp_path / "out"), heard)
     assert heard.values[-1] < heard.values[0]
+
+
+def test_a_teacher_is_found_beside_the_recipe_or_refused_before_any_work(tiny_model: TinyModel, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_model(), CUT, lessons(teacher="parent"))
+    with pytest.raises(InputError, match="parent"):
+        plan(recipe, RunOptions(tmp_path / "out"))
+    shutil.copytree(tiny_model(), tmp_path / "parent")
+    assert plan(recipe, RunOptions(tmp_path / "out")).stages
 
 
 def test_a_teacher_with_other_tokens_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
