@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -25,7 +24,7 @@ from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 from runtime.graphs import DecodeGraphs
 from runtime.layers.dense import DenseLinear
-from runtime.layers.gpu_timing import milliseconds as layer_milliseconds
+from runtime.layers.gpu_timing import layer_milliseconds, milliseconds
 from runtime.layers.semi_structured import SemiStructuredLinear
 from runtime.ops.attention import AttentionBatch, paged_attention
 from runtime.ops.backend import torch_only
@@ -38,29 +37,11 @@ from tests.gpu.toy import Toy
 DEVICE = "cuda"
 HEADS, GROUPS, WIDTH, BLOCK = 32, 8, 128, 16
 DTYPE = torch.bfloat16
-CACHE_BYTES = 256 * 2**20  # more than any L2
 Row = dict[str, object]
 
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE, dtype=DTYPE)
-
-
-def milliseconds(run: Callable[[], object], *, repeats: int = 20) -> float:
-    """Median time on the GPU, with a cold L2 cache."""
-    flush = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=DEVICE)
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return median(times)
 
 
 def copy_gb_s() -> float:

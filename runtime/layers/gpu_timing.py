@@ -12,18 +12,23 @@ import torch
 from torch import Tensor, nn
 
 GRAPH_ROWS = 128  # decodes of so many sequences are captured at most (runtime.graphs)
-_REPEATS = 9
+_WARM_UP = 3
 _CACHE_BYTES = 256 << 20  # more than any L2: weights come from memory, as in a whole model
 
 
 @torch.inference_mode()
-def milliseconds(layer: nn.Module, x_MK: Tensor) -> float:
-    """Median of some forwards, each with a cold cache. RuntimeError if it cannot be captured."""
-    run = _captured(layer, x_MK) if len(x_MK) <= GRAPH_ROWS else lambda: layer(x_MK)
-    flush = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=x_MK.device)
-    run()
+def layer_milliseconds(layer: nn.Module, x_MK: Tensor) -> float:
+    """Of a forward. RuntimeError if it cannot be captured."""
+    return milliseconds(_captured(layer, x_MK) if len(x_MK) <= GRAPH_ROWS else lambda: layer(x_MK), x_MK.device)
+
+
+def milliseconds(run: Callable[[], object], device: torch.device | str = "cuda", *, repeats: int = 9) -> float:
+    """Median time of `run` on the GPU, each with a cold cache."""
+    flush = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=device)
+    for _ in range(_WARM_UP):
+        run()
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

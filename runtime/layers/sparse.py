@@ -19,7 +19,7 @@ from compress.core.zeros import in_two_of_four, share_of_zeros
 from runtime.layers.base import LinearLayer
 from runtime.layers.bitmap import BitmapLinear
 from runtime.layers.dense import CompiledDense, DenseLinear
-from runtime.layers.gpu_timing import milliseconds
+from runtime.layers.gpu_timing import layer_milliseconds
 from runtime.layers.semi_structured import LEAST_CAPABILITY, SemiStructuredLinear, has_sparse_cores
 from runtime.native.bitmap import has_tiles, takes_zeros
 
@@ -91,7 +91,7 @@ def measured(dense: LinearLayer, packed: LinearLayer) -> Packing:
         apart = _difference(dense, packed, x_MK)
         if not apart < _CLOSE:
             return Packing("", 0.5, f"packed it gives other outputs at {rows} rows: {apart:.2g} apart")
-        ratios[rows] = milliseconds(packed, x_MK) / milliseconds(dense, x_MK)
+        ratios[rows] = layer_milliseconds(packed, x_MK) / layer_milliseconds(dense, x_MK)
     return choice(ratios)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from runtime.layers import sparse
 from runtime.layers.dense import DenseLinear
-from runtime.layers.gpu_timing import milliseconds
+from runtime.layers.gpu_timing import layer_milliseconds
 from runtime.layers.semi_structured import SemiStructuredLinear, has_sparse_cores
 from runtime.layers.sparse import FASTER, ROWS, Packer, measured
 
@@ -76,7 +76,7 @@ def test_a_captured_product_is_that_of_a_call() -> None:
 
 def test_times_are_times() -> None:
     dense, _ = layers(8192, 8192)
-    few, many = milliseconds(dense, random(1, 8192)), milliseconds(dense, random(8192, 8192))
+    few, many = layer_milliseconds(dense, random(1, 8192)), layer_milliseconds(dense, random(8192, 8192))
     assert 0 < few < many
 
 

@@ -137,7 +137,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     monkeypatch.setattr(sparse, "SemiStructuredLinear", Stand)
     monkeypatch.setattr(sparse, "has_sparse_cores", lambda device: True)
-    monkeypatch.setattr(sparse, "milliseconds", milliseconds)
+    monkeypatch.setattr(sparse, "layer_milliseconds", milliseconds)
     return times
 
 
