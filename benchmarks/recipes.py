@@ -22,6 +22,7 @@ from compress.cli.shipped import shipped_recipes
 STORIES = ["calibration.dataset=demo", "calibration.samples=32", "calibration.length=256"]
 UNFIT = (
     "experts-25",  # the bundled model has none
+    "hidden-12",  # an eighth of its 256 channels is less than the recipe's step of 64
     "vocabulary-25",  # perplexities of other tokens say nothing
     *("channels-distill", "prune-distill-quantize", "gradual", "distill-into-smaller"),  # too little text to train on
 )

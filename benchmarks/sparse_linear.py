@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import cycle, product
 from pathlib import Path
@@ -147,7 +147,7 @@ def measure(shape: tuple[int, int], rows: list[int], rounds: int, turns: int, se
     return {"shape": list(shape), "dense_bytes": 2 * shape[0] * shape[1], "layers": layers}
 
 
-def table(result: dict[str, object]) -> str:
+def table(result: dict[str, object], shares: Iterable[str] = SHARES) -> str:
     """Bytes and times as multiples of the dense layer's; below 1 is less."""
     lines = []
     for case in result["cases"]:
@@ -156,6 +156,8 @@ def table(result: dict[str, object]) -> str:
         lines.append("| layer | bytes | " + " | ".join(f"{count} rows" for count in rows) + " |")
         lines.append("|---" * (len(rows) + 2) + "|")
         for name, layer in case["layers"].items():
+            if not name.startswith("dense") and not any(share in name for share in shares):
+                continue
             figures = [f"{ratio:.2f}" for ratio in layer["against_dense"].values()]
             figures = figures or [f"({time:.3f} ms)" for time in layer["ms"].values()]
             lines.append(f"| {name} | {layer['bytes'] / case['dense_bytes']:.2f} | {' | '.join(figures)} |")
