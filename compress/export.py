@@ -153,8 +153,9 @@ def _encoded(source: Checkpoint, names: Iterable[str], format: str) -> list[Entr
         tensor = source.quant_tensor(module)
         if tensor is None:
             raise ArtifactError("is stored both quantized and dense", where=module)
-        # As a run would write it: scales in the model's dtype. Formats that want another one change it themselves.
-        tensor = replace(tensor, scale=exact_as(tensor.scale, source.dtype))
+        if tensor.scale.dtype.itemsize > 1:  # 8-bit scales are as their format has them
+            # As a run would write it: scales in the model's dtype. Formats that want another one change it themselves.
+            tensor = replace(tensor, scale=exact_as(tensor.scale, source.dtype))
         entries += [tensor_entry(name, part) for name, part in writer.encode(module, tensor).items()]
     return entries
 

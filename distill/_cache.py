@@ -118,7 +118,7 @@ class TeacherCache:
         found = {} if gone else sha256_files(hashes)
         for path in gone or (path for path, sha256 in hashes.items() if found[path] != sha256):
             raise ArtifactError(
-                "this shard of the teacher cache is not as it was written",
+                f"this shard of the teacher cache {'is missing' if gone else 'is not as it was written'}",
                 where=str(path),
                 hint="remove the cache's folder: it will be written anew",
             )

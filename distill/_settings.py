@@ -78,7 +78,10 @@ class Training(Pass):
         passes = 6 + 2 + 2 * self.checkpointing  # forwards and backwards, the teacher's forward, one again
         processes = launched() if self.joins else 1
         here = launched_here() if self.joins and not torch.cuda.is_available() else 1  # each GPU has its own memory
+        rows = self.batch if calibration is None else len(calibration.ids)
+        again = f"a step of {self.batch} rows takes some of the text's {rows} several times"
         return Plan(
+            notices=(again,) if self.batch > rows else (),
             layers=tuple(self._layers(checkpoint)),
             bytes_out=sum(info.bytes for info in infos),
             peak_memory_bytes=here * training_bytes(self, checkpoint, numbers, length),

@@ -35,11 +35,15 @@ class Taught(Training):
         return self.model_copy(update={"teacher": locate(self.teacher, "model", base_folder)})
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
+        self.require_teacher(checkpoint, calibration)
+        return super().plan(checkpoint, calibration)
+
+    def require_teacher(self, checkpoint: Checkpoint, calibration: Tokens | None) -> None:
+        """InputError, before any work, for a teacher that is named and cannot teach."""
         from distill._teacher import named_teacher
 
         if self.teacher != ORIGINAL:
-            named_teacher(self.teacher, checkpoint)  # refused before any work, if it must be
-        return super().plan(checkpoint, calibration)
+            named_teacher(self.teacher, checkpoint, None if calibration is None else calibration.ids.shape[1])
 
     @property
     def towards_teacher(self) -> Loss:
@@ -49,4 +53,8 @@ class Taught(Training):
         return Loss(self.divergence, self.temperature, self.mix, self.alpha, self.beta)
 
     def teacher_bytes(self, checkpoint: Checkpoint) -> int:
+        from compress.core.checkpoint import Checkpoint
+
+        if self.teacher != ORIGINAL:
+            checkpoint = Checkpoint.open(self.teacher)
         return 4 * sum(info.bytes for info in checkpoint.tensors.values()) // checkpoint.dtype.itemsize

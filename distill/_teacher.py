@@ -13,18 +13,29 @@ from distill._settings_taught import ORIGINAL
 
 
 def find_teacher(name: str, job: Job) -> Checkpoint:
-    """The teacher, not loaded yet. InputError if its tokens are others than the student's."""
-    if name != ORIGINAL:
-        return named_teacher(name, job.checkpoint)
-    teacher = job.original or job.checkpoint
-    _require_same_tokens(teacher, job.checkpoint)
+    """The teacher, not loaded yet. InputError if it cannot teach this student, or is not the one of the run's start."""
+    if name == ORIGINAL:
+        teacher = job.original or job.checkpoint
+        _require_same_tokens(teacher, job.checkpoint)
+        return teacher
+    length = None if job.calibration is None else job.calibration.ids.shape[1]
+    teacher = named_teacher(name, job.checkpoint, length)
+    if job.remember("teacher", teacher.sha256) != teacher.sha256():
+        raise InputError("the teacher is another than when this run began", where=name, hint="--fresh starts over")
     return teacher
 
 
-def named_teacher(name: str, student: Checkpoint) -> Checkpoint:
-    """The teacher that lies in a folder, or at the hub. InputError if its tokens are others than the student's."""
+def named_teacher(name: str, student: Checkpoint, length: int | None) -> Checkpoint:
+    """The teacher that lies in a folder, or at the hub, for texts of `length` tokens. InputError if its tokens are
+    others than the student's, or it cannot read so many."""
     teacher = Checkpoint.open(name)
     _require_same_tokens(teacher, student)
+    positions = teacher.config.get("max_position_embeddings")
+    if isinstance(positions, int) and length is not None and length > positions:
+        raise InputError(
+            f"the teacher reads {positions} tokens at most, and a row of the text has {length}",
+            where=str(teacher.folder),
+        )
     return teacher
 
 
@@ -54,12 +65,20 @@ def _require_same_tokens(teacher: Checkpoint, student: Checkpoint) -> None:
             where=str(teacher.folder),
             hint="choose a teacher of the same family",
         )
+    rows = int(teacher.config["vocab_size"])
+    if ours and max(ours.values()) >= rows:
+        raise InputError(
+            f"the teacher has embeddings for {rows} tokens, and the tokenizer gives ids up to {max(ours.values())}",
+            where=str(teacher.folder),
+        )
 
 
 def _vocabulary(folder: Path) -> dict[str, int] | None:
+    """Token -> id, added tokens included; None without a tokenizer."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    model = json.loads(path.read_text(encoding="utf-8")).get("model", {})
-    vocabulary = model.get("vocab")
-    return vocabulary if isinstance(vocabulary, dict) else {str(row[0]): place for place, row in enumerate(vocabulary)}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = data.get("model", {}).get("vocab")
+    found = vocabulary if isinstance(vocabulary, dict) else {str(row[0]): place for place, row in enumerate(vocabulary)}
+    return found | {str(token["content"]): int(token["id"]) for token in data.get("added_tokens") or ()}

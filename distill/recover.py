@@ -10,6 +10,7 @@ from pydantic import Field
 from compress.core.errors import UsageError
 from compress.core.passes import Job, LayerPlan, Plan, WeightKind
 from compress.core.patterns import Pattern, covered, unused
+from distill._settings_taught import ORIGINAL
 from distill.logits import Logits
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Recover(Logits):
         from compress.core.memory import IMPORTS_BYTES, machine_speed
         from distill._memory import ACTIVATIONS
 
+        self.require_teacher(checkpoint, calibration)
         coded = checkpoint.kind == "quantized"
         layers = [layer for layer in self._layers(checkpoint) if not coded or layer.scheme]
         taken = [layer for layer in layers if layer.reason]
@@ -89,7 +91,7 @@ class Recover(Logits):
         return ("what is scored are the packed weights without their adapter",) if self.keep == "adapter" else ()
 
     def teacher_bytes(self, checkpoint: Checkpoint) -> int:
-        return 4 * parameters_of(checkpoint)
+        return super().teacher_bytes(checkpoint) if self.teacher != ORIGINAL else 4 * parameters_of(checkpoint)
 
     def _layers(self, checkpoint: Checkpoint) -> list[LayerPlan]:
         found = []

@@ -227,12 +227,21 @@ def planned(settings: Mixed, plan: Plan, checkpoint: Checkpoint, calibration: To
         for shape in layers.values()
     )
     if budget < least:
+        asked, needed = f"{_bits(budget, layers):.3f} bits per weight", f"{_bits(least, layers):.3f}"
+        if settings.size is not None:
+            rest = plan.bytes_out - _uniform_bytes(plan, layers, checkpoint)
+            asked, needed = f"{settings.size:,} bytes", f"{rest + least:,}, all that is not chosen included,"
         raise UsageError(
-            f"{_bits(budget, layers):.3f} bits per weight in {len(layers)} layers cannot be kept: the smallest choice "
-            f"takes {_bits(least, layers):.3f} with its scales",
+            f"{asked} with {len(layers)} layers to choose for cannot be kept: the smallest choice takes {needed} with "
+            f"its scales",
             where="quantize.bits_per_weight" if settings.size is None else "quantize.size",
             hint="allow more, add a smaller scheme to choices, or larger groups",
         )
+    most = sum(
+        max(_bytes(settings, shape, scheme, checkpoint) for scheme in settings.choice_schemes)
+        for shape in layers.values()
+    )
+    budget = min(budget, most)
     uniform = _uniform_bytes(plan, layers, checkpoint)
     cost = sensing_cost(checkpoint, None if calibration is None else calibration.first(settings.tokens))
     bytes_out = plan.bytes_out - uniform + budget

@@ -47,6 +47,8 @@ class Mixed(WeightQuantization):
             return "size and bits_per_weight are two budgets: give one"
         if self.vocabulary and (self.head or self.embedding):
             return "with `vocabulary` the schemes of embedding and head are chosen: leave out `head` and `embedding`"
+        if make_scheme(self.scheme, self.group_size, self.symmetric).activation_bits != 16:
+            return f"{self.scheme} rounds inputs, and what is chosen here are the bits of weights: leave `scheme` out"
         for name, scheme in zip(self.choices, self.choice_schemes, strict=True):
             if scheme.activation_bits != 16 or scheme.dtype != "int":
                 return f"{name} cannot be a choice: whole numbers with inputs as they are can, like w4a16"

@@ -68,6 +68,18 @@ def test_there_and_back_gives_the_same_bytes(w4: Path, tmp_path: Path) -> None:
     assert json.loads((first / "config.json").read_text()) == json.loads((again / "config.json").read_text())
 
 
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16"])
+def test_small_floats_are_written_again_as_they_are(tmp_path: Path, tiny_model: TinyModel, scheme: str) -> None:
+    from compress.core.recipe import parse_recipe
+    from compress.pipeline import RunOptions, run
+
+    stages = [{"quantize": {"method": "rtn", "scheme": scheme}}]
+    first = run(parse_recipe({"model": str(tiny_model()), "stages": stages}), RunOptions(tmp_path / "first")).artifact
+    again = export_artifact(first, tmp_path / "again", "compressed-tensors").folder
+    for shard in first.glob("*.safetensors"):
+        assert shard.read_bytes() == (again / shard.name).read_bytes()
+
+
 def test_awq_comes_back_with_zero_points_in_the_middle(w4: Path, tmp_path: Path) -> None:
     awq = export_artifact(w4, tmp_path / "awq", "awq").folder
     assert {scheme.symmetric for scheme in Checkpoint.open(awq).schemes.values()} == {False}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compress.core.calibration import Tokens
 from compress.core.checkpoint import Checkpoint
@@ -188,3 +190,33 @@ def test_schedules() -> None:
     assert cosine[9:] == sorted(cosine[9:], reverse=True) and cosine[-1] == pytest.approx(0.1, abs=0.01)
     wsd = [rate(Logits(warmup=0.1, final=0.0, schedule="wsd"), step, 100) for step in range(100)]
     assert set(wsd[10:82]) == {1.0} and wsd[-1] < 0.1
+
+
+def test_a_teacher_that_was_exchanged_in_the_middle_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model(), tmp_path / "parent")
+    recipe = recipe_of(tmp_path, tiny_model(), CUT, lessons(teacher="parent"))
+    with pytest.raises(Stopped):
+        run(recipe, RunOptions(tmp_path / "out"), Losses(stop_behind=4))
+    weights = load_file(tmp_path / "parent" / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, tmp_path / "parent" / "model.safetensors")
+    with pytest.raises(InputError, match="another than when this run began"):
+        run(recipe, RunOptions(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"max_position_embeddings": 16}, "reads 16 tokens at most"),
+        ("config.json", {"vocab_size": 100}, "embeddings for 100 tokens"),
+        ("tokenizer.json", {"added_tokens": [{"content": "<other>", "id": 1}]}, "other ids"),
+    ],
+    ids=["positions", "rows", "added tokens"],
+)
+def test_a_teacher_that_cannot_read_the_text_is_refused_before_any_work(
+    tiny_model: TinyModel, tmp_path: Path, file: str, change: dict[str, Any], message: str
+) -> None:
+    teacher = Path(shutil.copytree(tiny_model(), tmp_path / "teacher"))
+    data = json.loads((teacher / file).read_text())
+    (teacher / file).write_text(json.dumps(data | change))
+    with pytest.raises(InputError, match=message):
+        plan(recipe_of(tmp_path, tiny_model(), lessons(teacher="teacher")), RunOptions(tmp_path / "out"))

@@ -116,12 +116,20 @@ def test_what_is_fixed_stays_fixed(tiny_model: TinyModel, tmp_path: Path) -> Non
     assert {scheme.bits for name, scheme in artifact.schemes.items() if name.endswith("v_proj")} == {8}
 
 
+def test_a_budget_of_more_than_the_largest_choice_is_that(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder, options = tiny_model("llama", dtype="bfloat16"), RunOptions(output=tmp_path / "out", evaluate=False)
+    plans = [compress.plan(recipe(folder, tmp_path, {"size": size}), options) for size in ("1GB", "100GB")]
+    assert plans[0].bytes_out == plans[1].bytes_out < plans[0].bytes_in
+
+
 def test_what_cannot_be_is_refused_before_work(tiny_model: TinyModel, tmp_path: Path) -> None:
     folder = tiny_model("llama", dtype="bfloat16")
     for stage, said in (
         ({"bits_per_weight": 2.9}, "cannot be kept: the smallest choice takes"),
         ({"bits_per_weight": 4.0, "size": "1MB"}, "two budgets"),
+        ({"size": "1kB"}, "1,000 bytes with .* cannot be kept: the smallest choice takes"),
         ({"choices": ["w4a16", "w8a8"]}, "w8a8"),
+        ({"scheme": "w4a8"}, "w4a8 rounds inputs"),
         ({"vocabulary": True, "head": "w8a16"}, "leave out"),
     ):
         with pytest.raises((UsageError, InputError), match=said):
