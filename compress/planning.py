@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
     from compress.core.recipe import Recipe
+    from compress.core.scheme import Scheme
 
 _HEADER_BYTES = 72  # of one tensor in a safetensors header, its name apart
 _EXTRA_FILES_BYTES = 16 << 10  # manifest, recipe, evaluation, card
@@ -46,6 +47,21 @@ class RunPlan:
     def layers(self) -> tuple[LayerPlan, ...]:
         """The layers that the stages touch, in order of the stages."""
         return tuple(layer for stage in self.stages for layer in stage.layers)
+
+    def possible_schemes(self) -> list[dict[str, Scheme]]:
+        """Schemes by module; where they are to be found out, some ways in which they may turn out: the same for all
+        open layers, and another in each block."""
+        settled = {layer.name: layer.scheme for layer in self.layers if layer.scheme}
+        choices = {layer.name: layer.alternatives for layer in self.layers if layer.alternatives}
+        most = max(map(len, choices.values()), default=0)
+        same = [{name: found[min(place, len(found) - 1)] for name, found in choices.items()} for place in range(most)]
+        by_block = {name: found[_block(name) % len(found)] for name, found in choices.items()}
+        return [settled | way for way in (*same, by_block)]
+
+
+def _block(name: str) -> int:
+    """The number of the block that a module is in, 0 outside."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) -> RunPlan:

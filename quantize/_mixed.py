@@ -255,7 +255,7 @@ def planned(settings: Mixed, plan: Plan, checkpoint: Checkpoint, calibration: To
         peak_memory_bytes=max(plan.peak_memory_bytes, cost.memory_bytes),
         disk_bytes=max(plan.disk_bytes + budget - uniform, cost.spill_bytes),
         minutes=plan.minutes + cost.minutes,
-        notices=(*plan.notices, f"sizes are bounds, and engines were asked about {settings.scheme} alone: {words}"),
+        notices=(*plan.notices, f"sizes are bounds: {words}"),
     )
 
 

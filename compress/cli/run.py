@@ -170,14 +170,13 @@ def _finish(result: "RunResult", output: Output) -> None:
 
 def _show_plan(recipe: "Recipe", options: "RunOptions", output: Output) -> None:
     from compress.cli.tables import SIGNS, layers_table, plan_table
-    from compress.core.compatibility import as_written, describe, preflight
+    from compress.core.compatibility import as_written, describe, preflight, unsettled
     from compress.pipeline import plan as plan_run
 
     plan = plan_run(recipe, options)
-    schemes = {layer.name: layer.scheme for layer in plan.layers if layer.scheme}
-    schemes = as_written(schemes, recipe.export.format)
-    shapes = {layer.name: layer.shape for layer in plan.layers}
-    verdicts = preflight(schemes, shapes, recipe.export.format, uneven=plan.uneven)
+    shapes, format = {layer.name: layer.shape for layer in plan.layers}, recipe.export.format
+    ways = [as_written(schemes, format) for schemes in plan.possible_schemes()]
+    verdicts = unsettled([preflight(way, shapes, format, uneven=plan.uneven) for way in ways])
     for stage, planned in zip(recipe.stages, plan.stages, strict=True):
         output.show(layers_table(planned, f"{stage.kind}: {stage.method}", every=output.verbose))
     output.show(plan_table(plan))

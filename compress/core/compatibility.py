@@ -5,7 +5,7 @@ Needs no torch. Everything said about a reader carries its version and whether i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -227,6 +227,20 @@ def preflight(
         else _verdict(engine, schemes, shapes, format, tensor_parallel)
         for engine in table().engines
     ]
+
+
+def unsettled(ways: Sequence[Sequence[Verdict]]) -> list[Verdict]:
+    """What can be said of each engine while schemes are still to be chosen; `ways`: the verdicts of ways to choose."""
+    return [_depending(verdicts) for verdicts in zip(*ways, strict=True)]
+
+
+def _depending(verdicts: Sequence[Verdict]) -> Verdict:
+    first = verdicts[0]
+    if len({verdict.ok for verdict in verdicts}) == 1:
+        return verdicts[-1]
+    worst = next((verdict for verdict in verdicts if verdict.ok == "no"), None)
+    worst = worst or next(verdict for verdict in reversed(verdicts) if verdict.ok == "with-conditions")
+    return Verdict(first.engine, "with-conditions", f"it depends on what is chosen; at worst, {worst.sentence}")
 
 
 def _narrow_minded(engine: Engine) -> Verdict:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import compress
 from compress.cli.tables import fate
 from compress.core.checkpoint import Checkpoint
+from compress.core.compatibility import preflight, unsettled
 from compress.core.errors import InputError, UsageError
 from compress.core.events import Event, Notice
 from compress.inputs import RunOptions
@@ -120,6 +121,23 @@ def test_a_budget_of_more_than_the_largest_choice_is_that(tiny_model: TinyModel,
     folder, options = tiny_model("llama", dtype="bfloat16"), RunOptions(output=tmp_path / "out", evaluate=False)
     plans = [compress.plan(recipe(folder, tmp_path, {"size": size}), options) for size in ("1GB", "100GB")]
     assert plans[0].bytes_out == plans[1].bytes_out < plans[0].bytes_in
+
+
+def test_engines_are_asked_about_what_may_be_chosen(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder, options = tiny_model("llama", dtype="bfloat16"), RunOptions(output=tmp_path / "out", evaluate=False)
+    asked = recipe(folder, tmp_path, {"bits_per_weight": 5.0, "choices": ["w2a16", "w8a16"]})
+    plan = compress.plan(asked, options)
+    ways = plan.possible_schemes()
+    assert [{scheme.bits for scheme in way.values()} for way in ways] == [{2}, {8}, {2, 8}]
+    shapes = {layer.name: layer.shape for layer in plan.layers}
+    found = {verdict.engine: verdict for verdict in unsettled([preflight(way, shapes) for way in ways])}
+    alone = {verdict.engine: verdict.ok for verdict in preflight(ways[1], shapes)}
+    assert (alone["transformers"], found["transformers"].ok) == ("yes", "with-conditions")
+    assert found["transformers"].sentence.startswith("it depends on what is chosen; at worst, transformers")
+    assert "layers differ in bits" in found["transformers"].sentence
+    assert found["llama.cpp"].ok == "no" and "depends" not in found["llama.cpp"].sentence
+    settled = compress.plan(recipe(folder, tmp_path, {"bits_per_weight": 9.0, "choices": ["w8a16"]}), options)
+    assert [{scheme.bits for scheme in way.values()} for way in settled.possible_schemes()] == [{8}, {8}]
 
 
 def test_what_cannot_be_is_refused_before_work(tiny_model: TinyModel, tmp_path: Path) -> None:
