@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,9 +38,9 @@ class Completing(Taught):
         """The settings in the runtime's terms."""
         return Sampling(self.prompt_tokens, self.new_tokens, self.sampling_temperature, self.top_p, at_once)
 
+    @abstractmethod
     def generating(self, checkpoint: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
         """What completions cost, and whether the student and the teacher are held beside the model that makes them."""
-        raise NotImplementedError
 
     def teachers_share(self, checkpoint: Checkpoint, tokens: Tokens) -> Cost:
         """What it costs to let the teacher complete every row once, and to keep that as 64-bit numbers."""

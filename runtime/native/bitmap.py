@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.core.compiling import threads_for
 from runtime.native.library import library
-from runtime.native.linear import LEAST_CHANNELS, Weight
+from runtime.native.linear import LEAST_CHANNELS, Weight, product_by
 
 KIND = 5
 STEP = 32  # numbers of a word
@@ -78,13 +78,7 @@ def takes_tiles(bitmap: Bitmap) -> bool:
 
 def tiles_product(weight: Weight, x_MK: Tensor) -> Tensor:
     """x Wᵀ, fp32 [M, O], of bf16 x [M, K]."""
-    x_MK = x_MK.contiguous()
-    y_MO = torch.empty((len(x_MK), weight.rows), dtype=torch.float32)
-    threads = threads_for(weight.rows * weight.row_bytes)
-    at = ctypes.byref(weight)
-    if library().loaded.bitmap_tiles_product(at, len(x_MK), x_MK.data_ptr(), y_MO.data_ptr(), threads):
-        raise MemoryError(f"no memory for {len(x_MK)} rows of inputs")
-    return y_MO
+    return product_by(library().loaded.bitmap_tiles_product, weight, x_MK)
 
 
 def expand(weight: Weight, first: int, last: int, to: Tensor) -> None:

@@ -10,6 +10,7 @@ Shape suffixes: M rows, K input channels, O output channels.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,11 +57,15 @@ def dense_weight(weight_OK: Tensor) -> Weight:
 
 def product(weight: Weight, x_MK: Tensor) -> Tensor:
     """x Wᵀ, fp32 [M, O], of fp32 x [M, K]."""
+    return product_by(library().loaded.linear_product, weight, x_MK)
+
+
+def product_by(kernel: Callable[..., int], weight: Weight, x_MK: Tensor) -> Tensor:
+    """x Wᵀ, fp32 [M, O], by a compiled kernel, which says what it takes."""
     x_MK = x_MK.contiguous()
     y_MO = torch.empty((len(x_MK), weight.rows), dtype=torch.float32)
     threads = threads_for(weight.rows * weight.row_bytes)
-    at = ctypes.byref(weight)
-    if library().loaded.linear_product(at, len(x_MK), x_MK.data_ptr(), y_MO.data_ptr(), threads):
+    if kernel(ctypes.byref(weight), len(x_MK), x_MK.data_ptr(), y_MO.data_ptr(), threads):
         raise MemoryError(f"no memory for {len(x_MK)} rows of inputs")
     return y_MO
 

@@ -13,14 +13,13 @@ from torch import Tensor
 import distill._features
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import CompressError, UsageError
-from compress.core.files import sha256_file
 from compress.pipeline import RunOptions, run
 from distill._batches import Batch
 from distill._features import Inside, features_loss, layer_pairs, projection
 from distill._states import distance, relation_divergence
 from distill.features import Features
 from tests.conftest import TinyModel
-from tests.distill.test_logits import FAMILIES, Losses, Stopped, lessons, recipe_of
+from tests.distill.test_logits import FAMILIES, lessons, recipe_of, require_the_same_after_a_stop
 
 COUNTED = torch.tensor([[True, True, True, True, False], [True, True, False, False, False]])
 
@@ -155,15 +154,7 @@ def test_a_stopped_run_of_another_width_ends_with_the_same_losses_and_bytes(
     cut = {"prune": {"method": "hidden", "keep": 48}}
     settings = lessons(7, method="features", hidden=1.0, attention=0.5, distance="cosine")
     recipe = recipe_of(tmp_path, tiny_model("llama", False, "bfloat16"), cut, settings)
-    whole, first, second = Losses(), Losses(5), Losses()
-    result = run(recipe, RunOptions(tmp_path / "whole"), whole)
-    with pytest.raises(Stopped):
-        run(recipe, RunOptions(tmp_path / "stopped"), first)
-    again = run(recipe, RunOptions(tmp_path / "stopped"), second)
-    assert whole.values[-1] < whole.values[0]
-    assert first.values + second.values == whole.values[:5] + whole.values[3:]
-    same = [{p.name: sha256_file(p) for p in folder.iterdir()} for folder in (result.artifact, again.artifact)]
-    assert same[0] == same[1]
+    require_the_same_after_a_stop(recipe, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,19 @@ class Losses:
             raise Stopped
 
 
+def require_the_same_after_a_stop(recipe: Recipe, place: Path) -> None:
+    """Of 7 steps with saves every 3, stopped behind step 5: the losses, and all bytes of the artifact."""
+    whole, first, second = Losses(), Losses(5), Losses()
+    result = run(recipe, RunOptions(place / "whole"), whole)
+    with pytest.raises(Stopped):
+        run(recipe, RunOptions(place / "stopped"), first)
+    again = run(recipe, RunOptions(place / "stopped"), second)
+    assert whole.values[-1] < whole.values[0]
+    assert first.values + second.values == whole.values[:5] + whole.values[3:]
+    same = [{p.name: sha256_file(p) for p in folder.iterdir()} for folder in (result.artifact, again.artifact)]
+    assert same[0] == same[1]
+
+
 @pytest.mark.parametrize("odd", [False, True], ids=["plain", "odd"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_learns(tiny_model: TinyModel, tmp_path: Path, family: str, odd: bool) -> None:

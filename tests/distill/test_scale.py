@@ -15,7 +15,6 @@ import torch
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import ResourceError
-from compress.core.files import sha256_file
 from compress.core.passes import Job
 from compress.pipeline import RunOptions, run
 from distill._batches import Batch
@@ -26,7 +25,7 @@ from distill._trainer import precision
 from distill.logits import Logits
 from tests.conftest import TinyModel
 from tests.contracts.shelf import Shelf, tokens_for
-from tests.distill.test_logits import CUT, Losses, Stopped, lessons, recipe_of
+from tests.distill.test_logits import CUT, Losses, lessons, recipe_of, require_the_same_after_a_stop
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,15 +103,7 @@ def test_moments_of_8_bits_begin_like_adamw_and_take_a_quarter() -> None:
 def test_all_settings_together_stop_and_go_on_to_the_bit(tiny_model: TinyModel, tmp_path: Path) -> None:
     settings = lessons(7, optimizer="adamw8bit", precision="bf16", checkpointing=True)
     recipe = recipe_of(tmp_path, tiny_model("llama", False, "bfloat16"), CUT, settings)
-    whole, first, second = Losses(), Losses(5), Losses()
-    result = run(recipe, RunOptions(tmp_path / "whole"), whole)
-    with pytest.raises(Stopped):
-        run(recipe, RunOptions(tmp_path / "stopped"), first)
-    again = run(recipe, RunOptions(tmp_path / "stopped"), second)
-    assert whole.values[-1] < whole.values[0]
-    assert first.values + second.values == whole.values[:5] + whole.values[3:]
-    same = [{p.name: sha256_file(p) for p in folder.iterdir()} for folder in (result.artifact, again.artifact)]
-    assert same[0] == same[1]
+    require_the_same_after_a_stop(recipe, tmp_path)
 
 
 def test_what_does_not_fit_is_told_what_would(tiny_model: TinyModel, tmp_path: Path) -> None:
