@@ -32,6 +32,7 @@ CONTESTANTS = (
     "autoround/float32",
     "llmcompressor/auto",
     "gptqmodel/auto",
+    "autoround/auto",
 )
 METHODS = {  # what is written, and who has the method
     "gptq": ("weights", 4, 64, CONTESTANTS[:3]),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from compress.core.walk import Block, Group, Site
 
 
-_MADE = {"int": "whole numbers", "nf4": "nf4 alone"}
+_MADE = {"int": "whole numbers", "nf4": "nf4 alone", "fp8": "8-bit floats alone"}
 _METHODS = {"fp8": "rtn and fp8", "nf4": "nf4", "mxfp4": "rtn and gptq", "nvfp4": "rtn and gptq"}
 
 
@@ -93,9 +93,10 @@ class WeightQuantization(Pass):
         return prepare
 
     def model_post_init(self, context: object) -> None:
-        for scheme in self.schemes:
+        for scheme in (*self.schemes, *map(self._beside, filter(None, (self.head, self.embedding)))):
             if scheme.dtype not in self.dtypes:
                 raise ValueError(f"this method makes {_MADE[self.dtypes[0]]}; {_method_for(scheme)}")
+        for scheme in self.schemes:
             problem = scheme_problem(self.prepare, scheme)
             if problem:
                 raise ValueError(problem)
@@ -128,7 +129,13 @@ class WeightQuantization(Pass):
     def schemes(self) -> tuple[Scheme, ...]:
         """The scheme that layers get where their width allows it, and then that of each override."""
         settings = (self.scheme, self.group_size, self.symmetric, self.activations)
-        return make_scheme(*settings), *(each.scheme_in(*settings) for each in self.overrides)
+        found = [make_scheme(*settings)]
+        for number, each in enumerate(self.overrides):
+            try:
+                found.append(each.scheme_in(*settings))
+            except ValueError as error:
+                raise ValueError(f"overrides[{number}]: {error}") from None
+        return tuple(found)
 
     def wanted(self, name: str) -> Scheme:
         """The scheme of the layer `name` where its width allows it."""
@@ -147,9 +154,12 @@ class WeightQuantization(Pass):
         found = {}
         for module, name in asked.items():
             if name is not None:
-                scheme = Override(layers=module, scheme=name).scheme_in(self.scheme, self.group_size, self.symmetric)
-                found[module] = self.fitted(scheme, checkpoint.config["hidden_size"])
+                found[module] = self.fitted(self._beside(name), checkpoint.config["hidden_size"])
         return found
+
+    def _beside(self, name: str) -> Scheme:
+        """The scheme `name` of head or embedding, in groups as the layers have them."""
+        return Override(layers="*", scheme=name).scheme_in(self.scheme, self.group_size, self.symmetric)
 
     def outside(self, job: Job) -> dict[str, QuantTensor]:
         from quantize._outside import round_outside

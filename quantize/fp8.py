@@ -12,6 +12,7 @@ class FP8(RTN):
     """e4m3 floats with a scale per output channel, or per block of 128 x 128 weights (fp8_block); of inputs with one
     per token, or per token and 128 channels, found as it runs."""
 
+    dtypes: ClassVar = ("fp8",)
     paper: ClassVar = "Micikevicius et al., 2022, arXiv:2209.05433"
 
     scheme: SchemeName = Field(

@@ -16,7 +16,7 @@ class HQQ(WeightQuantization):
     prepares: ClassVar = True
 
     norm: float = Field(
-        0.7, gt=0, le=2, description="p of the error Σ|w - ŵ|ᵖ that is minimised: below 1 outliers count less"
+        0.7, gt=0, le=1, description="p of the error Σ|w - ŵ|ᵖ that is minimised: below 1 outliers count less"
     )
     iterations: int = Field(20, ge=1, le=1000, description="rounds of shrinking the error and solving for the grid")
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compress.planning import RunPlan
 
 Row = tuple[str, str, str, str]
-SIGNS = {"yes": "+", "no": "-", "with-conditions": "~"}
+SIGNS = {"yes": "+", "no": "-", "with-conditions": "~", "unknown": "?"}
 """What stands before an engine's verdict."""
 
 _SHARES = ("acc_norm", "acc", "exact_match", "f1")

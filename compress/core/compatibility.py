@@ -16,7 +16,14 @@ from pydantic import BaseModel, ConfigDict
 from compress.core.scheme import Scheme
 from compress.core.yaml_source import parse_yaml
 
-Ok = Literal["yes", "no", "with-conditions"]
+Ok = Literal["yes", "no", "with-conditions", "unknown"]
+_WORST_FIRST: tuple[Ok, ...] = ("no", "unknown", "with-conditions", "yes")
+_VERBS: dict[Ok, str] = {
+    "yes": "loads it",
+    "no": "does not load it",
+    "with-conditions": "loads it on conditions",
+    "unknown": "may load it",
+}
 Shape = tuple[int, int]
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -238,8 +245,7 @@ def _depending(verdicts: Sequence[Verdict]) -> Verdict:
     first = verdicts[0]
     if len({verdict.ok for verdict in verdicts}) == 1:
         return verdicts[-1]
-    worst = next((verdict for verdict in verdicts if verdict.ok == "no"), None)
-    worst = worst or next(verdict for verdict in reversed(verdicts) if verdict.ok == "with-conditions")
+    worst = min(reversed(verdicts), key=lambda verdict: _WORST_FIRST.index(verdict.ok))
     return Verdict(first.engine, "with-conditions", f"it depends on what is chosen; at worst, {worst.sentence}")
 
 
@@ -269,11 +275,11 @@ def _verdict(
     if mixed is not None:
         findings[mixed.ok, mixed.because] = []
     said = {ok for ok, _ in findings}
-    worst: Ok = "no" if "no" in said else "with-conditions" if "with-conditions" in said else "yes"
+    worst = min(said, key=_WORST_FIRST.index, default="yes")
     reasons = "; ".join(
         _about(layers) + because for (ok, because), layers in findings.items() if ok == worst and because
     )
-    verb = {"yes": "loads it", "no": "does not load it", "with-conditions": "loads it on conditions"}[worst]
+    verb = _VERBS[worst]
     return Verdict(engine.name, worst, f"{label} {verb}{': ' if reasons else ''}{reasons} ({engine.evidence})")
 
 

@@ -12,6 +12,10 @@ from pydantic import AfterValidator
 def _shell_pattern(pattern: str) -> str:
     if pattern.startswith("re:"):
         raise ValueError(f"{pattern!r} is a regular expression; patterns are those of a shell: '*.q_proj'")
+    if not pattern:
+        raise ValueError("an empty pattern matches nothing: '*' stands for all layers")
+    if pattern.count("[") > pattern.count("]"):
+        raise ValueError(f"{pattern!r} has a [ without its ]")
     return pattern
 
 

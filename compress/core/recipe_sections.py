@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from compress.core.places import locate
 from compress.core.quantities import Fraction, Size
@@ -63,6 +71,13 @@ class Export(Section):
         default="compressed-tensors",
         description="format of the artifact; all hold the same weights, to the bit. nf4: bitsandbytes, by itself",
     )
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _not_gguf(cls, name: object) -> object:
+        if name == "gguf":
+            raise ValueError("GGUF is written from the finished artifact: compress export ARTIFACT --format gguf")
+        return name
 
 
 class Perplexity(Section):

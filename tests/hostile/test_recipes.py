@@ -191,7 +191,14 @@ BAD = {
         "gptq needs calibration data",
         "calibration:",
     ),
-    "unknown format": ("compressed-tensors", "gguf", "5:18", "export.format: should be compressed-tensors", None),
+    "unknown format": ("compressed-tensors", "onnx", "5:18", "export.format: should be compressed-tensors", None),
+    "format written afterwards": (
+        "compressed-tensors",
+        "gguf",
+        "5:18",
+        "export.format: GGUF is written from the finished artifact",
+        None,
+    ),
     "numerics": (
         "tasks: [hellaswag]",
         "through: transformers\n  numerics: exact",
