@@ -18,6 +18,7 @@ from compress.core.grid import Clip, fit_grid
 from compress.core.scheme import Scheme
 from compress.core.statistics import Hessian
 from compress.core.walk import Block, Group, Site
+from quantize.prepare._exponents import least
 from quantize.prepare._transform import Target
 
 _PRODUCTS = 1 << 31  # multiplications that judging one candidate may take: it bounds the rows
@@ -63,14 +64,16 @@ def best_scale(fold: Fold, target: Target, steps: int) -> Tensor | None:
     scale_dtype = target.checkpoint.dtype
     inputs_C = fold.mean(power_K).sqrt()
     sizes_C = fold.mean(size_K)
+    lowest = _error(layers, torch.ones_like(power_K), clip, scale_dtype)
     best_C: Tensor | None = None
-    least = _error(layers, torch.ones_like(power_K), clip, scale_dtype)
-    for step in range(steps + 1):
-        for with_weights in (False, True):
-            scale_C = candidate(inputs_C, sizes_C if with_weights else None, step / steps)
-            error = _error(layers, fold.spread(scale_C), clip, scale_dtype)
-            if error < least:
-                best_C, least = scale_C, error
+    for weights_C in (None, sizes_C):
+
+        def error(step: int, weights_C: Tensor | None = weights_C) -> float:
+            return _error(layers, fold.spread(candidate(inputs_C, weights_C, step / steps)), clip, scale_dtype)
+
+        best, lowest = least(steps, error, lowest)
+        if best is not None:
+            best_C = candidate(inputs_C, weights_C, best / steps)
     return best_C
 
 

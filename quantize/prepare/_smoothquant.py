@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from compress.core.folds import Fold, folds_of
-from compress.core.grid import fit_grid
+from compress.core.grid import fit_grid, input_scale
+from compress.core.int8_products import fast_int8_products, fits_int8, int8_product
+from compress.core.rounded_inputs import int8_inputs
 from compress.core.scheme import Scheme
 from compress.core.statistics import AbsMax, Sample
-from compress.core.walk import Block
+from compress.core.tensors import QuantTensor
+from compress.core.walk import Block, Group
+from quantize.prepare._exponents import least
 from quantize.prepare._transform import Target
 
 
@@ -54,46 +59,69 @@ def _largest(fold: Fold) -> tuple[Tensor, Tensor]:
     return fold.largest(inputs_K), fold.largest(weights_K)
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that is to be rounded: its weight, and what the sampled inputs give in full precision."""
+
+    weight_OK: Tensor
+    scheme: Scheme
+    y_NO: Tensor
+    energy: Tensor  # sum of y²
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The sampled inputs of a group, the largest |input| of each channel, and the layers that read them."""
+
+    x_NK: Tensor
+    largest_K: Tensor
+    layers: tuple[_Layer, ...]
+
+
 def _searched(fold: Fold, target: Target, inputs_C: Tensor, weights_C: Tensor, steps: int) -> Tensor | None:
     """The scales with the least output error; None if none beats leaving everything as it is."""
-    best_C: Tensor | None = None
-    least = _error(fold, target, torch.ones_like(fold.spread(inputs_C)))
-    for step in range(steps + 1):
-        scale_C = smoothing(inputs_C, weights_C, step / steps)
-        error = _error(fold, target, fold.spread(scale_C))
-        if error < least:
-            best_C, least = scale_C, error
-    return best_C
+    read = [_read(group, target) for group in fold.groups if group.tokens]
+    scale_dtype = target.checkpoint.dtype
+
+    def error(step: int) -> float:
+        return _error(read, fold.spread(smoothing(inputs_C, weights_C, step / steps)), scale_dtype)
+
+    plain = _error(read, torch.ones_like(fold.spread(inputs_C)), scale_dtype)
+    best, _ = least(steps, error, plain)
+    return None if best is None else smoothing(inputs_C, weights_C, best / steps)
 
 
-def _error(fold: Fold, target: Target, scale_K: Tensor) -> float:
+def _read(group: Group, target: Target) -> _Inputs:
+    x_NK = group.statistics[Sample]
+    layers = []
+    for site in group.sites:
+        scheme = target.scheme_for(site.name, group.width)
+        if scheme is not None:
+            y_NO = x_NK @ site.weight.T
+            layers.append(_Layer(site.weight, scheme, y_NO, y_NO.square().sum().clamp(min=1e-30)))
+    return _Inputs(x_NK, group.statistics[AbsMax], tuple(layers))
+
+
+def _error(read: list[_Inputs], scale_K: Tensor, scale_dtype: torch.dtype) -> float:
     """Squared error of the outputs with inputs and weights rounded, relative to the outputs, summed over the layers."""
     total = 0.0
-    for group in fold.groups:
-        if not group.tokens:
-            continue
-        x_NK = group.statistics[Sample]
-        largest = (group.statistics[AbsMax] / scale_K).max()
-        for site in group.sites:
-            scheme = target.scheme_for(site.name, group.width)
-            if scheme is not None:
-                rounded_NK = rounded_inputs(x_NK / scale_K, largest if scheme.static_inputs else None)
-                total += _relative_error(site.weight, x_NK, rounded_NK, scale_K, scheme, target)
+    for group in read:
+        smoothed_NK = group.x_NK / scale_K
+        largest = (group.largest_K / scale_K).max().view(1)
+        for layer in group.layers:
+            scaled_OK = layer.weight_OK * scale_K
+            weight = fit_grid(scaled_OK, layer.scheme, scale_dtype=scale_dtype).round(scaled_OK)
+            static = input_scale(largest, layer.scheme, torch.float32) if layer.scheme.static_inputs else None
+            wrong_NO = _product(smoothed_NK, weight, static).sub_(layer.y_NO)
+            total += float(wrong_NO.square_().sum() / layer.energy)
     return total
 
 
-def _relative_error(
-    weight_OK: Tensor, x_NK: Tensor, rounded_NK: Tensor, scale_K: Tensor, scheme: Scheme, target: Target
-) -> float:
-    scaled_OK = weight_OK * scale_K
-    grid = fit_grid(scaled_OK, scheme, scale_dtype=target.checkpoint.dtype)
-    y_NO = x_NK @ weight_OK.T
-    wrong_NO = rounded_NK @ grid.round(scaled_OK).dequantize(torch.float32).T - y_NO
-    return float(wrong_NO.square().sum() / y_NO.square().sum().clamp(min=1e-30))
-
-
-def rounded_inputs(x_NK: Tensor, largest: Tensor | None = None) -> Tensor:
-    """Inputs as an engine rounds them while it runs: 8 bits, one symmetric scale per token, or for all tokens one that
-    reaches to `largest`."""
-    scale_N1 = ((x_NK.abs().amax(1, keepdim=True) if largest is None else largest) / 127).clamp(min=1e-30)
-    return (x_NK / scale_N1).round_().clamp_(-128, 127).mul_(scale_N1)
+def _product(x_NK: Tensor, weight: QuantTensor, static: Tensor | None) -> Tensor:
+    """What rounded inputs and weights give. Integer products are exact and, where the CPU has them, many times as fast:
+    these products are all that the search costs."""
+    codes_NK, scale_N1 = int8_inputs(x_NK, static)
+    if weight.zero is None and fits_int8(weight) and x_NK.device.type == "cpu" and fast_int8_products():
+        sums_NO = int8_product(codes_NK, weight.codes()).float()
+        return sums_NO.mul_(scale_N1).mul_(weight.scale[:, 0].float())
+    return (codes_NK.float() * scale_N1) @ weight.dequantize(torch.float32).T

@@ -8,22 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.core.int8_products import fast_int8_products, int8_product
 from compress.core.rounded_inputs import int8_inputs, rounded_inputs
 from compress.core.tensors import QuantTensor
 from runtime.layers.base import LinearLayer
-
-_WIDTH_MULTIPLE = 32
-
-
-def fast_int8_products() -> bool:
-    """Whether the CPU has instructions for products of int8. Without them torch._int_mm takes 4 to 20 times as long as
-    the dense product."""
-    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def fits_int8(weight: QuantTensor) -> bool:
-    """Whether the int8 kernels hold this weight. torch reads beyond rows that are no multiple of its vectors."""
-    return weight.scheme.dtype == "int" and weight.scale.shape[1] == 1 and weight.shape[1] % _WIDTH_MULTIPLE == 0
 
 
 class _Int8Weight(LinearLayer):
@@ -59,11 +47,7 @@ class Int8ProductLinear(_Int8Weight):
     def product(self, x_MK: Tensor) -> Tensor:
         codes_MK, scale_M1 = int8_inputs(x_MK.float(), self.input_scale)
         exact = fast_int8_products()
-        sums_MO = (
-            torch.ops.aten._int_mm(codes_MK, self.codes.T)
-            if exact
-            else _bf16_times_int8(codes_MK.bfloat16(), self.codes)
-        )
+        sums_MO = int8_product(codes_MK, self.codes) if exact else _bf16_times_int8(codes_MK.bfloat16(), self.codes)
         return self.scaled(sums_MO.float(), codes_MK) * scale_M1
 
 

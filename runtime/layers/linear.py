@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.core.cpu import fast_on_cpu
 from compress.core.errors import UsageError
+from compress.core.int8_products import fast_int8_products, fits_int8
 from compress.core.tensors import QuantTensor
 from runtime.layers.base import LinearLayer
 from runtime.layers.compiled import CompiledLinear, fits_kernels
@@ -21,7 +22,7 @@ from runtime.layers.dense import CompiledDense, DenseLinear, fits_bf16_kernel
 from runtime.layers.exact import ExactDense, ExactPacked
 from runtime.layers.gpu import GpuLinear
 from runtime.layers.int4pack import Int4Linear, int4_group
-from runtime.layers.int8 import Int8Linear, Int8ProductLinear, fast_int8_products, fits_int8
+from runtime.layers.int8 import Int8Linear, Int8ProductLinear
 from runtime.layers.packed import DequantizingLinear
 
 __all__ = ["LinearLayer", "Numerics", "compute_dtype", "concatenate", "make_linear"]
