@@ -34,6 +34,8 @@ class StructuredPruning(Pass):
     kind: ClassVar = "prune"
     takes: ClassVar = frozenset({"dense"})
     gives: ClassVar = "dense"
+    only_reads: ClassVar[bool] = False
+    """Whether its walk over the blocks gathers nothing of the size of their inputs' curvature, and solves nothing."""
 
     ratio: Annotated[Fraction, Field(gt=0, lt=1)] | None = Field(
         None, description="share that goes, 0.25 or 25%, the default; or one of the others:"
@@ -181,8 +183,10 @@ class StructuredPruning(Pass):
 
     def cost(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Cost:
         """Of the walk over the blocks."""
-        from compress.core.memory import estimate
+        from compress.core.memory import estimate, reading_cost
 
+        if self.only_reads:
+            return reading_cost(checkpoint, calibration, blocks=checkpoint.num_blocks, heads=0, beside_bytes=0)
         return estimate(checkpoint, calibration, true_sequential=True)
 
     def _told(self, count: int, total: int) -> str:

@@ -24,6 +24,7 @@ class Experts(StructuredPruning):
 
     paper: ClassVar = "Lasby et al., 2025, arXiv:2510.13999"
     needs_calibration: ClassVar = True
+    only_reads: ClassVar = True
 
     importance: Literal["reap", "frequency"] = Field(
         "reap",

@@ -25,6 +25,7 @@ class Hidden(StructuredPruning):
     """A narrower residual stream. Heads and feed-forward channels stay as many and as wide as they are."""
 
     paper: ClassVar = "Muralidharan et al., 2024, arXiv:2407.14679"
+    only_reads: ClassVar = True
     needs_calibration: ClassVar = True
 
     multiple: int = Field(
