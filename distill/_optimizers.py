@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import EnvironmentRefused
+from compress.core.lazy import quiet_bitsandbytes
 
 if TYPE_CHECKING:
     from distill._settings import Training
@@ -62,7 +62,7 @@ class Optimizer:
 
 
 def _eight_bit(groups: list[dict[str, Any]], learning_rate: float, device: str) -> torch.optim.Optimizer:
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses a kernel not used here
+    quiet_bitsandbytes()
     try:
         import bitsandbytes
     except ImportError:

@@ -9,12 +9,14 @@ import torch
 from compress.core._verify_weights import LIBRARY_LAYERS, library_version, spread
 from compress.core.errors import ArtifactError
 from compress.core.formats import Reader
+from compress.core.lazy import quiet_bitsandbytes
 from compress.core.safetensors_io import TensorInfo, load_tensor
 from compress.core.scheme import Scheme
 
 
 def check_bitsandbytes(reader: Reader, schemes: Mapping[str, Scheme], tensors: Mapping[str, TensorInfo]) -> str:
     """The library dequantizes some layers as we do, to the bit, in the dtype that the file names."""
+    quiet_bitsandbytes()
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     chosen = spread(sorted(module for module, scheme in schemes.items() if scheme.dtype != "int"), LIBRARY_LAYERS)

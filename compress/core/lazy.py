@@ -1,6 +1,7 @@
-"""torch as a lazy module, so that settings, recipes and help need no torch (its import takes over a second)."""
+"""Modules that are imported late: torch, so that settings, recipes and help need none of it (over a second)."""
 
 import importlib.util
+import logging
 import sys
 from types import ModuleType
 
@@ -17,3 +18,8 @@ def lazy_module(name: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def quiet_bitsandbytes() -> None:
+    """To be called before its import, which warns of a kernel that is missing and not used here."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
