@@ -121,7 +121,7 @@ def _judge(
     result = evaluate(
         inputs.original,
         left,
-        asked.model_copy(update={"tasks": (), "through": "transformers"}),
+        asked.model_copy(update={"tasks": (), "refusals": None, "through": "transformers"}),
         base_folder=inputs.recipe.base_folder,
         device=options.device,
         dtype=options.dtype,

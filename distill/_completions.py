@@ -6,7 +6,7 @@ Shape suffixes: B rows, T positions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,31 +66,42 @@ def sampler_of(job: Job, source: Checkpoint, sampling: Sampling) -> Sampler:
 
 
 def teacher_batches(settings: Completing, job: Job, tokens: Tokens) -> Batches:
-    """Batches of what the teacher says behind the beginning of each row. It is generated once and kept, a number of
-    rows at a time: a run that was killed goes on with the next ones."""
-    texts: list[tuple[list[int], list[int]]] = []
-    teacher: Sampler | None = None
-    job.events(Started(STAGE, len(tokens.ids), "prompt"))
-    for start in range(0, len(tokens.ids), MOST_AT_ONCE):
-        rows_B = torch.arange(start, min(start + MOST_AT_ONCE, len(tokens.ids)))
-
-        def of_rows(rows_B: Tensor = rows_B) -> dict[str, Tensor]:
-            nonlocal teacher
-            if teacher is None:
-                teacher = sampler_of(job, find_teacher(settings.teacher, job), settings.sampling(MOST_AT_ONCE))
-            prompts = prompts_of(tokens, rows_B, settings.prompt_tokens, teacher.end_tokens)
-            seeds = [number_of("teacher", settings.seed, row) for row in rows_B.tolist()]
-            return _packed(prompts, teacher.complete(prompts, seeds))
-
-        texts += _unpacked(job.keep(f"completions-{start:08d}", of_rows))
-        job.events(Progress(STAGE, len(texts), len(tokens.ids)))
-    job.events(Finished(STAGE, f"{sum(len(new) for _, new in texts):,} tokens by the teacher"))
+    """Batches of what the teacher says behind the beginning of each row, generated once."""
+    rows = range(len(tokens.ids))
+    texts = written(settings, job, tokens, rows, "teacher", lambda: find_teacher(settings.teacher, job))
 
     def batch(step: int) -> Batch:
         chosen = [texts[row] for row in batch_rows(settings, len(texts), step).tolist()]
         return completed([prompt for prompt, _ in chosen], [new for _, new in chosen])
 
     return batch
+
+
+def written(
+    settings: Completing, job: Job, tokens: Tokens, rows: range, writer: str, source: Callable[[], Checkpoint]
+) -> list[tuple[list[int], list[int]]]:
+    """The beginnings of `rows`, and what the model called `writer` says behind them. It is generated once and kept, a
+    number of rows at a time: a run that was killed goes on with the next ones. A row has the same seed whoever
+    writes, so that two models differ by their weights alone."""
+    texts: list[tuple[list[int], list[int]]] = []
+    sampler: Sampler | None = None
+    kept = "completions" if writer == "teacher" else f"{writer}-completions"
+    job.events(Started(STAGE, len(rows), "prompt"))
+    for start in range(0, len(rows), MOST_AT_ONCE):
+        rows_B = torch.tensor(rows[start : start + MOST_AT_ONCE])
+
+        def of_rows(rows_B: Tensor = rows_B) -> dict[str, Tensor]:
+            nonlocal sampler
+            if sampler is None:
+                sampler = sampler_of(job, source(), settings.sampling(MOST_AT_ONCE))
+            prompts = prompts_of(tokens, rows_B, settings.prompt_tokens, sampler.end_tokens)
+            seeds = [number_of("teacher", settings.seed, row) for row in rows_B.tolist()]
+            return _packed(prompts, sampler.complete(prompts, seeds))
+
+        texts += _unpacked(job.keep(f"{kept}-{start:08d}", of_rows))
+        job.events(Progress(STAGE, len(texts), len(rows)))
+    job.events(Finished(STAGE, f"{sum(len(new) for _, new in texts):,} tokens by the {writer}"))
+    return texts
 
 
 def _packed(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> dict[str, Tensor]:

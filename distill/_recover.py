@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress.core.errors import InputError
 from compress.core.passes import Job
 from distill._adapter import attach_adapter
 from distill._batches import text_batches
@@ -15,9 +14,8 @@ from distill._compensation import compensations
 from distill._logits import online_loss
 from distill._low_rank import Pairs
 from distill._patches import Attach, made_once
-from distill._settings_taught import ORIGINAL
 from distill._student import Student
-from distill._teacher import open_teacher
+from distill._teacher import open_teacher, require_dense_original
 from distill._trainer import learn, text_of, write
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ def recover(settings: Recover, job: Job) -> None:
         coded = CodedLayers(settings, job)
         rates = {"learning_rate": settings.code_rate, "weight_decay": 0.0}  # a place near zero is no smaller model
         _learn(settings.model_copy(update=rates), job, coded.attach)
-        _write_codes(job, coded)
+        write_codes(job, coded, "recover")
     else:
         pairs = Pairs(settings, job.checkpoint, fused=False)
         starts = compensations(settings, job)
@@ -52,13 +50,7 @@ def recover(settings: Recover, job: Job) -> None:
 
 def _learn(settings: Recover, job: Job, attach: Attach) -> None:
     """Train what `attach` puts into the model."""
-    original = job.original or job.checkpoint
-    if settings.teacher == ORIGINAL and original.kind == "quantized":
-        raise InputError(
-            "the model that the run starts from is quantized itself: there is nothing to learn from it",
-            where=str(original.folder),
-            hint="name the model that it was made from: teacher",
-        )
+    require_dense_original(settings.teacher, job)
     tokens = text_of(job)
     student = Student(job, settings, instead=attach)
     total = settings.steps(tokens)
@@ -67,12 +59,12 @@ def _learn(settings: Recover, job: Job, attach: Attach) -> None:
         learn(settings, job, student, text_batches(settings, tokens), loss, total)
 
 
-def _write_codes(job: Job, coded: CodedLayers) -> None:
-    """Packed tensors in place of the stage's."""
+def write_codes(job: Job, coded: CodedLayers, method: str) -> None:
+    """Packed tensors in place of the stage's, noted as `method`'s."""
     packed = coded.packed()
     for block in job.walk(calibrate=False):
         for site in block.sites:
             if site.name in packed:
                 tensor = packed[site.name]
                 site.replace(tensor)
-                site.note(method="recover", bits=tensor.scheme.bits, group_size=tensor.scheme.group_size)
+                site.note(method=method, bits=tensor.scheme.bits, group_size=tensor.scheme.group_size)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from compress.core.passes import LayerPlan, Pass, Plan
+from compress.core.patterns import covered
 from compress.core.processes import launched, launched_here
 
 if TYPE_CHECKING:
@@ -22,7 +26,6 @@ class Training(Pass):
     gives: ClassVar = None
     needs_calibration: ClassVar = True
 
-    tokens: int = Field(1_000_000, ge=1, description="tokens to train on: those of calibration, as often as it takes")
     batch: int = Field(16, ge=1, description="rows of the calibration text in a step")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="at its highest")
     final: float = Field(0.1, ge=0, le=1, description="the learning rate at the end, as a share of the highest")
@@ -49,9 +52,9 @@ class Training(Pass):
     def transforms(self) -> tuple[str, ...]:
         return (type(self).__module__.rpartition(".")[2],)
 
-    def steps(self, tokens: Tokens) -> int:
-        """How many steps these tokens are."""
-        return max(1, round(self.tokens / (self.batch * tokens.ids.shape[1])))
+    @abstractmethod
+    def trained_tokens(self, tokens: Tokens | None) -> int:
+        """How many tokens are read in all steps together, at most; of an unknown text, what can be known."""
 
     def longest(self, tokens: Tokens) -> int:
         """Tokens of the longest row of a step."""
@@ -72,9 +75,9 @@ class Training(Pass):
         from compress.core.memory import machine_speed
         from distill._memory import leaner, training_bytes
 
-        infos = checkpoint.tensors.values()
-        numbers = sum(info.bytes for info in infos) // checkpoint.dtype.itemsize
+        numbers = parameters_of(checkpoint)
         length = 1 if calibration is None else self.longest(calibration)
+        trained = self.trained_tokens(calibration)
         passes = 6 + 2 + 2 * self.checkpointing  # forwards and backwards, the teacher's forward, one again
         processes = launched() if self.joins else 1
         here = launched_here() if self.joins and not torch.cuda.is_available() else 1  # each GPU has its own memory
@@ -82,18 +85,29 @@ class Training(Pass):
         again = f"a step of {self.batch} rows takes some of the text's {rows} several times"
         return Plan(
             notices=(again,) if self.batch > rows else (),
-            layers=tuple(self._layers(checkpoint)),
-            bytes_out=sum(info.bytes for info in infos),
+            layers=tuple(layer_plans(checkpoint)),
+            bytes_out=sum(info.bytes for info in checkpoint.tensors.values()),
             peak_memory_bytes=here * training_bytes(self, checkpoint, numbers, length),
             disk_bytes=(4 + 2 * 12) * numbers,  # the result in fp32, and two saves
-            minutes=passes * numbers * self.tokens / machine_speed().matmul / 60 / processes,
+            minutes=passes * numbers * trained / machine_speed().matmul / 60 / processes,
             leaner=tuple((words, here * size) for words, size in leaner(self, checkpoint, numbers, length)),
         )
 
-    def _layers(self, checkpoint: Checkpoint) -> list[LayerPlan]:
-        found = []
-        for index in range(checkpoint.num_blocks):
-            for name in checkpoint.sites(index):
-                size = checkpoint.info(f"{name}.weight").bytes
-                found.append(LayerPlan(name, checkpoint.matrix_shape(name), size, size, reason="trained"))
-        return found
+
+def layer_plans(checkpoint: Checkpoint, trained: Sequence[str] = ("*",)) -> list[LayerPlan]:
+    """The linear layers of the blocks as they are; those that a name pattern of `trained` covers are trained."""
+    found = []
+    for index in range(checkpoint.num_blocks):
+        for name in checkpoint.sites(index):
+            size = sum(checkpoint.info(stored).bytes for stored in checkpoint.stored_names(name))
+            reason = "trained" if covered(name, trained) else ""
+            scheme = checkpoint.schemes.get(name)
+            found.append(LayerPlan(name, checkpoint.matrix_shape(name), size, size, scheme, reason))
+    return found
+
+
+def parameters_of(checkpoint: Checkpoint) -> int:
+    """How many numbers the model has when nothing is packed."""
+    packed = {name for module in checkpoint.schemes for name in checkpoint.stored_names(module)}
+    dense = sum(math.prod(info.shape) for name, info in checkpoint.tensors.items() if name not in packed)
+    return dense + sum(math.prod(checkpoint.matrix_shape(module)) for module in checkpoint.schemes)

@@ -11,7 +11,7 @@ from pydantic import Field
 from compress.core.errors import UsageError
 from compress.core.passes import Plan
 from compress.core.services import Sampling
-from distill._settings_taught import Taught
+from distill._settings_taught import Led
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MOST_AT_ONCE = 64  # prompts of the teacher's that are completed together
 
 
-class Completing(Taught):
+class Completing(Led):
     """Settings shared by the methods that let a model complete the beginnings of calibration rows."""
 
     prompt_tokens: int = Field(64, ge=1, description="tokens of a calibration row that are completed")
@@ -42,11 +42,10 @@ class Completing(Taught):
     def generating(self, checkpoint: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
         """What completions cost, and whether the student and the teacher are held beside the model that makes them."""
 
-    def teachers_share(self, checkpoint: Checkpoint, tokens: Tokens) -> Cost:
-        """What it costs to let the teacher complete every row once, and to keep that as 64-bit numbers."""
+    def written_once(self, checkpoint: Checkpoint, rows: int) -> Cost:
+        """What it costs to let a model complete so many rows, once, and to keep that as 64-bit numbers."""
         from compress.core.generating import generating_cost
 
-        rows = len(tokens.ids)
         cost = generating_cost(checkpoint, self.sampling(MOST_AT_ONCE), rows)
         return replace(cost, spill_bytes=8 * rows * self.completed_tokens)
 

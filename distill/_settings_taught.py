@@ -21,15 +21,10 @@ if TYPE_CHECKING:
 ORIGINAL = "original"
 
 
-class Taught(Training):
-    """Settings shared by the methods that compare the student with a teacher."""
+class Led(Training):
+    """Settings shared by the methods with a teacher."""
 
     teacher: str = Field(ORIGINAL, description="original: the model that the run starts from; or a folder or hub id")
-    divergence: Divergence = Field("forward_kl", description="between the teacher's distribution and the student's")
-    temperature: float = Field(1.0, gt=0, le=100, description="of both distributions")
-    mix: float = Field(0.5, ge=0, le=1, description="beta of jsd, alpha of skew_kl and skew_rkl")
-    alpha: float = Field(0.2, gt=0, le=10, description="of alpha_beta")
-    beta: float = Field(0.7, gt=0, le=10, description="of alpha_beta")
 
     def located(self, base_folder: Path) -> Self:
         return self.model_copy(update={"teacher": locate(self.teacher, "model", base_folder)})
@@ -45,16 +40,34 @@ class Taught(Training):
         if self.teacher != ORIGINAL:
             named_teacher(self.teacher, checkpoint, None if calibration is None else calibration.ids.shape[1])
 
-    @property
-    def towards_teacher(self) -> Loss:
-        """The divergence that is asked for."""
-        from distill._losses import Loss
-
-        return Loss(self.divergence, self.temperature, self.mix, self.alpha, self.beta)
-
     def teacher_bytes(self, checkpoint: Checkpoint) -> int:
         from compress.core.checkpoint import Checkpoint
 
         if self.teacher != ORIGINAL:
             checkpoint = Checkpoint.open(self.teacher)
         return 4 * sum(info.bytes for info in checkpoint.tensors.values()) // checkpoint.dtype.itemsize
+
+
+class Taught(Led):
+    """Settings shared by the methods that compare the student's distributions with a teacher's, on so many tokens."""
+
+    tokens: int = Field(1_000_000, ge=1, description="tokens to train on: those of calibration, as often as it takes")
+    divergence: Divergence = Field("forward_kl", description="between the teacher's distribution and the student's")
+    temperature: float = Field(1.0, gt=0, le=100, description="of both distributions")
+    mix: float = Field(0.5, ge=0, le=1, description="beta of jsd, alpha of skew_kl and skew_rkl")
+    alpha: float = Field(0.2, gt=0, le=10, description="of alpha_beta")
+    beta: float = Field(0.7, gt=0, le=10, description="of alpha_beta")
+
+    def steps(self, tokens: Tokens) -> int:
+        """How many steps these tokens are."""
+        return max(1, round(self.tokens / (self.batch * tokens.ids.shape[1])))
+
+    def trained_tokens(self, tokens: Tokens | None) -> int:
+        return self.tokens
+
+    @property
+    def towards_teacher(self) -> Loss:
+        """The divergence that is asked for."""
+        from distill._losses import Loss
+
+        return Loss(self.divergence, self.temperature, self.mix, self.alpha, self.beta)

@@ -39,6 +39,17 @@ def named_teacher(name: str, student: Checkpoint, length: int | None) -> Checkpo
     return teacher
 
 
+def require_dense_original(name: str, job: Job) -> None:
+    """InputError if the original teaches and is quantized itself."""
+    original = job.original or job.checkpoint
+    if name == ORIGINAL and original.kind == "quantized":
+        raise InputError(
+            "the model that the run starts from is quantized itself: there is nothing to learn from it",
+            where=str(original.folder),
+            hint="name the model that it was made from: teacher",
+        )
+
+
 def open_teacher(name: str, job: Job) -> Any:
     """The teacher's model, in the dtype that is fast here. InputError if its tokens are others than the student's."""
     return load_teacher(find_teacher(name, job), job)

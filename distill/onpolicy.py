@@ -9,6 +9,7 @@ from pydantic import Field
 from compress.core.passes import Job
 from distill._divergences import Divergence
 from distill._settings_completing import Completing
+from distill._settings_taught import Taught
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from compress.core.memory import Cost
 
 
-class OnPolicy(Completing):
+class OnPolicy(Completing, Taught):
     """Generalised distillation: train on what the student as it is now writes behind the beginnings of the calibration
     rows, in some steps, and on given text in the others, each time towards the teacher's distributions."""
 
@@ -53,7 +54,7 @@ class OnPolicy(Completing):
         if prompts:
             costs.append((generating_cost(checkpoint, self.sampling(self.batch), prompts), True))
         if self.otherwise == "teacher":
-            costs.append((self.teachers_share(checkpoint, tokens), False))
+            costs.append((self.written_once(checkpoint, len(tokens.ids)), False))
         return costs
 
     def run(self, job: Job) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from compress.core.errors import UsageError
 from compress.core.passes import Job, LayerPlan, Plan, WeightKind
-from compress.core.patterns import Pattern, covered, unused
+from compress.core.patterns import Pattern, unused
+from distill._settings import layer_plans, parameters_of
+from distill._settings_parts import part_bytes, require_layers, require_whole_numbers
 from distill._settings_taught import ORIGINAL
 from distill.logits import Logits
 
@@ -59,24 +60,18 @@ class Recover(Logits):
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         from compress.core.memory import IMPORTS_BYTES, machine_speed
-        from distill._memory import ACTIVATIONS
 
         self.require_teacher(checkpoint, calibration)
         coded = checkpoint.kind == "quantized"
-        layers = [layer for layer in self._layers(checkpoint) if not coded or layer.scheme]
+        layers = [layer for layer in layer_plans(checkpoint, self.layers) if not coded or layer.scheme]
         taken = [layer for layer in layers if layer.reason]
         self._require_work(checkpoint, taken)
-        trained = sum(math.prod(layer.shape) for layer in taken)
         numbers = parameters_of(checkpoint)
-        paired = self.rank * sum(sum(layer.shape) for layer in taken)
-        learned = paired if self.keep == "adapter" or not coded else trained
         length = 1 if calibration is None else calibration.ids.shape[1]
-        held = self.rows_at_once * length * checkpoint.config["hidden_size"] * checkpoint.num_blocks
-        held *= 4 * ACTIVATIONS[self.precision]
-        held += 4 * numbers + 4 * trained  # the model, and what its forward makes of the weights that are trained
-        held += 16 * paired if learned == paired else 12 * trained + 16 * max(math.prod(each.shape) for each in taken)
+        pairs = self.keep == "adapter" or not coded
+        held, learned = part_bytes(self, checkpoint, length, taken, self.rank if pairs else None)
         bytes_out = sum(info.bytes for info in checkpoint.tensors.values())
-        adapter_bytes = paired * checkpoint.dtype.itemsize if self.keep == "adapter" else 0
+        adapter_bytes = learned * checkpoint.dtype.itemsize if self.keep == "adapter" else 0
         return Plan(
             layers=tuple(layers),
             bytes_out=bytes_out + adapter_bytes,
@@ -93,26 +88,12 @@ class Recover(Logits):
     def teacher_bytes(self, checkpoint: Checkpoint) -> int:
         return super().teacher_bytes(checkpoint) if self.teacher != ORIGINAL else 4 * parameters_of(checkpoint)
 
-    def _layers(self, checkpoint: Checkpoint) -> list[LayerPlan]:
-        found = []
-        for index in range(checkpoint.num_blocks):
-            for name in checkpoint.sites(index):
-                size = sum(checkpoint.info(stored).bytes for stored in checkpoint.stored_names(name))
-                reason = "trained" if covered(name, self.layers) else ""
-                scheme = checkpoint.schemes.get(name)
-                found.append(LayerPlan(name, checkpoint.matrix_shape(name), size, size, scheme, reason))
-        return found
-
     def _require_work(self, checkpoint: Checkpoint, taken: list[LayerPlan]) -> None:
-        if not taken:
-            raise UsageError("no layer is trained", where="distill.layers", hint="'*' are all linear layers")
+        require_layers(taken)
         if self.keep == "merged" and self.tokens == 0:
             raise UsageError("no token is trained on", where="distill.tokens", hint="0 is of keep: adapter")
         if checkpoint.kind == "quantized" and self.keep == "merged":
-            for layer in taken:
-                if layer.scheme and layer.scheme.dtype != "int":
-                    message = f"codes of {layer.scheme.name} are not trained, only whole numbers: {layer.name}"
-                    raise UsageError(message, where="distill.layers", hint="keep: adapter leaves them as they are")
+            require_whole_numbers(taken, hint="keep: adapter leaves them as they are")
         transforms = getattr(checkpoint, "transforms", ())
         if self.keep == "adapter" and transforms:
             message = f"an adapter makes up for rounding, and behind prepare: {transforms[0]} more differs than that"
@@ -122,10 +103,3 @@ class Recover(Logits):
         from distill._recover import recover
 
         recover(self, job)
-
-
-def parameters_of(checkpoint: Checkpoint) -> int:
-    """How many numbers the model has when nothing is packed."""
-    packed = {name for module in checkpoint.schemes for name in checkpoint.stored_names(module)}
-    dense = sum(math.prod(info.shape) for name, info in checkpoint.tensors.items() if name not in packed)
-    return dense + sum(math.prod(checkpoint.matrix_shape(module)) for module in checkpoint.schemes)

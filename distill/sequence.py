@@ -8,6 +8,7 @@ from pydantic import Field
 
 from compress.core.passes import Job
 from distill._settings_completing import Completing
+from distill._settings_taught import Taught
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from compress.core.memory import Cost
 
 
-class Sequence(Completing):
+class Sequence(Completing, Taught):
     """Let the teacher complete the beginnings of the calibration rows, once, and train the student on what it says."""
 
     paper: ClassVar = "Kim and Rush, 2016, arXiv:1606.07947"
@@ -35,7 +36,7 @@ class Sequence(Completing):
         return super().teacher_bytes(checkpoint) if self.loss == "logits" else 0
 
     def generating(self, checkpoint: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
-        return [(self.teachers_share(checkpoint, tokens), False)]
+        return [(self.written_once(checkpoint, len(tokens.ids)), False)]
 
     def run(self, job: Job) -> None:
         from distill._sequence import train_on_completions

@@ -122,6 +122,7 @@ def _located(evaluate: Any, places: list[Path], own: Path | None) -> tuple[Any, 
         asked = evaluate.located(place)
         names = [name for name in (asked.perplexity and asked.perplexity.dataset,) if name and Path(name).suffix]
         names += [asked.task_folder] if asked.task_folder else []
+        names += [asked.refusals.prompts] if asked.refusals and asked.refusals.prompts else []
         missing = next((name for name in names if not Path(name).is_absolute()), None)
         if missing is None or own is None:
             return asked, place

@@ -79,6 +79,14 @@ def quality_rows(evaluation: Mapping[str, Any]) -> Iterator[Row]:
     flips = evaluation.get("flips")
     if flips:
         yield "top-1 flips", NOTHING, percent(flips["share"]), ""
+    refusals = evaluation.get("refusals")
+    if refusals:
+        for kind in ("harmful", "harmless"):
+            found = refusals[kind]
+            before = NOTHING if found["original"] is None else percent(found["original"])
+            yield f"{kind} prompts refused", before, percent(found["artifact"]), ""
+        if refusals["changed"]:
+            yield "refused by one alone", NOTHING, percent(refusals["changed"]["share"]), ""
     for name, metrics in (evaluation.get("tasks") or {}).items():
         yield from _task_rows(name, metrics)
 

@@ -107,12 +107,16 @@ def gate_problem(recipe: "Recipe") -> Problem | None:
     gate, evaluate = recipe.gate, recipe.evaluate
     if gate is None:
         return None
-    needs_text = ("max_perplexity_increase", "max_perplexity", "max_kl")
+    needs_text = ("max_perplexity_increase", "max_perplexity", "max_kl", "max_flip_rate")
     for name in needs_text:
         if getattr(gate, name) is not None and (evaluate is None or evaluate.perplexity is None):
             return Problem(
                 ("gate", name), "needs a measurement", "add evaluate: {perplexity: {dataset: …}}", at_key=True
             )
+    if gate.max_refusal_change is not None and (evaluate is None or evaluate.refusals is None):
+        return Problem(
+            ("gate", "max_refusal_change"), "needs a measurement", "add evaluate: {refusals: {}}", at_key=True
+        )
     tasks = evaluate.tasks if evaluate else ()
     if gate.max_accuracy_drop is not None and not tasks:
         return Problem(("gate", "max_accuracy_drop"), "needs a measurement", "add evaluate: {tasks: […]}", at_key=True)
@@ -128,7 +132,7 @@ def evaluation_problem(recipe: "Recipe") -> Problem | None:
     evaluate = recipe.evaluate
     if evaluate is None:
         return None
-    if evaluate.perplexity is None and not evaluate.tasks and evaluate.speed is None:
+    if not (evaluate.perplexity or evaluate.tasks or evaluate.speed or evaluate.refusals):
         return Problem(("evaluate",), "measures nothing", "add perplexity: {dataset: …} or tasks: […]", at_key=True)
     if evaluate.stages and evaluate.perplexity is None:
         return Problem(("evaluate", "stages"), "needs a text", "add perplexity: {dataset: …}")

@@ -105,6 +105,15 @@ class Speed(Section):
     rounds: Annotated[int, Field(ge=1, le=100)] = Field(3, description="turns of each model; medians count")
 
 
+class Refusals(Section):
+    """Which prompts the models decline to answer. With `chat_template` they are asked as a chat."""
+
+    prompts: Text | None = Field(
+        None, description='.jsonl of {"kind": "harmful" or "harmless", "prompt": …}; bundled ones, unless given'
+    )
+    new_tokens: Positive = Field(32, description="tokens of each answer, of which the first words decide")
+
+
 class Evaluation(Section):
     """What is measured on the original and on the artifact."""
 
@@ -116,6 +125,7 @@ class Evaluation(Section):
     chat_template: bool = Field(False, description="ask with the model's chat template")
     through: Literal["runtime", "transformers"] = Field("runtime", description="what runs the models")
     speed: Speed | None = Field(None, description="tokens a second of both in the runtime, for the report")
+    refusals: Refusals | None = Field(None, description="which of some harmful and harmless prompts are refused")
     numerics: Literal["fast", "exact"] = Field(
         "fast", description="of the runtime: packed kernels as deployed, or fp32 that depends on nothing but the text"
     )
@@ -132,6 +142,9 @@ class Evaluation(Section):
         if self.perplexity:
             dataset = locate(self.perplexity.dataset, "evaluation", base_folder)
             update["perplexity"] = self.perplexity.model_copy(update={"dataset": dataset})
+        if self.refusals and self.refusals.prompts:
+            prompts = locate(self.refusals.prompts, "evaluation", base_folder)
+            update["refusals"] = self.refusals.model_copy(update={"prompts": prompts})
         return self.model_copy(update=update)
 
 
@@ -141,6 +154,10 @@ class Gate(Section):
     max_perplexity_increase: Fraction | None = Field(None, description="of the artifact over the original, e.g. 2%")
     max_perplexity: Annotated[float, Field(gt=0)] | None = Field(None, description="of the artifact")
     max_kl: Annotated[float, Field(ge=0)] | None = Field(None, description="mean KL divergence, nats per token")
+    max_flip_rate: Fraction | None = Field(None, description="positions whose likeliest token differs, e.g. 5%")
+    max_refusal_change: Fraction | None = Field(
+        None, description="prompts that one model refuses and the other answers, e.g. 2%"
+    )
     max_size: Size | None = Field(None, description="bytes of all files, e.g. 120MB or 4GiB")
     min_accuracy: dict[Text, Fraction] = Field(default_factory=dict, description="least accuracy by task")
     max_accuracy_drop: Fraction | None = Field(None, description="most that the accuracy of any task may fall, e.g. 1%")

@@ -45,7 +45,8 @@ def evaluate(
     """Measure what `evaluation` asks for on `artifact`, and on `original` where there is one.
 
     Returns protocol, perplexity {original, artifact, increase, interval}, bits_per_byte, kl {mean, p99, interval} in
-    nats, flips {share, interval}, tasks {name: {metric: {original, artifact, difference, interval, n}}} and notices.
+    nats, flips {share, interval}, refusals {harmful, harmless, changed {share, interval}}, tasks {name: {metric:
+    {original, artifact, difference, interval, n}}} and notices.
     What was not measured is None. Text figures need one block of memory at a time (activations over 256 MB go to
     unnamed files in `spill_folder`), tasks the whole model.
     Raises UsageError or InputError for what cannot be evaluated.
@@ -64,6 +65,7 @@ def evaluate(
         "bits_per_byte": None,
         "kl": None,
         "flips": None,
+        "refusals": None,
         "tasks": {},
         "notices": [],
     }
@@ -82,6 +84,11 @@ def evaluate(
         )
         result["tasks"], result["protocol"]["tasks"] = tasks, protocol
         result["notices"] += notices
+    if evaluation.refusals is not None:
+        from compress.evaluate.refusals import measure_refusals
+
+        figures, protocol = measure_refusals(scorers, evaluation.refusals, evaluation, events=events)
+        result["refusals"], result["protocol"]["refusals"] = figures, protocol
     return rounded(result, result["notices"])
 
 

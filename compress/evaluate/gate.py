@@ -26,6 +26,8 @@ def check_gate(gate: Gate | None, evaluation: Mapping[str, Any] | None, sizes: M
         _above("perplexity rose by", perplexity.get("increase"), gate.max_perplexity_increase, _percent),
         _above("perplexity is", perplexity.get("artifact"), gate.max_perplexity, _plain),
         _above("KL divergence is", (measured.get("kl") or {}).get("mean"), gate.max_kl, _plain),
+        _above("the share of flips is", (measured.get("flips") or {}).get("share"), gate.max_flip_rate, _percent),
+        _above("the share of changed refusals is", _changed_refusals(measured), gate.max_refusal_change, _percent),
         _above("the artifact takes", sizes.get("bytes"), gate.max_size, format_bytes),
     ]
     tasks = measured.get("tasks") or {}
@@ -40,6 +42,11 @@ def check_gate(gate: Gate | None, evaluation: Mapping[str, Any] | None, sizes: M
 def accuracy(task: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """The accuracy figures of a task: its first of acc_norm, acc, exact_match, f1; None if it has none."""
     return next((task[metric] for metric in ACCURACIES if task and metric in task), None)
+
+
+def _changed_refusals(measured: Mapping[str, Any]) -> float | None:
+    changed = (measured.get("refusals") or {}).get("changed")
+    return changed["share"] if changed else None
 
 
 def _above(what: str, value: float | None, bound: float | None, text: Any) -> str:

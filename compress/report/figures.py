@@ -29,7 +29,8 @@ class Row:
 def headline(run: Mapping[str, Any]) -> list[Row]:
     """All figures of a run that fit one table."""
     evaluation = run.get("evaluation") or {}
-    return [*_size_rows(run), *_text_rows(evaluation), *_task_rows(run), *_speed_rows(run), *_cost_rows(run)]
+    quality = [*_text_rows(evaluation), *refusal_rows(evaluation), *_task_rows(run)]
+    return [*_size_rows(run), *quality, *_speed_rows(run), *_cost_rows(run)]
 
 
 def _size_rows(run: Mapping[str, Any]) -> list[Row]:
@@ -91,6 +92,25 @@ def _text_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     if flips:
         interval = words.between(flips["interval"], words.percent)
         rows.append(Row("most likely token differs", words.NONE, words.percent(flips["share"]), "", interval))
+    return rows
+
+
+def refusal_rows(evaluation: Mapping[str, Any]) -> list[Row]:
+    """Refused prompts by kind, and how many are refused by one of the two models alone."""
+    refusals = evaluation.get("refusals")
+    if not refusals:
+        return []
+    rows = []
+    for kind in ("harmful", "harmless"):
+        found = refusals[kind]
+        shares = [
+            words.NONE if found[side] is None else words.percent(found[side]) for side in ("original", "artifact")
+        ]
+        rows.append(Row(f"{kind} prompts refused (n = {found['n']})", *shares))
+    changed = refusals["changed"]
+    if changed:
+        interval = words.between(changed["interval"], words.percent)
+        rows.append(Row("refused by one of the two alone", words.NONE, words.percent(changed["share"]), "", interval))
     return rows
 
 

@@ -130,8 +130,8 @@ BAD = {
         "- kv_cache",
         "4:5",
         "no kv_cache stages; it has prune (alps, channels, depth, experts, heads, hidden, magnitude, sparsegpt, "
-        "vocabulary, wanda); distill (features, logits, onpolicy, recover, sequence); "
-        "quantize (autoround, awq, fp8, gptq, hqq, mixed, nf4, rtn)",
+        "vocabulary, wanda); distill (features, logits, onpolicy, preference, recover, "
+        "sequence); quantize (autoround, awq, fp8, gptq, hqq, mixed, nf4, rtn)",
         None,
     ),
     "stage settings are text": (
