@@ -8,7 +8,7 @@ from typing import Any
 import compress
 from compress.core.scheme import Scheme
 from compress.facts import DENSE
-from compress.report.data import as_yaml, model_name, protocol_lines, summary
+from compress.report.data import as_yaml, model_name, protocol_lines, read_files, summary
 from compress.report.escape import visible
 from compress.report.figures import headline
 from compress.report.layers import fallback_lines
@@ -45,7 +45,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         uneven=bool(facts["artifact"].get("uneven")),
         loaders=_loaders(facts),
         version=compress.__version__,
-        hashes=sorted((lineage.get("sha256") or {}).items()),
+        hashes=read_files(lineage),
     )
     return f"---\n{_metadata(facts)}\n---\n\n{body.strip()}\n"
 

@@ -21,6 +21,7 @@ from compress.core.sizes import sizes_of, widths_of
 from compress.planning import RunPlan
 
 if TYPE_CHECKING:
+    from compress.core.adapter import Adapter
     from compress.core.checkpoint import Checkpoint
     from compress.core.journal import Journal
     from compress.core.recipe import Gate
@@ -31,9 +32,10 @@ DENSE = "dense"  # instead of a format, where nothing is quantized
 _LICENCE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
-def lineage(original: Checkpoint) -> dict[str, Any]:
-    """Where the artifact comes from: id and commit, sizes, hashes of every file that was read, licence."""
-    return {
+def lineage(original: Checkpoint, adapter: Adapter | None = None) -> dict[str, Any]:
+    """Where the artifact comes from: id and commit, sizes, hashes of every file that was read, licence; the adapter
+    that was merged first."""
+    found = {
         "source": original.source.id,
         "revision": original.source.revision,
         "bytes": sum(info.bytes for info in original.tensors.values()),
@@ -41,6 +43,7 @@ def lineage(original: Checkpoint) -> dict[str, Any]:
         "sha256": original.sha256(),
         "licence": licence(original.folder),
     }
+    return found if adapter is None else found | {"adapter": adapter.record()}
 
 
 def licence(folder: Path) -> str | None:
@@ -56,7 +59,7 @@ def licence(folder: Path) -> str | None:
 def artifact_facts(inputs: Inputs, artifact: Checkpoint, journal: Journal) -> dict[str, Any]:
     """What the inputs decide: recipe, source, sizes, what was done to each layer, evaluation, fallbacks, lineage."""
     recipe, original, plan = inputs.recipe, inputs.original, inputs.plan
-    origin = lineage(original)
+    origin = lineage(inputs.base, inputs.adapter)
     bytes_out = sum(info.bytes for info in artifact.tensors.values())
     parameters = _parameters(artifact)
     blocks = [_blocks(journal, number) for number in range(len(recipe.stages))]

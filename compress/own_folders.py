@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.core.recipe import Recipe
 
 JOURNAL_NAME = "journal.jsonl"
-_PARTIAL = {LOCK_NAME, HOLDER_NAME, f".{JOURNAL_NAME}.tmp", "stages", "spill", "saves", "kept", "artifact"}
+_PARTIAL = {LOCK_NAME, HOLDER_NAME, f".{JOURNAL_NAME}.tmp", "stages", "spill", "saves", "kept", "merged", "artifact"}
 _REPORT = {"report.html", "report.md", "report.json"}
 _TEMPORARY = {f".{name}.tmp" for name in (*_REPORT, "run.json")}
 _STAGE = re.compile(r"\d\d-[a-z_]+")
@@ -96,6 +96,8 @@ def _read_by(recipe: Recipe) -> tuple[Path, list[tuple[str, Path]]]:
         ("the home directory", Path(os.path.expanduser("~"))),  # Path.home() would raise where there is none
         ("the recipe's folder", recipe.base_folder),
     ]
+    if located.adapter:
+        others.append(("the adapter", Path(located.adapter)))
     if located.calibration:
         others.append(("calibration.dataset", Path(located.calibration.dataset)))
     if located.evaluate and located.evaluate.perplexity:

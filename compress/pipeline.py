@@ -6,7 +6,7 @@ Killed anywhere and started again, a run goes on behind its last durable block a
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ def run(recipe: Recipe, options: RunOptions, events: Listener = silent) -> RunRe
         events(Started("run", len(recipe.stages), "stage"))
         inputs = _affordable(read_inputs(recipe, options, workspace.journal, events), options, workspace, events)
         journal = workspace.open_journal(fingerprint_of(inputs, options), fresh=options.fresh)
+        inputs = _with_adapter(inputs, workspace, journal, events)
         if journal.last("ready") is None:
             last = run_stages(inputs, options, workspace, journal, events)
             stage_artifact(last, inputs, options, workspace, journal, events)
@@ -73,6 +74,15 @@ def _affordable(inputs: Inputs, options: RunOptions, workspace: Workspace, event
     used_bytes = workspace.used_bytes()
     require_room(inputs.plan, workspace.output, used_bytes=used_bytes, memory_bytes=options.max_memory_bytes)
     return inputs
+
+
+def _with_adapter(inputs: Inputs, workspace: Workspace, journal: Journal, events: Listener) -> Inputs:
+    """The inputs with the adapter merged into a model that lies in a folder; the inputs themselves without one."""
+    from compress.core.merged import MergedCheckpoint, write_merged
+
+    if not isinstance(inputs.original, MergedCheckpoint):
+        return inputs
+    return replace(inputs, original=write_merged(inputs.original, workspace.merged, journal, events))
 
 
 def _measure_speed(

@@ -150,14 +150,15 @@ def _manifest(
     parity: dict[str, Any] | None,
 ) -> Manifest:
     quantized = {module: scheme.name for module, scheme in artifact.schemes.items()}
-    transforms = [name for stage in inputs.recipe.stages for name in stage.settings.transforms]
+    transforms = ["adapter"] if inputs.adapter else []
+    transforms += [name for stage in inputs.recipe.stages for name in stage.settings.transforms]
     return Manifest(
         version=compress.__version__,
         files=tuple(FileRecord(name, written.bytes, written.sha256) for name, written in files.items()),
         recipe=inputs.recipe.model_dump(mode="json"),
         fingerprint=journal.fingerprint,
-        lineage=lineage(inputs.original),
-        coverage=coverage(inputs.original, artifact, quantized, transforms),
+        lineage=lineage(inputs.base, inputs.adapter),
+        coverage=coverage(inputs.base, artifact, quantized, transforms),
         parity=parity,
         stages=[
             {

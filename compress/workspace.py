@@ -1,6 +1,7 @@
 """Workspace: the folders of one output. `OUT.partial/` holds unfinished work, `OUT` appears by one rename.
 
-OUT.partial/   lock, lock.holder, journal.jsonl, stages/NN-kind/, spill/, saves/, kept/, artifact/ (staged)
+OUT.partial/   lock, lock.holder, journal.jsonl, stages/NN-kind/, spill/, saves/, kept/, merged/,
+               artifact/ (staged)
 OUT.report/    run.json and the rendered report
 OUT.stages/    stage folders of a finished run, with --keep-stages
 """
@@ -54,6 +55,7 @@ class Workspace:
         self.spill = self.partial / "spill"
         self.saves = self.partial / "saves"
         self.kept = self.partial / "kept"
+        self.merged = self.partial / "merged"
         self.staged = self.partial / "artifact"
 
     def _beside(self, suffix: str) -> Path:

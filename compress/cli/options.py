@@ -27,6 +27,10 @@ Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Hub id or folder, instead of the recipe's model.", show_default=False),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", help="LoRA adapter of PEFT that is merged into the model first.", show_default=False),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(

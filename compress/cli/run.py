@@ -30,6 +30,7 @@ def _command(kind: str | None, sentence: str) -> Callable[..., None]:
     def command(
         recipe: opt.RecipeName,
         model: opt.Model = None,
+        adapter: opt.Adapter = None,
         output: OutputFolder = None,
         set_: opt.Set = None,
         dry_run: DryRun = False,
@@ -43,7 +44,7 @@ def _command(kind: str | None, sentence: str) -> Callable[..., None]:
         quiet: opt.Quiet = False,
         verbose: opt.Verbose = False,
     ) -> None:
-        execute(kind, recipe, model, output, set_ or [], dry_run, fresh, keep_stages, device, dtype, offline,
+        execute(kind, recipe, model, adapter, output, set_ or [], dry_run, fresh, keep_stages, device, dtype, offline,
                 tuple(allow_code or ()), speak(json=json, quiet=quiet, verbose=verbose))  # fmt: skip
 
     command.__doc__ = sentence
@@ -64,6 +65,7 @@ def execute(
     kind: str | None,
     recipe_name: str,
     model: str | None,
+    adapter: str | None,
     folder: Path | None,
     overrides: list[str],
     dry_run: bool,
@@ -82,7 +84,7 @@ def execute(
 
     check_packages()
     path = find_recipe(recipe_name)
-    recipe = load_recipe(path, overrides, model, allow_code)
+    recipe = load_recipe(path, overrides, model, allow_code, adapter)
     if kind:
         recipe = _only(recipe, kind, output)
     opt.check_dtype(dtype)

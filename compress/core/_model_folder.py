@@ -15,13 +15,18 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CARRIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 CARRIED_PREFIXES = ("LICENSE", "NOTICE")
-WRITTEN_ANEW = ("config.json", INDEX, "compress.json", "evaluation.json")
+ADAPTER = "adapter_config.json"
+NOT_CARRIED = ("config.json", INDEX, "compress.json", "evaluation.json", ADAPTER)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json, with the numbers that the walk relies on."""
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / ADAPTER).is_file():
+            base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "the model that it was made for"
+            hint = f"model: {base}, and adapter: with this folder"
+            raise InputError("an adapter and no model: it is merged into one", where=str(folder), hint=hint)
         raise InputError("not a model folder: it has no config.json", where=str(folder))
     config = read_json(path)
     if "text_config" not in config:
@@ -83,12 +88,12 @@ def _read_shards(folder: Path, index: Path) -> dict[str, TensorInfo]:
 
 
 def aux_files(folder: Path) -> list[Path]:
-    """Files to carry over beside config and weights, relative: no code, and nothing that a run writes anew."""
+    """Files to carry over beside config and weights, relative: no code, nothing that a run writes anew or merges."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     return [
         Path(name)
         for name in names
-        if name.startswith(CARRIED_PREFIXES) or (name.endswith(CARRIED_SUFFIXES) and name not in WRITTEN_ANEW)
+        if name.startswith(CARRIED_PREFIXES) or (name.endswith(CARRIED_SUFFIXES) and name not in NOT_CARRIED)
     ]
 
 

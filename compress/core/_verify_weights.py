@@ -21,6 +21,7 @@ from compress.core.scheme import OWN_GROUPS, Scheme
 from compress.core.tensors import words_in
 
 if TYPE_CHECKING:
+    from compress.core.adapter import Adapter
     from compress.core.checkpoint import Checkpoint
 
 _ROWS = 32  # output channels compared per large layer
@@ -96,7 +97,7 @@ def check_finite(name: str, info: TensorInfo, files: MappedFiles) -> tuple[float
     return low, high
 
 
-def require_finite(checkpoint: Checkpoint) -> None:
+def require_finite(checkpoint: Checkpoint | Adapter) -> None:
     """InputError that names folder and tensor if a weight is NaN or infinite. Reads every byte, several GB a second."""
     files = MappedFiles()
     for name, info in checkpoint.tensors.items():

@@ -76,6 +76,9 @@ class Stage(Section):
 class _WithoutStages(Section):
     model: Text = Field(description="hub id or folder, or demo; --model replaces it")
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
+    adapter: Text | None = Field(
+        None, description="LoRA adapter of PEFT, folder or hub id, merged into the model first"
+    )
     calibration: Calibration | None = Field(None, description="text that calibrated methods look at")
     export: Export = Field(default_factory=Export, description="how the result is stored")
     evaluate: Evaluation | None = Field(None, description="what is measured on original and artifact")
@@ -89,6 +92,7 @@ class Recipe(_WithoutStages):
 
     _base_folder: Path = PrivateAttr(default_factory=Path.cwd)
     _model_folder: str | None = PrivateAttr(default=None)
+    _adapter_folder: str | None = PrivateAttr(default=None)
 
     @property
     def stage_format(self) -> str:
@@ -108,6 +112,8 @@ class Recipe(_WithoutStages):
         """
         base = self._base_folder
         update: dict[str, Any] = {"model": self._model_folder or locate(self.model, "model", base)}
+        if self.adapter:
+            update["adapter"] = self._adapter_folder or locate(self.adapter, "adapter", base)
         if self.calibration:
             dataset = locate(self.calibration.dataset, "calibration", base)
             update["calibration"] = self.calibration.model_copy(update={"dataset": dataset})
@@ -117,15 +123,19 @@ class Recipe(_WithoutStages):
 
 
 def load_recipe(
-    path: Path | str, overrides: Sequence[str] = (), model: str | None = None, allow_code: Sequence[str] = ()
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    model: str | None = None,
+    allow_code: Sequence[str] = (),
+    adapter: str | None = None,
 ) -> Recipe:
-    """Read a recipe file. `overrides` are "stages[0].quantize.bits=3"; `model` replaces the recipe's model.
+    """Read a recipe file. `overrides` are "stages[0].quantize.bits=3"; `model` and `adapter` replace the recipe's.
 
-    A `model` that is a folder is recorded by its name alone, so that the record is the same wherever it lies.
+    One that is a folder is recorded by its name alone, so that the record is the same wherever it lies.
 
     RecipeError names file, line and column, the path of the key, and the likely spelling.
     """
-    return build_recipe(read_yaml(Path(path)), overrides, model, allow_code, Path(path).absolute().parent)
+    return build_recipe(read_yaml(Path(path)), overrides, model, allow_code, Path(path).absolute().parent, adapter)
 
 
 def parse_recipe(
@@ -150,14 +160,18 @@ def build_recipe(
     model: str | None = None,
     allow_code: Sequence[str] = (),
     base_folder: Path | None = None,
+    adapter: str | None = None,
 ) -> Recipe:
     """The recipe in `source`, or its first problem as a RecipeError."""
-    folder = _folder(model)
-    recipe, problems = check_recipe(source, overrides, folder.name if folder else model, allow_code)
+    folder, pairs = _folder(model), _folder(adapter)
+    names = folder.name if folder else model, allow_code, pairs.name if pairs else adapter
+    recipe, problems = check_recipe(source, overrides, *names)
     if problems or recipe is None:
         raise problems[0]
     if folder:
         recipe._model_folder = str(folder)
+    if pairs:
+        recipe._adapter_folder = str(pairs)
     if base_folder is not None:
         recipe._base_folder = base_folder
     return recipe
@@ -169,10 +183,14 @@ def _folder(model: str | None) -> Path | None:
 
 
 def check_recipe(
-    source: YamlSource, overrides: Sequence[str] = (), model: str | None = None, allow_code: Sequence[str] = ()
+    source: YamlSource,
+    overrides: Sequence[str] = (),
+    model: str | None = None,
+    allow_code: Sequence[str] = (),
+    adapter: str | None = None,
 ) -> tuple[Recipe | None, list[RecipeError]]:
     """The recipe if it is sound, else None, and all its problems in the order of the file."""
-    apply_overrides(source, overrides, model)
+    apply_overrides(source, overrides, {"model": model, "adapter": adapter})
     data = source.data
     if not isinstance(data, dict):
         what = "is empty" if data is None else "should be a mapping of keys to values"

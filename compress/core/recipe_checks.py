@@ -1,7 +1,7 @@
 """What a recipe must be beyond its types: overrides, reserved words, stages that fit together, gates measured."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import RecipeError
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 _STEP = re.compile(r"(?:^|\.)([A-Za-z_][A-Za-z0-9_-]*)|\[([0-9]{1,4})\]")
 
 
-def apply_overrides(source: YamlSource, overrides: Sequence[str], model: str | None) -> None:
-    """Put `--set path=value` and `--model` into the data, and remember that they came from the command line."""
+def apply_overrides(source: YamlSource, overrides: Sequence[str], named: Mapping[str, str | None]) -> None:
+    """Put `--set path=value`, `--model` and `--adapter` into the data; where they came from is remembered."""
     for text in overrides:
         _apply(source, text)
-    if model is not None and isinstance(source.data, dict):
-        source.data["model"] = model
-        source.overrides[("model",)] = "--model"
+    for key, value in named.items():
+        if value is not None and isinstance(source.data, dict):
+            source.data[key] = value
+            source.overrides[(key,)] = f"--{key}"
 
 
 def _apply(source: YamlSource, text: str) -> None:

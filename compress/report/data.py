@@ -266,7 +266,14 @@ def _lineage(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("commit", str(lineage.get("revision") or "none: a local folder")),
         ("licence", str(lineage.get("licence") or "not stated by the source")),
     ]
-    return lines + [(name, f"sha256 {digest}") for name, digest in sorted((lineage.get("sha256") or {}).items())]
+    return lines + [(name, f"sha256 {digest}") for name, digest in read_files(lineage)]
+
+
+def read_files(lineage: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The files that a run has read, with their SHA-256: those of the source, then of an adapter."""
+    adapter = lineage.get("adapter") or {}
+    own = [(f"{adapter['source']}/{name}", digest) for name, digest in sorted((adapter.get("sha256") or {}).items())]
+    return [*sorted((lineage.get("sha256") or {}).items()), *own]
 
 
 def _files(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -9,7 +9,9 @@ import typer
 
 from compress.cli.app import app
 
-_OF_RUNS = "recipe model output set dry-run fresh keep-stages device dtype offline allow-code json quiet verbose"
+_OF_RUNS = (
+    "recipe model adapter output set dry-run fresh keep-stages device dtype offline allow-code json quiet verbose"
+)
 OPTIONS = {
     "run": _OF_RUNS,
     "prune": _OF_RUNS,
