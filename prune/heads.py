@@ -61,11 +61,13 @@ class Heads(WidthPruning):
         queries = self._queries(checkpoint, count)
         if self._odd(checkpoint, queries) and not self._has_twin(checkpoint):
             works = [n for n in self._counts(checkpoint) if not self._odd(checkpoint, self._queries(checkpoint, n))]
+            brings_bias = bool(self.added_biases(checkpoint))
+            instead = "; or another importance, which adds no biases" if brings_bias else ""
             raise UsageError(
                 f"with {queries} query heads no loader would open this {checkpoint.model_type} model: its hidden_size "
                 f"{checkpoint.config['hidden_size']} must be a multiple of them",
                 where="prune.keep",
-                hint=f"keep one of {', '.join(map(str, works))} {self.what}",
+                hint=f"keep one of {', '.join(map(str, works))} {self.what}{instead}",
             )
         return count
 
