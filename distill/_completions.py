@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 STAGE = "generate"
 
+Prompts = Callable[[Tensor, frozenset[int]], list[list[int]]]
+"""The token ids that rows [B] begin with, given the tokens that end a text."""
+
 
 def number_of(*parts: object) -> int:
     """A number below 2^62 that looks random, and follows from these alone: a seed, or a draw."""
@@ -68,7 +71,11 @@ def sampler_of(job: Job, source: Checkpoint, sampling: Sampling) -> Sampler:
 def teacher_batches(settings: Completing, job: Job, tokens: Tokens) -> Batches:
     """Batches of what the teacher says behind the beginning of each row, generated once."""
     rows = range(len(tokens.ids))
-    texts = written(settings, job, tokens, rows, "teacher", lambda: find_teacher(settings.teacher, job))
+
+    def prompts(rows_B: Tensor, end_tokens: frozenset[int]) -> list[list[int]]:
+        return prompts_of(tokens, rows_B, settings.prompt_tokens, end_tokens)
+
+    texts = written(settings, job, rows, prompts, "teacher", lambda: find_teacher(settings.teacher, job))
 
     def batch(step: int) -> Batch:
         chosen = [texts[row] for row in batch_rows(settings, len(texts), step).tolist()]
@@ -78,9 +85,14 @@ def teacher_batches(settings: Completing, job: Job, tokens: Tokens) -> Batches:
 
 
 def written(
-    settings: Completing, job: Job, tokens: Tokens, rows: range, writer: str, source: Callable[[], Checkpoint]
+    settings: Completing,
+    job: Job,
+    rows: Sequence[int],
+    prompts: Prompts,
+    writer: str,
+    source: Callable[[], Checkpoint],
 ) -> list[tuple[list[int], list[int]]]:
-    """The beginnings of `rows`, and what the model called `writer` says behind them. It is generated once and kept, a
+    """The prompts of `rows`, and what the model called `writer` says behind them. It is generated once and kept, a
     number of rows at a time: a run that was killed goes on with the next ones. A row has the same seed whoever
     writes, so that two models differ by their weights alone."""
     texts: list[tuple[list[int], list[int]]] = []
@@ -94,9 +106,9 @@ def written(
             nonlocal sampler
             if sampler is None:
                 sampler = sampler_of(job, source(), settings.sampling(MOST_AT_ONCE))
-            prompts = prompts_of(tokens, rows_B, settings.prompt_tokens, sampler.end_tokens)
+            begun = prompts(rows_B, sampler.end_tokens)
             seeds = [number_of("teacher", settings.seed, row) for row in rows_B.tolist()]
-            return _packed(prompts, sampler.complete(prompts, seeds))
+            return _packed(begun, sampler.complete(begun, seeds))
 
         texts += _unpacked(job.keep(f"{kept}-{start:08d}", of_rows))
         job.events(Progress(STAGE, len(texts), len(rows)))

@@ -18,7 +18,7 @@ from distill._patches import made_once
 from distill._preference_pairs import Pair, answered, pair_batches, steps_of
 from distill._recover import write_codes
 from distill._student import Student
-from distill._trainer import learn, text_of, write
+from distill._trainer import learn, write
 
 if TYPE_CHECKING:
     from distill.preference import Preference
@@ -28,8 +28,7 @@ STAGE = "preference"
 
 def prefer(settings: Preference, job: Job) -> None:
     """Train job.checkpoint to prefer the original's answers to its own, and write what became of it."""
-    prompts = settings.prompts(text_of(job))
-    pairs = answered(settings, job)
+    pairs, prompts = answered(settings, job)
     said = f"{len(pairs):,} of {prompts:,} prompts are answered otherwise than by the original"
     job.events(Notice(said if pairs else f"{said}: nothing is trained", STAGE))
     if not pairs:

@@ -33,6 +33,11 @@ class Preference(Completing, Parts):
     pairs: int | None = Field(
         None, ge=1, description="prompts: beginnings of so many rows of the calibration text; of all, unless given"
     )
+    until: str | None = Field(
+        None,
+        min_length=1,
+        description="a prompt is a row up to this text, such as '<|im_start|>assistant\\n' in a chat",
+    )
     epochs: float = Field(1.0, gt=0, le=100, description="how often each pair is trained on")
     loss: Literal["sigmoid", "ipo", "hinge", "sigmoid_norm", "apo_zero"] = Field(
         "sigmoid", description="TRL's name of it: sigmoid is DPO; ipo and sigmoid_norm go by log-probabilities a token"

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from compress.core.checkpoint import Checkpoint
-from compress.core.errors import EnvironmentRefused, UsageError
+from compress.core.calibration import Tokens
+from compress.core.checkpoint import Checkpoint, load_tokenizer
+from compress.core.errors import EnvironmentRefused, InputError, UsageError
 from compress.core.events import Event, Notice
 from compress.core.files import sha256_file
 from compress.core.journal import Journal
@@ -22,7 +23,7 @@ from compress.core.verify import verify
 from compress.pipeline import RunOptions, run
 from compress.sampling import RuntimeSampler
 from distill._preference import judged
-from distill._preference_pairs import Pair, PairBatch, answered
+from distill._preference_pairs import Pair, PairBatch, answered, asked
 from distill.preference import Preference
 from tests.conftest import TinyModel
 from tests.contracts.shelf import Shelf, tokens_for
@@ -89,10 +90,12 @@ def test_pairs_follow_from_the_weights_and_equal_answers_drop_out(tiny_model: Ti
         opened.append(of)
         return RuntimeSampler(of, *asked, device="cpu")
 
-    def pairs(student: Checkpoint, keep: Any = None) -> list[Pair]:
+    def pairs(student: Checkpoint, keep: Any = None, **asked: Any) -> list[Pair]:
         job = Job(student, tokens_for(source, samples=5), Shelf(), original=source, open_sampler=sampler)
         job = Job(**{**job.__dict__, "keep": keep}) if keep else job
-        return answered(Preference(prompt_tokens=4, new_tokens=5), job)
+        found, prompts = answered(Preference(prompt_tokens=4, new_tokens=5, **asked), job)
+        assert len(found) <= prompts
+        return found
 
     kept = Kept(tmp_path / "kept", Journal(tmp_path / "journal.jsonl", {}), 0)
     found = pairs(compressed, kept)
@@ -101,6 +104,25 @@ def test_pairs_follow_from_the_weights_and_equal_answers_drop_out(tiny_model: Ti
     count = len(opened)
     assert found == pairs(compressed, kept) and len(opened) == count  # the files say it: nothing is generated again
     assert pairs(source) == []
+
+
+def test_a_prompt_ends_where_it_is_told(tiny_model: TinyModel) -> None:
+    source = Checkpoint.open(tiny_model("llama"))
+    mark = load_tokenizer(source.folder).encode("boat:\n", add_special_tokens=False)
+    assert len(mark) > 1
+    rows = [[9, 9, *mark, 5], [*mark[:-1], 9, *mark], [9] * 6, [9] * 9 + mark, [*mark, *mark]]
+    ids = torch.zeros(5, 24, dtype=torch.int64)
+    for row, begun in zip(ids, rows, strict=True):
+        row[: len(begun)] = torch.tensor(begun)
+    lengths = torch.tensor([len(begun) for begun in rows])
+    lengths[4] = len(mark) - 1  # what is behind it is padding
+    job = Job(source, Tokens.of(ids, lengths), Shelf())
+    most = len(mark) + 8
+    found, prompts = asked(Preference(until="boat:\n", prompt_tokens=most), job)
+    assert found == ([0, 1] if 2 * len(mark) <= most else [0])
+    assert prompts(torch.tensor([0]), frozenset({9})) == [[9, 9, *mark]]
+    with pytest.raises(InputError, match="no row of the text has 'whale' in its first 4 tokens"):
+        asked(Preference(until="whale", prompt_tokens=4), job)
 
 
 @pytest.mark.parametrize(
