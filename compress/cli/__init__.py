@@ -28,12 +28,13 @@ def _one_of_several(run_command: Callable[[list[str]], int]) -> int:
 
     from compress.cli.console import last_output
     from compress.core.errors import CompressError
-    from compress.core.processes import current
+    from compress.core.processes import current, end_with_launcher
     from compress.core.workers import serve
 
     try:
         if not current().is_main:
             return serve()
+        end_with_launcher()
         code = run_command(sys.argv[1:])
         if code == 0:  # else the others end with their connection to this one
             current().dismiss()

@@ -80,9 +80,11 @@ def execute(
     """What `run` and its siblings do, once their options are read. `kind`: only stages of it."""
     from compress.cli.shipped import find_recipe
     from compress.core.methods import check_packages
+    from compress.core.processes import require_launched
     from compress.core.recipe import load_recipe
 
     check_packages()
+    require_launched()
     path = find_recipe(recipe_name)
     recipe = load_recipe(path, overrides, model, allow_code, adapter)
     if kind:

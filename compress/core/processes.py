@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from compress.core.errors import ResourceError
+from compress.core.errors import ResourceError, UsageError
 from compress.core.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -40,6 +42,15 @@ class Dismissed(Exception):
 def launched() -> int:
     """How many processes the launcher started; 1 without one. Imports nothing."""
     return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
+
+
+def require_launched() -> None:
+    """UsageError if a launcher was asked for several processes and started this one alone."""
+    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
+        raise UsageError(
+            "accelerate launch --cpu starts one process, however many are asked for",
+            hint="accelerate launch --multi_gpu starts them, also without a GPU, and so does torchrun --nproc-per-node",
+        )
 
 
 def launched_here() -> int:
@@ -153,12 +164,25 @@ def current() -> Processes:
     return Processes(state.process_index, state.num_processes, state.local_process_index, control)
 
 
+def end_with_launcher() -> None:
+    """Let SIGTERM end the main process with a ResourceError: a launcher sends it when one of the others has failed."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise ResourceError(
+            "the launcher has ended this run: another of its processes has failed, or it was told to stop",
+            hint="see what was printed; the same command goes on where the run was",
+        )
+
+    signal.signal(signal.SIGTERM, end)
+
+
 @contextmanager
 def _others_are_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's own have no class
         raise ResourceError(
-            f"another process of this run has ended or cannot be reached: {str(error).splitlines()[0]}",
+            "another process of this run has ended or cannot be reached",
             hint="see what it printed; the same command goes on where the run was",
         ) from error

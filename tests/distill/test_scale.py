@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from compress.core.checkpoint import Checkpoint
-from compress.core.errors import ResourceError
+from compress.core.errors import ResourceError, UsageError
 from compress.core.passes import Job
+from compress.core.processes import end_with_launcher, require_launched
 from compress.pipeline import RunOptions, run
 from distill._batches import Batch
 from distill._logits import hidden_states, online_loss
@@ -28,6 +30,20 @@ from tests.contracts.shelf import Shelf, tokens_for
 from tests.distill.test_logits import CUT, Losses, lessons, recipe_of, require_the_same_after_a_stop
 
 ROOT = Path(__file__).resolve().parents[2]
+ALONE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+RUN = ["run", "--recipe", "recipe.yaml", "-o", "two", "--json", "--device", "cpu"]
+KILLED = """
+import os, signal
+from distill._student import Student
+update = Student.update
+def killed(self, step, total, loss):
+    update(self, step, total, loss)
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+Student.update = killed
+from compress.cli import main
+main()
+"""
 
 
 def step(model: Path, **settings: Any) -> tuple[Student, torch.Tensor, int]:
@@ -124,39 +140,84 @@ def test_what_does_not_fit_is_told_what_would(tiny_model: TinyModel, tmp_path: P
     assert "or set rows_at_once: 1 in stages[0], which then needs about 3" in refused.value.hint
 
 
-def test_two_processes_train_like_one(tiny_model: TinyModel, tmp_path: Path) -> None:
-    stages = CUT, lessons(7, rows_at_once=2, batch=5)
-    recipe = recipe_of(tmp_path, tiny_model(), *stages)
-    alone = Losses()
-    artifact = run(recipe, RunOptions(tmp_path / "alone"), alone).artifact
-    text = {"model": str(tiny_model()), "calibration": {"dataset": "text.txt", "samples": 6, "length": 32}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(text | {"stages": stages}))
+def processes(place: Path, *scripts: str) -> list[subprocess.Popen[str]]:
+    """Processes as a launcher would start them, each with its own arguments of Python."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "compress", "run", "--recipe", "recipe.yaml", "-o", "two", "--json"]
-    started = [
+    count = str(len(scripts))
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
         subprocess.Popen(
-            [*command, "--device", "cpu"],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            cwd=tmp_path,
+            [sys.executable, *script.split(" ", 1), *RUN],
+            env=os.environ | ALONE | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=place,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank, script in enumerate(scripts)
     ]
+
+
+def said_by(started: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
     try:
-        said = [process.communicate(timeout=400) for process in started]
+        return [process.communicate(timeout=200) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
-    assert said[1] == ("", "")  # the main process speaks for both
-    events = [json.loads(line) for line in said[0][0].splitlines()]
-    losses = [event["value"] for event in events if event.get("name") == "loss"]
-    assert losses == pytest.approx(alone.values, abs=1e-5)
-    one, other = Checkpoint.open(artifact), Checkpoint.open(tmp_path / "two")
-    assert all(torch.allclose(one.tensor(name), other.tensor(name), atol=1e-4) for name in one.tensors)
+
+
+def test_a_launcher_that_ends_the_run_is_heard() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        end_with_launcher()
+        with pytest.raises(ResourceError, match="the launcher has ended this run"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_one_process_in_place_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_launched()
+    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="starts one process, however many"):
+        require_launched()
+    monkeypatch.setenv("RANK", "0")
+    require_launched()
+
+
+def losses_in(output: str) -> list[float]:
+    events = [json.loads(line) for line in output.splitlines()]
+    return [event["value"] for event in events if event.get("name") == "loss"]
+
+
+def test_two_processes_train_like_one_though_one_was_killed(tiny_model: TinyModel, tmp_path: Path) -> None:
+    stages = CUT, lessons(7, rows_at_once=2, batch=5)
+    alone = Losses()
+    artifact = run(recipe_of(tmp_path, tiny_model(), *stages), RunOptions(tmp_path / "alone"), alone).artifact
+    text = {"model": str(tiny_model()), "calibration": {"dataset": "text.txt", "samples": 6, "length": 32}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(text | {"stages": stages}))
+
+    started = processes(tmp_path, "-m compress", f"-c {KILLED}")
+    first, other = said_by(started)
+    assert [process.returncode for process in started] == [ResourceError.exit_code, -signal.SIGKILL], (first, other)
+    assert losses_in(first[0]) == pytest.approx(alone.values[:4], abs=1e-5)
+    end = json.loads(first[0].splitlines()[-1])
+    assert "another process of this run has ended" in json.dumps(end)
+
+    command = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0 -m compress"
+    again = subprocess.run(
+        [sys.executable, *command.split(), *RUN],
+        env=os.environ | ALONE,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert again.returncode == 0, again
+    assert losses_in(again.stdout) == pytest.approx(alone.values[3:], abs=1e-5)
+    one, two = Checkpoint.open(artifact), Checkpoint.open(tmp_path / "two")
+    assert all(torch.allclose(one.tensor(name), two.tensor(name), atol=1e-4) for name in one.tensors)
