@@ -4,10 +4,10 @@
     python benchmarks/loss_memory.py --table      # print the table of what results/loss-memory.json holds
 
 One row of random hidden states of student and teacher goes through a head each; the gradient goes back to the student's
-states and head. `in chunks` is what training calls. `plain` is torch alone: logits of the whole row, log_softmax, kl_div,
-autograd; other divergences hold more that way. Each case is a process of its own, measured from outside: the peak of RssAnon, less that of a process that holds
-the same states and heads and does nothing. `logits`: the peak over one fp32 [length, vocabulary]. Seconds are those of
-the loss and its gradient alone.
+states and head. `in chunks` is what training calls. `plain` is torch alone: logits of the whole row, log_softmax,
+kl_div, autograd; other divergences hold more that way. Each case is a process of its own, measured from outside: the
+peak of RssAnon, less that of a process that holds the same states and heads and does nothing. `logits`: the peak over
+one fp32 [length, vocabulary]. Seconds are those of the loss and its gradient alone.
 """
 
 import argparse

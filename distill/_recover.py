@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from compress.core.errors import InputError
 from compress.core.passes import Job
+from compress.core.replaced import ReplacedCheckpoint
 from distill._adapter import attach_adapter
 from distill._batches import text_batches
 from distill._codes import CodedLayers
@@ -33,7 +35,7 @@ def recover(settings: Recover, job: Job) -> None:
     elif settings.keep == "merged":
         coded = CodedLayers(settings, job)
         rates = {"learning_rate": settings.code_rate, "weight_decay": 0.0}  # a place near zero is no smaller model
-        _learn(settings.model_copy(update=rates), job, coded.attach)
+        _learn(settings.model_copy(update=rates), job, coded.attach, coded.share)
         _write_codes(job, coded)
     else:
         pairs = Pairs(settings, job.checkpoint, fused=False)
@@ -50,8 +52,8 @@ def recover(settings: Recover, job: Job) -> None:
         write(job, {})
 
 
-def _learn(settings: Recover, job: Job, attach: Attach) -> None:
-    """Train what `attach` puts into the model."""
+def _learn(settings: Recover, job: Job, attach: Attach, share: Callable[[str], float] = lambda name: 1.0) -> None:
+    """Train what `attach` puts into the model, each at its share of the learning rate."""
     original = job.original or job.checkpoint
     if settings.teacher == ORIGINAL and original.kind == "quantized":
         raise InputError(
@@ -60,7 +62,7 @@ def _learn(settings: Recover, job: Job, attach: Attach) -> None:
             hint="name the model that it was made from: teacher",
         )
     tokens = text_of(job)
-    student = Student(job, settings, instead=attach)
+    student = Student(job, settings, instead=attach, share=share)
     total = settings.steps(tokens)
     if total:
         loss = made_once(online_loss(settings.loss, student.model, open_teacher(settings.teacher, job)))
@@ -68,9 +70,9 @@ def _learn(settings: Recover, job: Job, attach: Attach) -> None:
 
 
 def _write_codes(job: Job, coded: CodedLayers) -> None:
-    """Packed tensors in place of the stage's."""
+    """Packed tensors in place of the stage's, and what was trained beside them."""
     packed = coded.packed()
-    for block in job.walk(calibrate=False):
+    for block in job.onto(ReplacedCheckpoint(job.checkpoint, coded.rest.tensors())).walk(calibrate=False):
         for site in block.sites:
             if site.name in packed:
                 tensor = packed[site.name]

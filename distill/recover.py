@@ -38,7 +38,11 @@ class Recover(Logits):
     tokens: int = Field(1_000_000, ge=0, description="tokens to train on; with keep: adapter 0 leaves it at its start")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="of pairs, at its highest")
     code_rate: float = Field(0.003, gt=0, le=1, description="of codes, at its highest, in steps of their grid")
-    scale_rate: float = Field(1e-3, ge=0, le=0.1, description="of their scales, in parts of themselves; 0: they stay")
+    scale_rate: float = Field(3e-3, ge=0, le=0.1, description="of their scales, in parts of themselves; 0: they stay")
+    rest: Literal["none", "norms", "all"] = Field(
+        "all", description="what else is trained beside codes: norms and biases, or embedding and head, too"
+    )
+    rest_rate: float = Field(1e-3, gt=0, le=0.1, description="of that, in parts of the size of a tensor's numbers")
 
     @property
     def joins(self) -> bool:
@@ -70,18 +74,20 @@ class Recover(Logits):
         numbers = parameters_of(checkpoint)
         paired = self.rank * sum(sum(layer.shape) for layer in taken)
         learned = paired if self.keep == "adapter" or not coded else trained
+        beside = self._rest_numbers(checkpoint) if coded and self.keep == "merged" else 0
         length = 1 if calibration is None else calibration.ids.shape[1]
         held = self.rows_at_once * length * checkpoint.config["hidden_size"] * checkpoint.num_blocks
         held *= 4 * ACTIVATIONS[self.precision]
         held += 4 * numbers + 4 * trained  # the model, and what its forward makes of the weights that are trained
         held += 16 * paired if learned == paired else 12 * trained + 16 * max(math.prod(each.shape) for each in taken)
+        held += 12 * beside  # gradient and moments
         bytes_out = sum(info.bytes for info in checkpoint.tensors.values())
         adapter_bytes = paired * checkpoint.dtype.itemsize if self.keep == "adapter" else 0
         return Plan(
             layers=tuple(layers),
             bytes_out=bytes_out + adapter_bytes,
             peak_memory_bytes=IMPORTS_BYTES + held + (self.teacher_bytes(checkpoint) if self.tokens else 0),
-            disk_bytes=(bytes_out if coded else 4 * numbers) + 2 * 12 * learned,
+            disk_bytes=(bytes_out + 4 * beside if coded else 4 * numbers) + 2 * 12 * (learned + beside),
             minutes=(6 + 2) * numbers * self.tokens / machine_speed().matmul / 60,
             notices=(*unused("layers", self.layers, [layer.name for layer in layers]), *self._notices),
         )
@@ -92,6 +98,11 @@ class Recover(Logits):
 
     def teacher_bytes(self, checkpoint: Checkpoint) -> int:
         return super().teacher_bytes(checkpoint) if self.teacher != ORIGINAL else 4 * parameters_of(checkpoint)
+
+    def _rest_numbers(self, checkpoint: Checkpoint) -> int:
+        from distill._rest import rest_names
+
+        return sum(math.prod(checkpoint.info(name).shape) for name in rest_names(checkpoint, self.rest))
 
     def _layers(self, checkpoint: Checkpoint) -> list[LayerPlan]:
         found = []
