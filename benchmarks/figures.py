@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import distillation
+import loss_memory
 import narrow
 import pruning
 import quality_table
 import quantization_plot
 import quantization_table
+import recovery
 import sparse_linear
 import speed
 import teacher_cache
@@ -232,6 +234,8 @@ PLACES = {  # markers -> where they are, and what is between them
     "pruning": (HERE.parent / "docs" / "pruning.md", rendered("pruning", pruning.render)),
     "distillation": (HERE.parent / "docs" / "distillation.md", rendered("distillation", distillation.render)),
     "teacher-cache": (HERE.parent / "docs" / "distillation.md", rendered("teacher-cache", teacher_cache.render)),
+    "loss-memory": (HERE.parent / "docs" / "distillation.md", rendered("loss-memory", loss_memory.render)),
+    "recovery": (HERE.parent / "docs" / "distillation.md", rendered("recovery", recovery.render)),
     "sparse-linear": (HERE.parent / "docs" / "runtime.md", rendered("sparse-linear", sparse_lines)),
 }
 

@@ -22,7 +22,7 @@ from compress.core.passes import Job
 from compress.core.quantities import format_bytes
 from distill._batches import NO_TARGET, Batch, text_batches
 from distill._cache import SCHEMA_VERSION, TeacherCache
-from distill._logits import CHUNK_TOKENS, head_of, hidden_states
+from distill._logits import chunk_tokens, head_of, hidden_states
 from distill._losses import Loss, mean_in_chunks
 from distill._sparse import Sparse, encode, random_numbers
 from distill._student import Student
@@ -72,7 +72,7 @@ def cached_loss(loss: Loss, student: Any, cache: TeacherCache) -> BatchLoss:
         scored_BT = batch.target_BT != NO_TARGET
         kept = (part.to(device) for part in cache.batch(batch.rows_B).parts)
         target_N = batch.target_BT[scored_BT].to(device)
-        return mean_in_chunks(summed, (hidden_BTD[scored_BT.to(device)], *kept), target_N, CHUNK_TOKENS)
+        return mean_in_chunks(summed, (hidden_BTD[scored_BT.to(device)], *kept), target_N, chunk_tokens(student))
 
     return of_batch
 

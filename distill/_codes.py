@@ -22,9 +22,10 @@ from compress.core.passes import Job
 from compress.core.patterns import covered
 from compress.core.tensors import QuantTensor
 from distill._patches import Place, patch, places
+from distill._rest import Rest
 
 if TYPE_CHECKING:
-    from distill.recover import Recover
+    from distill._settings_parts import Coded
 
 INSIDE = 0.45  # how far from the middle of its bin a place may start: nearer to the edge noise would flip it
 
@@ -32,17 +33,16 @@ INSIDE = 0.45  # how far from the middle of its bin a place may start: nearer to
 class Codes(nn.Module):
     """One matrix: makes the weight [O, K] of its places [O, K]. `still`: weights that are zero stay so."""
 
-    def __init__(self, start: QuantTensor, share: float, *, still: bool) -> None:
+    def __init__(self, start: QuantTensor, *, stretched: bool, still: bool) -> None:
         super().__init__()
         scheme = start.scheme
         self._start = start
-        self._share = share
         self.range = scheme.lowest, scheme.highest
         self.start_OG1 = nn.Buffer(start.scale.float()[..., None])
         zero_OG = torch.zeros_like(start.scale) if start.zero is None else start.zero
         self.zero_OG1 = nn.Buffer(zero_OG.float()[..., None])
         self.still_OGS = nn.Buffer(self._grouped(start.codes().float()) == self.zero_OG1) if still else None
-        self.stretch_OG1 = nn.Parameter(torch.zeros_like(self.start_OG1), requires_grad=share > 0)
+        self.stretch_OG1 = nn.Parameter(torch.zeros_like(self.start_OG1), requires_grad=stretched)
 
     def forward(self, place_OK: Tensor) -> Tensor:
         return _StraightThrough.apply(place_OK, self.stretch_OG1, self)
@@ -57,7 +57,7 @@ class Codes(nn.Module):
 
     def scale_OG1(self) -> Tensor:
         """The scales as they are stored, fp32."""
-        stretched = self.start_OG1 * (1 + self._share * self.stretch_OG1.detach())
+        stretched = self.start_OG1 * (1 + self.stretch_OG1.detach())
         return stretched.to(self._start.scale.dtype).float()
 
     def levels(self, place_OK: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Codes(nn.Module):
     def gradients(self, g_OK: Tensor, place_OK: Tensor) -> tuple[Tensor, Tensor]:
         """Of places and stretches. A place outside of the codes is not driven further out."""
         g_OGS, place_OGS = self._grouped(g_OK), self._grouped(place_OK)
-        slope_OG1 = torch.linalg.vecdot(g_OGS, self.levels(place_OK))[..., None] * self.start_OG1 * self._share
+        slope_OG1 = torch.linalg.vecdot(g_OGS, self.levels(place_OK))[..., None] * self.start_OG1
         g_OGS = g_OGS * self.scale_OG1()
         lowest, highest = self.range
         g_OGS.masked_fill_((place_OGS < lowest) & (g_OGS > 0) | (place_OGS > highest) & (g_OGS < 0), 0)
@@ -104,19 +104,26 @@ class _StraightThrough(torch.autograd.Function):
 class CodedLayers:
     """The trained codes of a quantized model, by the disk names of its layers."""
 
-    def __init__(self, settings: Recover, job: Job) -> None:
+    def __init__(self, settings: Coded, job: Job) -> None:
         self._settings = settings
         self._checkpoint = job.checkpoint
         self._original = job.original
         self._still = job.zeros_stay
+        self.rest = Rest(settings, job.checkpoint)
         self.by_name: dict[str, tuple[Codes, Tensor]] = {}
 
     def attach(self, model: Any) -> Mapping[str, nn.Parameter]:
         """Let each quantized layer that is asked for be made of places, and name what is to be trained."""
-        trained: dict[str, nn.Parameter] = {}
+        trained = self.rest.attach(model)
         for place in list(places(self._checkpoint, model)):
-            trained |= self._attached(place)
+            trained = trained | self._attached(place)
         return trained
+
+    def share(self, name: str) -> float:
+        """The learning rate of what is trained under this name, over that of codes."""
+        if name in self.rest.by_name:
+            return self.rest.share(name)
+        return self._settings.scale_rate / self._settings.code_rate if name.endswith(".stretch") else 1.0
 
     def _attached(self, place: Place) -> dict[str, nn.Parameter]:
         own: dict[str, nn.Module] = {}
@@ -127,11 +134,11 @@ class CodedLayers:
             if packed is None:
                 rows.append(matrix_OK.cpu())
                 continue
-            share = self._settings.scale_rate / self._settings.code_rate
-            codes = Codes(packed, share, still=self._still)
+            stretched = self._settings.scale_rate > 0
+            codes = Codes(packed, stretched=stretched, still=self._still)
             rows.append(codes.places(resembling(self._original, name, packed)))
             own[name] = codes
-            if share:
+            if stretched:
                 trained[f"{name}.stretch"] = codes.stretch_OG1
         if not own:
             return {}

@@ -17,7 +17,7 @@ from compress.core.errors import UsageError
 from compress.core.passes import Job
 from compress.core.sizes import sizes_of
 from distill._batches import NO_TARGET, Batch, text_batches
-from distill._logits import CHUNK_TOKENS, head_of
+from distill._logits import chunk_tokens, head_of
 from distill._losses import chunked
 from distill._settings_taught import ORIGINAL
 from distill._states import distance, relation_divergence
@@ -146,7 +146,7 @@ def features_loss(
         ours = student.states(batch.ids_BT)
         ends = (ours[-1].flatten(0, 1), head_of(student.model)), (taught[-1].flatten(0, 1), head_of(teacher.model))
         target_N = batch.target_BT.flatten().to(student.model.device)
-        total = settings.logits * chunked(settings.loss, *ends, target_N, CHUNK_TOKENS)
+        total = settings.logits * chunked(settings.loss, *ends, target_N, chunk_tokens(student.model))
         with torch.autocast(student.model.device.type, enabled=False):
             if settings.hidden:
                 far = [apart(*pair, ours, taught, counted_BT) for pair in pairs.items()]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distill.logits import Logits as Settings
 
 CHUNK_TOKENS = 1024
+LOGITS_AT_ONCE = 1 << 25  # numbers; a loss holds several copies of them
 
 
 def train_on_logits(settings: Settings, job: Job) -> None:
@@ -39,9 +40,19 @@ def online_loss(loss: Loss, student: Any, teacher: Any) -> BatchLoss:
             taught_ND = hidden_states(teacher, batch.ids_BT).flatten(0, 1)
         hidden_ND = hidden_states(student, batch.ids_BT).flatten(0, 1)
         pairs = (hidden_ND, head_of(student)), (taught_ND, head_of(teacher))
-        return chunked(loss, *pairs, batch.target_BT.flatten().to(hidden_ND.device), CHUNK_TOKENS)
+        return chunked(loss, *pairs, batch.target_BT.flatten().to(hidden_ND.device), chunk_tokens(student))
 
     return of_batch
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens' logits are made at a time."""
+    return max(1, min(CHUNK_TOKENS, LOGITS_AT_ONCE // vocabulary))
+
+
+def chunk_tokens(model: Any) -> int:
+    """The same for a model, whose head may have more rows than there are tokens."""
+    return tokens_at_once(model.get_output_embeddings().weight.shape[0])
 
 
 def hidden_states(model: Any, ids_BT: Tensor) -> Tensor:

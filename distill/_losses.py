@@ -40,8 +40,7 @@ class Loss:
 
     def of_tokens(self, student_NV: Tensor, teacher_NV: Tensor, target_N: Tensor) -> Tensor:
         """The loss of each token, fp32 [N], from logits; -100 as a target counts for nothing."""
-        log_q_NV = torch.log_softmax(student_NV.float() / self.temperature, dim=-1)
-        log_p_NV = torch.log_softmax(teacher_NV.float() / self.temperature, dim=-1)
+        log_p_NV, log_q_NV = self._log_softmax(teacher_NV), self._log_softmax(student_NV)
         return self.with_text(self.temperature**2 * self.divergence_of(log_p_NV, log_q_NV), student_NV, target_N)
 
     def with_text(self, loss_N: Tensor, student_NV: Tensor, target_N: Tensor) -> Tensor:
@@ -50,6 +49,10 @@ class Loss:
             own_N = torch.nn.functional.cross_entropy(student_NV.float(), target_N, ignore_index=-100, reduction="none")
             loss_N = (1 - self.cross_entropy) * loss_N + self.cross_entropy * own_N
         return torch.where(target_N == -100, 0.0, loss_N)
+
+    def _log_softmax(self, logits_NV: Tensor) -> Tensor:
+        warm_NV = logits_NV.float()
+        return torch.log_softmax(warm_NV if self.temperature == 1 else warm_NV / self.temperature, dim=-1)
 
     def divergence_of(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         """D(p, q) of each row, [N], from log-probabilities."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,24 +27,30 @@ _UPDATE = "bitsandbytes::optimizer_update_8bit_blockwise"
 
 class Optimizer:
     """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) over tensors by name; matrices alone decay. With moments of
-    8 bits: Dettmers et al., 2022, arXiv:2110.02861. EnvironmentRefused if the device has no kernel for these."""
+    8 bits: Dettmers et al., 2022, arXiv:2110.02861. `share` of a tensor: its learning rate over that of `step`.
+    EnvironmentRefused if the device has no kernel for 8 bits."""
 
-    def __init__(self, settings: Training, trained: Mapping[str, Tensor]) -> None:
+    def __init__(self, settings: Training, trained: Mapping[str, Tensor], share: Callable[[str], float]) -> None:
         self._trained = trained
         self._held = HELD[settings.optimizer]
-        matrices = [value for value in trained.values() if value.ndim > 1]
-        others = [value for value in trained.values() if value.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        matrices = [name for name, value in trained.items() if value.ndim > 1]
+        others = [name for name, value in trained.items() if value.ndim <= 1]
+        decays = [(matrices, settings.weight_decay), (others, 0.0)]
+        groups = [
+            {"params": [trained[name] for name in names if share(name) == part], "weight_decay": decay, "share": part}
+            for names, decay in decays
+            for part in sorted({share(name) for name in names})
+        ]
         self._eight_bit = settings.optimizer == "adamw8bit"
         if self._eight_bit:
-            self._inner = _eight_bit(groups, settings.learning_rate, matrices[0].device.type)
+            self._inner = _eight_bit(groups, settings.learning_rate, trained[matrices[0]].device.type)
         else:
             self._inner = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS)
 
     def step(self, learning_rate: float) -> None:
         """Move the tensors by their gradients, and forget these."""
         for group in self._inner.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["share"]
         self._inner.step()
         self._inner.zero_grad(set_to_none=True)
 

@@ -68,7 +68,7 @@ def trained_part(settings: Preference, job: Job) -> tuple[Preference, Student, C
         coded = CodedLayers(settings, job)
         rates = {"learning_rate": settings.code_rate, "weight_decay": 0.0}  # a place near zero is no smaller model
         settings = settings.model_copy(update=rates)
-        student = Student(job, settings, instead=coded.attach)
+        student = Student(job, settings, instead=coded.attach, share=coded.share)
         return settings, student, lambda: write_codes(job, coded, "preference")
     if settings.rank is not None:
         low_rank = Pairs(settings, job.checkpoint)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from compress.core.passes import Job
+from compress.core.replaced import ReplacedCheckpoint
 from distill._adapter import attach_adapter
 from distill._batches import text_batches
 from distill._codes import CodedLayers
@@ -31,7 +33,7 @@ def recover(settings: Recover, job: Job) -> None:
     elif settings.keep == "merged":
         coded = CodedLayers(settings, job)
         rates = {"learning_rate": settings.code_rate, "weight_decay": 0.0}  # a place near zero is no smaller model
-        _learn(settings.model_copy(update=rates), job, coded.attach)
+        _learn(settings.model_copy(update=rates), job, coded.attach, coded.share)
         write_codes(job, coded, "recover")
     else:
         pairs = Pairs(settings, job.checkpoint, fused=False)
@@ -48,11 +50,11 @@ def recover(settings: Recover, job: Job) -> None:
         write(job, {})
 
 
-def _learn(settings: Recover, job: Job, attach: Attach) -> None:
-    """Train what `attach` puts into the model."""
+def _learn(settings: Recover, job: Job, attach: Attach, share: Callable[[str], float] = lambda name: 1.0) -> None:
+    """Train what `attach` puts into the model, each at its share of the learning rate."""
     require_dense_original(settings.teacher, job)
     tokens = text_of(job)
-    student = Student(job, settings, instead=attach)
+    student = Student(job, settings, instead=attach, share=share)
     total = settings.steps(tokens)
     if total:
         loss = made_once(online_loss(settings.loss, student.model, open_teacher(settings.teacher, job)))
@@ -60,9 +62,9 @@ def _learn(settings: Recover, job: Job, attach: Attach) -> None:
 
 
 def write_codes(job: Job, coded: CodedLayers, method: str) -> None:
-    """Packed tensors in place of the stage's, noted as `method`'s."""
+    """Packed tensors in place of the stage's, noted as `method`'s, and what was trained beside them."""
     packed = coded.packed()
-    for block in job.walk(calibrate=False):
+    for block in job.onto(ReplacedCheckpoint(job.checkpoint, coded.rest.tensors())).walk(calibrate=False):
         for site in block.sites:
             if site.name in packed:
                 tensor = packed[site.name]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from compress.core.passes import Job
 from distill._batches import NO_TARGET, Batch
 from distill._completions import teacher_batches
-from distill._logits import CHUNK_TOKENS, head_of, hidden_states, online_loss
+from distill._logits import chunk_tokens, head_of, hidden_states, online_loss
 from distill._student import Student
 from distill._teacher import open_teacher
 from distill._trainer import BatchLoss, text_of, train
@@ -47,7 +47,8 @@ def text_loss(student: Any) -> BatchLoss:
         hidden_ND = hidden_states(student, batch.ids_BT).flatten(0, 1)
         target_N = batch.target_BT.flatten().to(hidden_ND.device)
         total = hidden_ND.new_zeros(())
-        for hidden, target in zip(hidden_ND.split(CHUNK_TOKENS), target_N.split(CHUNK_TOKENS), strict=True):
+        rows = chunk_tokens(student)
+        for hidden, target in zip(hidden_ND.split(rows), target_N.split(rows), strict=True):
             total = total + checkpoint(part, hidden, target, use_reentrant=False)
         return total / max(batch.scored, 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -19,15 +19,26 @@ if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
 
 
-class Parts(Training):
+class Coded(Training):
+    """Of quantized models: their codes and scales are trained, and what is stored beside them."""
+
+    layers: tuple[Pattern, ...] = Field(
+        ("*",), min_length=1, description="layers of the blocks that are trained, by name pattern: '*.q_proj'"
+    )
+    code_rate: float = Field(0.003, gt=0, le=1, description="of codes, at its highest, in steps of their grid")
+    scale_rate: float = Field(3e-3, ge=0, le=0.1, description="of their scales, in parts of themselves; 0: they stay")
+    rest: Literal["none", "norms", "all"] = Field(
+        "all", description="what else is trained beside codes: norms and biases, or embedding and head, too"
+    )
+    rest_rate: float = Field(1e-3, gt=0, le=0.1, description="of that, in parts of the size of a tensor's numbers")
+
+
+class Parts(Coded):
     """All weights, or low-rank pairs beside them that end merged; of a quantized model its codes and scales."""
 
     rank: int | None = Field(
         None, ge=1, le=4096, description="of low-rank pairs that are trained instead of the weights; else all weights"
     )
-    layers: tuple[Pattern, ...] = Field(("*",), min_length=1, description="layers that are trained, by name pattern")
-    code_rate: float = Field(0.003, gt=0, le=1, description="of codes, at its highest, in steps of their grid")
-    scale_rate: float = Field(1e-3, ge=0, le=0.1, description="of their scales, in parts of themselves; 0: they stay")
 
     @property
     def scale(self) -> float:
@@ -60,17 +71,21 @@ class Parts(Training):
 
 
 def part_bytes(
-    settings: Training, checkpoint: Checkpoint, length: int, taken: Sequence[LayerPlan], rank: int | None
+    settings: Coded, checkpoint: Checkpoint, length: int, taken: Sequence[LayerPlan], rank: int | None
 ) -> tuple[int, int]:
-    """(memory, how many numbers are learned) where these layers get pairs of `rank`, or their codes are trained."""
+    """(memory, how many numbers are learned) where these layers get pairs of `rank`, or (None) their codes are trained
+    and what lies beside them."""
     from distill._memory import ACTIVATIONS
+    from distill._rest import rest_names
 
     trained = sum(math.prod(layer.shape) for layer in taken)
     held = settings.rows_at_once * length * checkpoint.config["hidden_size"] * checkpoint.num_blocks
     held *= 4 * ACTIVATIONS[settings.precision]
     held += 4 * parameters_of(checkpoint) + 4 * trained  # the model, and what its forward makes of what is trained
     if rank is None:
-        return held + 12 * trained + 16 * max(math.prod(layer.shape) for layer in taken), trained
+        beside = sum(math.prod(checkpoint.info(name).shape) for name in rest_names(checkpoint, settings.rest))
+        largest = max(math.prod(layer.shape) for layer in taken)
+        return held + 12 * trained + 16 * largest + 12 * beside, trained + beside
     paired = rank * sum(sum(layer.shape) for layer in taken)
     return held + 16 * paired, paired
 

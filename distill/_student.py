@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 class Student:
     """What is trained: the parameters of the model, and those of `extra`, which end with the training. Zeros of a
-    masked model stay zeros. With `instead` the model is frozen, and what that function makes of it is trained."""
+    masked model stay zeros. With `instead` the model is frozen, and what that function makes of it is trained; `share`
+    of each of these is its learning rate over that of the settings."""
 
     def __init__(
         self,
@@ -31,6 +32,7 @@ class Student:
         extra: Mapping[str, nn.Parameter] | None = None,
         *,
         instead: Callable[[Any], Mapping[str, nn.Parameter]] | None = None,
+        share: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
         self._settings = settings
         self._saves = job.saves
@@ -41,7 +43,7 @@ class Student:
         self._trained: dict[str, Tensor] = {**own, **(extra or {})}
         masked = job.checkpoint.kind == "masked" and instead is None
         self._masks = {name: value.detach() != 0 for name, value in own.items() if masked and value.ndim > 1}
-        self._optimizer = Optimizer(settings, self._trained)
+        self._optimizer = Optimizer(settings, self._trained, share)
         prepare_blocks(settings, self.model, job.checkpoint.architecture)
         self.losses: list[float] = []
 

@@ -8,9 +8,9 @@ from pydantic import Field
 
 from compress.core.errors import UsageError
 from compress.core.passes import Job, LayerPlan, Plan, WeightKind
-from compress.core.patterns import Pattern, unused
+from compress.core.patterns import unused
 from distill._settings import layer_plans, parameters_of
-from distill._settings_parts import part_bytes, require_layers, require_whole_numbers
+from distill._settings_parts import Coded, part_bytes, require_layers, require_whole_numbers
 from distill._settings_taught import ORIGINAL
 from distill.logits import Logits
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
 
 
-class Recover(Logits):
+class Recover(Logits, Coded):
     """Dense and masked weights get low-rank pairs that end merged; quantized ones are trained as codes and scales, or
     are left as they are with an adapter beside them."""
 
@@ -28,9 +28,6 @@ class Recover(Logits):
 
     reads_caches: ClassVar = False
 
-    layers: tuple[Pattern, ...] = Field(
-        ("*",), min_length=1, description="layers of the blocks that are trained, by name pattern: '*.q_proj'"
-    )
     rank: int = Field(16, ge=1, le=4096, description="of pairs")
     lora_alpha: float | None = Field(None, gt=0, description="pairs count lora_alpha / rank times; default: once")
     keep: Literal["merged", "adapter"] = Field(
@@ -38,8 +35,7 @@ class Recover(Logits):
     )
     tokens: int = Field(1_000_000, ge=0, description="tokens to train on; with keep: adapter 0 leaves it at its start")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="of pairs, at its highest")
-    code_rate: float = Field(0.003, gt=0, le=1, description="of codes, at its highest, in steps of their grid")
-    scale_rate: float = Field(1e-3, ge=0, le=0.1, description="of their scales, in parts of themselves; 0: they stay")
+    final: float = Field(0.0, ge=0, le=1, description="the learning rate at the end, as a share of the highest")
 
     @property
     def joins(self) -> bool:

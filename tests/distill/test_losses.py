@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distill._divergences import Divergence
+from distill._logits import tokens_at_once
 from distill._losses import Loss, chunked
+
+TRL = load_file(Path(__file__).parents[1] / "oracles" / "trl-losses.safetensors")
 
 every = pytest.mark.parametrize("divergence", get_args(Divergence))
 
@@ -54,6 +59,20 @@ def test_values_and_gradients_are_those_of_the_formula(divergence: Divergence, t
     found.sum().backward()
     wanted.sum().backward()
     assert torch.allclose(student.grad, wanted_student.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", range(len(TRL["cases"])))
+def test_values_and_gradients_are_those_of_trl(number: int) -> None:
+    """Its GKD loss (oracles/make_trl_losses.py), which leaves out the square of the temperature."""
+    beta, temperature, masked = TRL["cases"][number].tolist()
+    divergence: Divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")  # type: ignore[assignment]
+    student, teacher = TRL["student"].flatten(0, 1).clone().requires_grad_(), TRL["teacher"].flatten(0, 1)
+    labels = TRL["labels"].flatten() if masked else torch.zeros(len(student), dtype=torch.int64)
+    loss = Loss(divergence, temperature, mix=round(beta, 6))
+    found = chunked(loss, (student, lambda x: x), (teacher, lambda x: x), labels, 5) / temperature**2
+    found.backward()
+    assert torch.allclose(found, TRL["losses"][number], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(student.grad.view(TRL["student"].shape), TRL["gradients"][number], atol=1e-5)
 
 
 @every
@@ -118,3 +137,7 @@ def test_a_batch_without_targets_gives_zero_and_gradients_of_zero() -> None:
     total.backward()
     assert float(total.detach()) == 0.0
     assert bool((hidden.grad == 0).all())
+
+
+def test_large_vocabularies_go_through_fewer_tokens_at_a_time() -> None:
+    assert [tokens_at_once(vocabulary) for vocabulary in (2_000, 32_768, 152_000, 1 << 28)] == [1024, 1024, 220, 1]

@@ -104,7 +104,8 @@ def test_the_forward_in_training_is_that_of_the_merged_model(
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_codes_stay_codes_and_lose_less(tiny_model: TinyModel, tmp_path: Path, family: str) -> None:
     heard, model = Losses(), tiny_model(family, False, "bfloat16")
-    recipe = recipe_of(tmp_path, model, W3, recovery(30, layers=["*.layers.0.*", "*.layers.2.*"], code_rate=0.05))
+    some = {"layers": ["*.layers.0.*", "*.layers.2.*"], "rest": "none"}
+    recipe = recipe_of(tmp_path, model, W3, recovery(30, code_rate=0.05, **some))
     planned = plan(recipe, RunOptions(tmp_path / "out"))
     before, _, after = map(Checkpoint.open, run_stages(tmp_path, recipe, heard))
     assert heard.values[-1] < 0.7 * heard.values[0]
@@ -118,6 +119,37 @@ def test_codes_stay_codes_and_lose_less(tiny_model: TinyModel, tmp_path: Path, f
             assert all(same) == (index == 1), name
     for name in before.rest_tensors():
         assert torch.equal(after.tensor(name), before.tensor(name))
+
+
+@pytest.mark.parametrize(
+    ("rest", "family", "ends"),
+    [
+        ("norms", "llama", []),
+        ("all", "llama", ["model.embed_tokens"]),
+        ("all", "phi3", ["model.embed_tokens", "lm_head"]),
+    ],
+)
+def test_what_is_not_quantized_is_trained_beside_codes(
+    tiny_model: TinyModel, tmp_path: Path, rest: str, family: str, ends: list[str]
+) -> None:
+    heard, model = Losses(), tiny_model(family, False, "bfloat16")
+    some = {"layers": ["*.layers.0.*.o_proj"], "scale_rate": 0.0, "code_rate": 1e-6}
+    recipe = recipe_of(tmp_path, model, W3, recovery(12, rest=rest, rest_rate=0.02, **some))
+    planned = plan(recipe, RunOptions(tmp_path / "out"))
+    before, trained, after = map(Checkpoint.open, run_stages(tmp_path, recipe, heard))
+    assert heard.values[-1] < 0.9 * heard.values[0]
+    assert verify(after.folder, source=model).ok
+    assert planned.bytes_out == sum(info.bytes for info in after.tensors.values())
+    packed = {part for module in before.schemes for part in before.stored_names(module)}
+    changed = {name for name in before.tensors if not torch.equal(after.tensor(name), before.tensor(name))}
+    norms = {name for name in before.tensors if name.endswith("norm.weight")}
+    assert changed == norms | {f"{end}.weight" for end in ends}
+    assert not changed & packed
+    for name in changed:
+        size = before.tensor(name).float().square().mean().sqrt()
+        moved = trained.tensor(name).float() - before.tensor(name).float()
+        assert 0 < float(moved.abs().max() / size) < 12 * 0.02, name
+        assert torch.equal(after.tensor(name), trained.tensor(name).bfloat16())
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -146,13 +178,13 @@ def test_what_is_stored_is_what_the_last_forward_saw(tiny_model: TinyModel, tmp_
     packed = checkpoint.quant_tensor(Q_PROJ)
     assert packed is not None and place.grad is not None and stretch.grad is not None
     zero = torch.zeros_like(packed.scale) if packed.zero is None else packed.zero
-    scale = (packed.scale.float() * (1 + 0.03 * 1e-3 / 0.003)).bfloat16().float()[..., None]
+    scale = (packed.scale.float() * 1.03).bfloat16().float()[..., None]
     level = place.detach().view(64, 4, 16).round().clamp(-4, 3) - zero.float()[..., None]
     wanted = up.view(64, 4, 16) * scale
     outside = ((place > 3) & (wanted.view(64, 64) < 0)) | ((place < -4) & (wanted.view(64, 64) > 0))
     assert bool(outside.any())
     assert torch.allclose(place.grad, torch.where(outside, 0.0, wanted.view(64, 64)))
-    slope = (up.view(64, 4, 16) * level).sum(-1, keepdim=True) * packed.scale.float()[..., None] * (1e-3 / 0.003)
+    slope = (up.view(64, 4, 16) * level).sum(-1, keepdim=True) * packed.scale.float()[..., None]
     assert torch.allclose(stretch.grad, slope, atol=1e-6)
 
 
