@@ -47,6 +47,8 @@ def package_folder(package: str) -> Path:
 def list_methods(kind: str) -> list[str]:
     """Names of the methods of `kind`, sorted: its folder's files that do not start with _. Imports none of them."""
     folder = package_folder(FOLDERS[kind])
+    if kind == "kv_cache":  # its other files are policies that the one stage is told to use
+        return ["stage"] if (folder / "stage.py").is_file() else []
     return sorted(
         item.name for item in pkgutil.iter_modules([str(folder)]) if not item.ispkg and not item.name.startswith("_")
     )
