@@ -47,6 +47,18 @@ class KVCache:
         for pages in (*self.k, *self.v):
             pages[targets] = pages[sources]
 
+    def read_slots(self, layer: int, slot_S: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 keys and values [S, G, D] of slots (page * B + offset)."""
+        return self.k[layer].flatten(0, 1)[slot_S].float(), self.v[layer].flatten(0, 1)[slot_S].float()
+
+    def move_slots(self, layer: int, source_NG: Tensor, target_N: Tensor) -> None:
+        """Move each head's keys and values from its slots to the slots `target_N`; all are read before one is
+        written."""
+        head_G = torch.arange(source_NG.shape[1], device=source_NG.device)
+        for pages in (self.k[layer], self.v[layer]):
+            slots = pages.flatten(0, 1)
+            slots[target_N] = slots[source_NG, head_G]
+
     def layers(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of each layer."""
         return zip(self.k, self.v, strict=True)

@@ -21,6 +21,8 @@ import torch
 from compress.core._model_folder import TOKENIZER_FILES, read_json
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import EnvironmentRefused, InputError, UsageError
+from kv_compress.eviction import EvictionSettings
+from runtime.compaction import Compactor
 from runtime.completion import Completion, Drafts
 from runtime.engine import Engine, EngineSettings, EngineStats
 from runtime.graphs import DecodeGraphs
@@ -62,7 +64,8 @@ class LLM:
     as "4GiB", for weights, keys and values, and activations together; kv_bytes: for keys and values alone. By default
     the pool takes what `max_sequences` of `max_length` need, at most a quarter of the memory that is free (GPU: 90 %).
     max_length: longest sequence, prompt and completion together (default: the model's). record: a file that takes down
-    every step for replay (see runtime.trace); close() completes it. seed: for requests that bring none. sparse: "auto"
+    every step for replay (see runtime.trace); close() completes it. eviction: which keys and values are dropped (see
+    kv_compress.eviction); their pages go back to the pool. seed: for requests that bring none. sparse: "auto"
     packs layers of a pruned model whose zeros make them faster here, "off" leaves them dense.
     The other keywords are those of SchedulerSettings.
 
@@ -83,6 +86,7 @@ class LLM:
         cuda_graphs: bool = True,
         sparse: Literal["auto", "off"] = "auto",
         record: str | Path | None = None,
+        eviction: EvictionSettings | None = None,
         seed: int | None = None,
         **scheduler: Unpack[SchedulerKeywords],
     ) -> None:
@@ -110,7 +114,8 @@ class LLM:
         if cuda_graphs and model.capturable and cache.pages > pool.pages:
             whole = DecodeGraphs.of(model, cache, pool.pages_for(self.max_length), settings.max_sequences)
         self.ledger = replace(ledger, graphs_bytes=0 if whole is None else whole.bytes)
-        runner = Runner(model, cache, device, whole=whole)
+        compactor = None if eviction is None else Compactor.of(model, cache, eviction)
+        runner = Runner(model, cache, device, whole=whole, compactor=compactor)
         self._recorder = None if record is None else Recorder(Path(record))
         self.engine = Engine(
             runner,
@@ -118,6 +123,7 @@ class LLM:
             self.tokenizer,
             EngineSettings(self.max_length, _end_tokens(folder), seed, settings),
             recorder=self._recorder,
+            points=None if eviction is None else eviction.points(pool.page.bytes // block_size),
         )
         self._kept: list[Update] = []  # news of requests that nobody asked about yet
         self._turn = threading.RLock()  # threads take turns at the engine: their requests share its steps

@@ -67,4 +67,6 @@ class Attention(nn.Module):
             softcap=self.softcap,
             exact=self.exact,
         )
+        if batch.after_attention is not None:
+            batch.after_attention(q_THD)
         return self.output(y_THD.reshape(tokens, layer.heads * layer.head_dim))

@@ -148,7 +148,7 @@ static int attention(const decoder *model, const layer *l, const step *now, scra
         const size_t bytes = (size_t)k_width * sizeof(float);
         memcpy(l->k + now->slot[m] * k_width, at->k + m * k_width, bytes);
         memcpy(l->v + now->slot[m] * k_width, at->wide + m * stride + q_width + k_width, bytes);
-        at->first[m] = (int32_t)(l->window ? larger(0, now->position[m] - l->window + 1) : 0);
+        at->first[m] = (int32_t)(l->window ? larger(0, now->end[m] - l->window) : 0);
         seen += now->end[m] - at->first[m];
     }
     const decodes all = {
