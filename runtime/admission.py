@@ -24,7 +24,7 @@ def require_fit(sequence: Sequence, max_length: int, pool: BlockPool) -> None:
     if pool.points is not None and prompt + asked <= max_length:
         _require_points_fit(sequence, pool)
         return
-    limit = min(max_length, in_memory)
+    limit = max_length if pool.points is not None else min(max_length, in_memory)
     if prompt + asked <= limit:
         return
     if limit == max_length:
