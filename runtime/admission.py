@@ -21,7 +21,10 @@ def require_fit(sequence: Sequence, max_length: int, pool: BlockPool) -> None:
     if not prompt or asked < 0:
         raise UsageError(f"a request needs a prompt and max_tokens of 0 or more, not {prompt} tokens and {asked}")
     in_memory = pool.slots + (asked > 0)  # the last token is sampled, but never stored
-    limit = min(max_length, in_memory)
+    if pool.points is not None and prompt + asked <= max_length:
+        _require_points_fit(sequence, pool)
+        return
+    limit = max_length if pool.points is not None else min(max_length, in_memory)
     if prompt + asked <= limit:
         return
     if limit == max_length:
@@ -35,6 +38,18 @@ def require_fit(sequence: Sequence, max_length: int, pool: BlockPool) -> None:
         if prompt < limit
         else "shorten the prompt",
     )
+
+
+def _require_points_fit(sequence: Sequence, pool: BlockPool) -> None:
+    """The same where evictions bound what is stored at any one time."""
+    prompt, end = len(sequence.prompt), sequence.longest - (sequence.max_tokens > 0)
+    slots = 0 if pool.points is None else pool.points.peak(0, 0, prompt, end)
+    if pool.pages_for(slots) > pool.pages:
+        raise RequestTooLong(
+            f"a prompt of {prompt:,} tokens and max_tokens {sequence.max_tokens:,} take {slots:,} slots at once, even "
+            f"with evictions, more than the {pool.slots:,} that the memory for keys and values has",
+            hint="evict within the prompt (when: prefill_chunk) or with a smaller budget, or shorten the prompt",
+        )
 
 
 def require_place(waiting: int, max_queue: int) -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from compress.core.errors import ResourceError, UsageError
-from runtime.prefixes import PrefixIndex, key_of
+from kv_compress._budget import Point, Points
+from runtime.prefixes import PrefixIndex, Stretch, key_of, stretches_of
 from runtime.sequence import Sequence
+from runtime.step import Compression
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +45,19 @@ class PoolStatistics:
     evictions: int
 
 
+class Found(NamedTuple):
+    """What the prefix cache has of a sequence: `pages` that hold its first `computed` tokens, in which `stretch`."""
+
+    pages: tuple[int, ...]
+    stretch: int
+    computed: int
+
+
 class BlockPool:
     """`pages` pages of one type. Sequences get pages from `begin`, `fork` and `reserve`, and lose them by `release`.
 
     Full pages are kept for sequences that begin alike. A page whose content is known is never written again.
+    `points` say where evictions happen; the scheduler sets them.
     """
 
     def __init__(self, pages: int, page: PageType, *, prefix_cache: bool = True) -> None:
@@ -54,6 +66,7 @@ class BlockPool:
         self.pages = pages
         self.page = page
         self.prefix_cache = prefix_cache
+        self.points: Points | None = None
         self._free = list(range(pages - 1, -1, -1))  # a stack: what was used last is used next
         self._references = [0] * pages
         self._owned = 0
@@ -97,46 +110,77 @@ class BlockPool:
 
     # Prefixes
 
-    def lookup(self, sequence: Sequence) -> tuple[int, ...]:
+    def lookup(self, sequence: Sequence) -> Found:
         """Pages that already hold the beginning of the sequence's tokens; changes nothing.
 
         The last token is never covered, because its logits are needed: a full hit leaves its page to be recomputed.
+        What an eviction left goes before what was there, since it reaches further.
         """
+        stretches = stretches_of(sequence, self.points)
+        for index in range(len(stretches) - 1, 0, -1):
+            stretch = stretches[index]
+            if (most := self._pages_to_look_up(sequence, stretch)) * self._page_tokens >= stretch.slots:
+                pages = self._find(sequence, stretch, most)
+                if pages and len(pages) * self._page_tokens >= stretch.slots:
+                    return Found(pages, index, stretch.position_at(len(pages) * self._page_tokens))
+        pages = self._find(sequence, stretches[0], self._pages_to_look_up(sequence, stretches[0]))
+        return Found(pages, 0, len(pages) * self._page_tokens)
+
+    def _find(self, sequence: Sequence, stretch: Stretch, most: int) -> tuple[int, ...]:
+        """Leading pages of a stretch that are known."""
         found: list[int] = []
-        for index in range(self._pages_to_look_up(sequence)):
-            page = self._prefixes.find(key_of(sequence, index, self.page.tokens))
+        for index in range(most):
+            page = self._prefixes.find(key_of(sequence, index, self.page.tokens, stretch))
             if page is None:
                 break
             found.append(page)
         return tuple(found)
 
-    def _pages_to_look_up(self, sequence: Sequence) -> int:
+    def _pages_to_look_up(self, sequence: Sequence, stretch: Stretch) -> int:
+        """Full pages of a stretch that may be used: before the last token, and the queries that its end wants."""
         if not self.prefix_cache:
             return 0
-        last = len(sequence.tokens) - 1
-        limit = last if sequence.lookup_limit is None else min(last, sequence.lookup_limit)
-        return max(limit, 0) // self.page.tokens
+        limit = len(sequence.tokens) - 1
+        if sequence.lookup_limit is not None:
+            limit = min(limit, sequence.lookup_limit)
+        if stretch.point is not None:
+            limit = min(limit, stretch.point.position - max(stretch.point.queries, 1))
+        return max(stretch.slots_at(limit), 0) // self.page.tokens if limit >= stretch.position else 0
 
-    def room_after(self, found: tuple[int, ...], slots: int) -> int:
+    def room_after(self, found: Found, slots: int) -> int:
         """Pages that stay available if `found` are shared and the rest of `slots` slots reserved; negative: too few."""
-        idle = sum(1 for page in found if not self._references[page])
-        return self.available - idle - (self.pages_for(slots) - len(found))
+        idle = sum(1 for page in found.pages if not self._references[page])
+        return self.available - idle - (self.pages_for(slots) - len(found.pages))
 
-    def begin(self, sequence: Sequence, found: tuple[int, ...]) -> None:
+    def begin(self, sequence: Sequence, found: Found) -> None:
         """Start the sequence, which must hold no pages, on the pages that `lookup` just found."""
-        self._share(sequence, found, len(found) * self.page.tokens)
-        self._hits += len(found)
-        self._misses += self._pages_to_look_up(sequence) - len(found)
+        self._share(sequence, found.pages, found.stretch, found.computed)
+        self._hits += len(found.pages)
+        stretch = sequence.stretches[found.stretch]
+        self._misses += self._pages_to_look_up(sequence, stretch) - len(found.pages)
 
-    def fork(self, parent: Sequence, child: Sequence, computed: int) -> None:
-        """Let `child`, which must hold no pages, share the pages of the parent's first `computed` positions."""
-        self._share(child, parent.table[0][: self.pages_for(computed)], computed)
+    def fork(self, parent: Sequence, child: Sequence, computed: int) -> bool:
+        """Let `child`, which must hold no pages, share the pages of the parent's first `computed` positions. False, and
+        nothing is done, if the parent has evicted from them or evicts at other points than the child would."""
+        stretches, index = stretches_of(child, self.points), parent.stretch
+        stretch = stretches_of(parent, self.points)[index]
+        if index:
+            same = index < len(stretches) and stretches[index].root == stretch.root
+            if not same or computed < stretch.position:
+                return False
+        if (point := stretches[index].point) is not None and computed > point.position - max(point.queries, 1):
+            return False
+        pages = parent.table[0][: self.pages_for(stretch.slots_at(computed))]
+        self._share(child, pages, index, computed)
+        return True
 
     def register(self, sequence: Sequence, slots: int) -> None:
         """Offer the full pages among the first `slots` slots to the prefix cache."""
         full = slots // self._page_tokens
         if full <= sequence.registered or not self.prefix_cache:
             return
+        if not sequence.stretches:
+            stretches_of(sequence, self.points)
         for index in range(sequence.registered, full):
             self._prefixes.add(sequence.table[0][index], key_of(sequence, index, self.page.tokens))
         sequence.registered = full
@@ -187,6 +231,50 @@ class BlockPool:
         sequence.table[0] = table + tuple(self._take() for _ in range(missing))
         return copies
 
+    def can_evict(self, sequence: Sequence) -> bool:
+        """Whether there are pages for what `prepare_eviction` does: shared ones are never written."""
+        point = _point_of(sequence)
+        own = sum(1 for page in sequence.table[0] if self._references[page] == 1)
+        return own + self.available >= self._pages_behind(sequence, point)
+
+    def prepare_eviction(self, sequence: Sequence) -> Compression:
+        """The eviction at the end of the sequence's stretch, all of which its table must cover.
+
+        Its target is taken here: pages of the sequence's own that nobody else can read, new ones, and, where there are
+        too few, such as only the prefix cache knew, which forgets them.
+        """
+        table, point = sequence.table[0], _point_of(sequence)
+        wanted = self._pages_behind(sequence, point)
+        own = [page for page in table if self._references[page] == 1]
+        target = [page for page in own if page not in self._known][:wanted]
+        fresh = min(wanted - len(target), self.available)
+        known = [page for page in own if page in self._known][: wanted - len(target) - fresh]
+        for page in known:
+            self._prefixes.remove(page)
+        taken = tuple(self._take() for _ in range(fresh))
+        sequence.table[0] = table + taken
+        seed = int.from_bytes(stretches_of(sequence, self.points)[sequence.stretch + 1].root[:7], "little")
+        source = table[: self.pages_for(point.slots)]
+        return Compression(sequence.id, point.slots, point.kept, source, (*target, *known, *taken), point.queries, seed)
+
+    def _pages_behind(self, sequence: Sequence, point: Point) -> int:
+        """Pages that the sequence needs after a point, until all its tokens so far are stored."""
+        if self.points is None:
+            raise RuntimeError("this pool has no points of eviction")
+        return self.pages_for(self.points.peak(point.kept, point.position, len(sequence.prompt), len(sequence.tokens)))
+
+    def evict(self, sequence: Sequence, done: Compression) -> None:
+        """The eviction is done: the sequence keeps the target alone, the other pages are given back."""
+        kept = set(done.target)
+        for page in reversed(sequence.table[0]):
+            if page not in kept:
+                self._drop(page)
+        sequence.table[0] = done.target
+        sequence.kv_len[0] = done.kept
+        sequence.stretch += 1
+        sequence.registered = 0
+        self.register(sequence, done.kept)
+
     def release(self, sequence: Sequence) -> None:
         """Give back all that the sequence holds, the only way to do so. Doing it twice is harmless."""
         for group, table in enumerate(sequence.table):
@@ -194,7 +282,7 @@ class BlockPool:
                 self._drop(page)
             sequence.table[group] = ()
             sequence.kv_len[group] = 0
-        sequence.computed = sequence.registered = 0
+        sequence.computed = sequence.registered = sequence.stretch = 0
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """RuntimeError with what is wrong, unless pages, counts, tables (of all sequences alive) and cache agree."""
@@ -220,12 +308,15 @@ class BlockPool:
             raise RuntimeError(f"sequence {sequence.id} stores {stored} slots in pages {table}")
         if sequence.computed > len(sequence.tokens):
             raise RuntimeError(f"sequence {sequence.id} computed more positions than it has tokens")
+        stretch = stretches_of(sequence, self.points)[sequence.stretch]
+        if table and stored != stretch.slots_at(sequence.computed):
+            raise RuntimeError(f"sequence {sequence.id} stores {stored} slots for {sequence.computed} positions")
         for index, page in enumerate(table[: sequence.registered]):
             content = self._known.get(page)
             if content is not None and content != key_of(sequence, index, self.page.tokens):
                 raise RuntimeError(f"page {page} of sequence {sequence.id} holds other tokens than the cache says")
 
-    def _share(self, sequence: Sequence, pages: tuple[int, ...], slots: int) -> None:
+    def _share(self, sequence: Sequence, pages: tuple[int, ...], stretch: int, computed: int) -> None:
         if sequence.table[0]:
             raise RuntimeError(f"sequence {sequence.id} already holds pages")
         for page in pages:
@@ -234,8 +325,10 @@ class BlockPool:
                 self._owned += 1
             self._references[page] += 1
         sequence.table[0] = pages
-        sequence.computed = sequence.kv_len[0] = slots
-        sequence.registered = slots // self.page.tokens
+        sequence.stretch = stretch
+        sequence.computed = computed
+        sequence.kv_len[0] = sequence.stretches[stretch].slots_at(computed)
+        sequence.registered = sequence.kv_len[0] // self.page.tokens
 
     def _take(self) -> int:
         if self._free:
@@ -259,3 +352,11 @@ class BlockPool:
             self._idle[page] = None
         else:
             self._free.append(page)
+
+
+def _point_of(sequence: Sequence) -> Point:
+    """The eviction that the sequence comes to next."""
+    point = sequence.stretches[sequence.stretch].point
+    if point is None:
+        raise RuntimeError(f"sequence {sequence.id} comes to no eviction")
+    return point

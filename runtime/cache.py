@@ -15,7 +15,7 @@ from compress.core.errors import ResourceError
 from kv_compress._coding import code_dtype
 from kv_compress.policy import CODECS, FULL, Coding, KVPolicy
 from runtime.models.config import LayerConfig, ModelConfig
-from runtime.ops.pages import Pages
+from runtime.ops.pages import Pages, turned
 
 
 class KVCache:
@@ -60,6 +60,21 @@ class KVCache:
         targets = torch.tensor([target for _, target in copies], device=self.k[0].device)
         for tensor in self._tensors():
             tensor[targets] = tensor[sources]
+
+    def read_slots(self, layer: int, slot_S: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 keys and values [S, G, D] of slots (page * B + offset), as attention sees them."""
+        k_SGD, v_SGD = (pages.read(slot_S).float() for pages in self._layers[layer])
+        k_pages, v_pages = self._layers[layer]
+        return turned(k_SGD) if k_pages.rotate else k_SGD, turned(v_SGD) if v_pages.rotate else v_SGD
+
+    def move_slots(self, layer: int, source_NG: Tensor, target_N: Tensor) -> None:
+        """Move each head's keys and values, codes as they are, from its slots to the slots `target_N`; all are read
+        before one is written."""
+        head_G = torch.arange(source_NG.shape[1], device=source_NG.device)
+        for pages in self._layers[layer]:
+            for tensor in pages.tensors():
+                slots = tensor.flatten(0, 1)
+                slots[target_N] = slots[source_NG, head_G]
 
     def layers(self) -> Iterator[tuple[Pages, Pages]]:
         """Keys and values of each layer."""

@@ -27,6 +27,7 @@ from runtime.scheduler import Row, Scheduler, SchedulerSettings, Step, StepOutpu
 from runtime.sequence import Sequence
 
 if TYPE_CHECKING:
+    from kv_compress._budget import Points
     from runtime.trace import Recorder
 
 
@@ -66,11 +67,12 @@ class Engine:
         *,
         clock: Callable[[], float] = time.monotonic,
         recorder: Recorder | None = None,
+        points: Points | None = None,
     ) -> None:
         self.runner = runner
         self.settings = settings
         self.scheduler = Scheduler(
-            pool, settings.scheduler, max_length=settings.max_length, clock=clock, recorder=recorder
+            pool, settings.scheduler, max_length=settings.max_length, clock=clock, recorder=recorder, points=points
         )
         self._decoder = None if tokenizer is None else decoder_of(tokenizer)
         self._end_tokens = frozenset(settings.end_tokens)

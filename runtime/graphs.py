@@ -53,6 +53,8 @@ class PaddedDecodes:
         self.ids_N[rows:].zero_()
         mine.position_T[:rows].copy_(batch.position_T)
         mine.position_T[rows:].zero_()
+        mine.index_T[:rows].copy_(batch.index_T)
+        mine.index_T[rows:].zero_()
         mine.slot_T[:rows].copy_(batch.slot_T)
         mine.slot_T[rows:].fill_(self.trash_page * self.block_size)
         mine.kv_len_S[:rows].copy_(batch.kv_len_S)

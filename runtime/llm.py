@@ -21,7 +21,9 @@ import torch
 from compress.core._model_folder import TOKENIZER_FILES, read_json
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import EnvironmentRefused, InputError, UsageError
+from kv_compress.eviction import EvictionSettings
 from kv_compress.policy import KVPolicy
+from runtime.compaction import Compactor
 from runtime.completion import Completion, Drafts
 from runtime.engine import Engine, EngineSettings, EngineStats
 from runtime.graphs import DecodeGraphs
@@ -65,7 +67,8 @@ class LLM:
     max_length: longest sequence, prompt and completion together (default: the model's). record: a file that takes down
     every step for replay (see runtime.trace); close() completes it. seed: for requests that bring none. sparse: "auto"
     packs layers of a pruned model whose zeros make them faster here, "off" leaves them dense. kv_cache: how keys and
-    values are kept: "full", "int8", "int4", "fp8" or a KVPolicy; by default as the artifact says.
+    values are kept: "full", "int8", "int4", "fp8" or a KVPolicy; by default as the artifact says. eviction: which of
+    them are dropped (see kv_compress.eviction); their pages go back to the pool.
     The other keywords are those of SchedulerSettings.
 
     Raises InputError for a folder that cannot be loaded, ResourceError where memory does not suffice.
@@ -86,6 +89,7 @@ class LLM:
         sparse: Literal["auto", "off"] = "auto",
         kv_cache: KVPolicy | str | None = None,
         record: str | Path | None = None,
+        eviction: EvictionSettings | None = None,
         seed: int | None = None,
         **scheduler: Unpack[SchedulerKeywords],
     ) -> None:
@@ -113,7 +117,8 @@ class LLM:
         if cuda_graphs and model.capturable and cache.pages > pool.pages:
             whole = DecodeGraphs.of(model, cache, pool.pages_for(self.max_length), settings.max_sequences)
         self.ledger = replace(ledger, graphs_bytes=0 if whole is None else whole.bytes)
-        runner = Runner(model, cache, device, whole=whole)
+        compactor = None if eviction is None else Compactor.of(model, cache, eviction)
+        runner = Runner(model, cache, device, whole=whole, compactor=compactor)
         self._recorder = None if record is None else Recorder(Path(record))
         self.engine = Engine(
             runner,
@@ -121,6 +126,7 @@ class LLM:
             self.tokenizer,
             EngineSettings(self.max_length, _end_tokens(folder), seed, settings),
             recorder=self._recorder,
+            points=None if eviction is None else eviction.points(pool.page.bytes // block_size),
         )
         self._kept: list[Update] = []  # news of requests that nobody asked about yet
         self._turn = threading.RLock()  # threads take turns at the engine: their requests share its steps

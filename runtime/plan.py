@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from runtime.sequence import Sequence
-from runtime.step import Row
+from runtime.step import Compression, Row
 
 
 class Plan:
-    """Rows and page copies of the next step, and the tokens that are left of its budget."""
+    """Rows, page copies and evictions of the next step, and the tokens that are left of its budget."""
 
     def __init__(self, token_budget: int, page_tokens: int, *, chunked: bool) -> None:
         self.left = token_budget
         self.rows: list[Row] = []
         self.copies: list[tuple[int, int]] = []
+        self.compressions: list[Compression] = []
         self._page_tokens = page_tokens
         self._chunked = chunked
         self._has_prefill = False
@@ -20,7 +21,7 @@ class Plan:
     def chunk(self, pending: int) -> int:
         """How many of `pending` tokens there is room for. Unchunked, the step's first prefill may exceed the budget."""
         if self._chunked:
-            return min(pending, self.left)
+            return max(min(pending, self.left), 0)  # a row before a point may have taken more than there was
         return pending if pending <= self.left or not self._has_prefill else 0
 
     def add(self, sequence: Sequence, tokens: int) -> None:

@@ -2,15 +2,21 @@
 
 The name of a page is a digest of its tokens chained to the digest of the page before it; the first page chains to the
 tenant, so that tenants never share. The digest finds a page, equal tokens decide.
+
+An eviction begins a new stretch: the first slots hold what it left of all tokens before, those after them further
+tokens. Its pages chain to a digest of the policy, the eviction and the tokens before it, so that they are found only by
+sequences that come to the same eviction of the same tokens.
 """
 
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from kv_compress._budget import Point, Points
     from runtime.sequence import Sequence
 
 _DIGEST_BYTES = 16
@@ -24,15 +30,54 @@ class PrefixKey(NamedTuple):
     tokens: tuple[int, ...]
 
 
-def key_of(sequence: Sequence, index: int, page_tokens: int) -> PrefixKey:
-    """Key of the sequence's full page `index`. Tokens never change once they are there, so keys are kept."""
-    keys = sequence.keys
+@dataclass(slots=True)
+class Stretch:
+    """What lies between two evictions: `slots` slots hold what is left of the tokens before `position`, those after
+    them one token each. `point` ends it. Its pages' names chain to `root`; `keys` are those that were asked for."""
+
+    root: bytes
+    slots: int
+    position: int
+    point: Point | None
+    keys: list[PrefixKey] = field(default_factory=list)
+
+    def slots_at(self, position: int) -> int:
+        """Slots taken when all tokens before `position` are stored."""
+        return self.slots + position - self.position
+
+    def position_at(self, slots: int) -> int:
+        """Tokens that are stored when so many slots are taken."""
+        return self.position + slots - self.slots
+
+
+def key_of(sequence: Sequence, index: int, page_tokens: int, stretch: Stretch | None = None) -> PrefixKey:
+    """Key of the sequence's full page `index`, now or in another stretch. Tokens never change once they are there, so
+    keys are kept."""
+    stretch = stretch or sequence.stretches[sequence.stretch]
+    keys = stretch.keys
     while len(keys) <= index:
-        start = len(keys) * page_tokens
-        tokens = tuple(sequence.tokens[start : start + page_tokens])
-        parent = keys[-1].digest if keys else digest(b"tenant", sequence.tenant.encode())
+        start = max(len(keys) * page_tokens, stretch.slots)  # slots before hold what an eviction left
+        end = max((len(keys) + 1) * page_tokens, stretch.slots)
+        tokens = tuple(sequence.tokens[stretch.position_at(start) : stretch.position_at(end)])
+        parent = keys[-1].digest if keys else stretch.root
         keys.append(PrefixKey(digest(parent, array("q", tokens).tobytes()), parent, tokens))
     return keys[index]
+
+
+def stretches_of(sequence: Sequence, points: Points | None) -> list[Stretch]:
+    """All stretches of the sequence that its tokens reach so far, from its beginning on; they are kept with it."""
+    known = sequence.stretches
+    if not known:
+        root = digest(b"tenant", sequence.tenant.encode())
+        first = None if points is None else points.after(0, 0, len(sequence.prompt), sequence.longest)
+        known.append(Stretch(root, 0, 0, first))
+    while points is not None and (point := known[-1].point) is not None and point.position <= len(sequence.tokens):
+        last = known[-1]
+        tokens = array("q", [*point, *sequence.tokens[last.position : point.position]])
+        root = digest(last.root, points.salt.encode() + tokens.tobytes())
+        after = points.after(point.kept, point.position, len(sequence.prompt), sequence.longest)
+        known.append(Stretch(root, point.kept, point.position, after))
+    return known
 
 
 def digest(parent: bytes, content: bytes) -> bytes:

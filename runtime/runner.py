@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from runtime.compaction import Compactor
 from runtime.ops.batch import AttentionBatch
 from runtime.step import Step
 
@@ -43,11 +44,20 @@ class WholeSteps(Protocol):
 class Runner:
     """Runs steps on a model and its cache, those that `whole` covers through it."""
 
-    def __init__(self, model: Any, cache: Any, device: str = "cpu", *, whole: WholeSteps | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: Any,
+        device: str = "cpu",
+        *,
+        whole: WholeSteps | None = None,
+        compactor: Compactor | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.device = device
         self.whole = whole
+        self.compactor = compactor
 
     @property
     def vocabulary(self) -> int:
@@ -67,6 +77,8 @@ class Runner:
             block_size=self.cache.block_size,
             device=self.device,
         )
+        if step.compressions and self.compactor is not None:
+            batch.after_attention = self.compactor.begin(step, batch)
         ids_T = torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int64, device=self.device)
         sampling = [(row.sequence, end - 1) for row, end in zip(rows, batch.starts[1:], strict=True) if row.samples]
         index_N = torch.tensor([index for _, index in sampling], dtype=torch.int64, device=self.device)
@@ -85,6 +97,6 @@ class Runner:
             yield self.model.logits(piece_NK)
 
     def _logits(self, ids_T: Tensor, batch: AttentionBatch, index_N: Tensor) -> Tensor:
-        if self.whole is not None and self.whole.covers(batch):
+        if self.whole is not None and batch.after_attention is None and self.whole.covers(batch):
             return self.whole.run(ids_T, batch, index_N)
         return self.model(ids_T, batch, self.cache, index_N)

@@ -4,6 +4,10 @@ Continuous batching (Orca, OSDI'22), chunked prefill without stalls (Sarathi-Ser
 first, then prefills under way, then new sequences. Pages for the whole prompt are taken at admission, those for
 generated tokens as they come; when pages run out, the last in precedence gives its own back and starts over later.
 Admission stops while there is still room to grow, preemption starts when there is none: no ping-pong between the two.
+
+With `points` a row never crosses a point of eviction (kv_compress._budget), and what lies before one is never so short
+that the point's queries would come from two rows. So a sequence's keys and values follow from its tokens alone. Pages
+taken at admission are then as many as the prompt needs at any one time.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from compress.core.errors import UsageError
+from kv_compress._budget import Points
 from runtime.admission import QueueFull, RequestTooLong, require_fit, require_place
-from runtime.blocks import BlockPool
+from runtime.blocks import BlockPool, Found
 from runtime.fairness import ServiceMeter
 from runtime.plan import Plan
 from runtime.policies import make_policy, place
@@ -44,6 +49,7 @@ class Scheduler:
         max_length: int,
         clock: Callable[[], float] = time.monotonic,
         recorder: Recorder | None = None,
+        points: Points | None = None,
     ) -> None:
         if max_length < 1:
             raise UsageError(f"max_length must be at least 1, not {max_length}")
@@ -61,6 +67,7 @@ class Scheduler:
         self._orders, self._indices = count(), count()
         self._in_flight: Step | None = None
         self._most_running = min(settings.max_sequences, settings.token_budget)  # each gets a token in every step
+        self.points = pool.points = points
         pool.prefix_cache = pool.prefix_cache and settings.prefix_cache
         if recorder:
             recorder.started(self)
@@ -105,8 +112,8 @@ class Scheduler:
         if self.recorder:
             self.recorder.forked(parent, child)
         child.charged = parent.charged  # they share one prompt
-        if parent.status == "running" and parent.pending == 1 and len(self.running) < self._most_running:
-            self.pool.fork(parent, child, shared)
+        runs = parent.status == "running" and parent.pending == 1 and len(self.running) < self._most_running
+        if runs and self.pool.fork(parent, child, shared):
             self.meter.start(child.tenant, child.remaining, admitted=False)
             self._start(child)
         else:
@@ -135,7 +142,7 @@ class Scheduler:
         self.meter.observe(self.policy.tenants())
         if not plan.rows:
             raise RuntimeError(f"{len(self._sequences)} sequences are there but none can run")
-        self._in_flight = Step(next(self._indices), tuple(plan.rows), tuple(plan.copies))
+        self._in_flight = Step(next(self._indices), tuple(plan.rows), tuple(plan.copies), tuple(plan.compressions))
         if self.recorder:
             self.recorder.scheduled(self._in_flight)
         return self._in_flight
@@ -152,6 +159,7 @@ class Scheduler:
         finished = []
         generated: dict[str, int] = {}
         known, tokens, ends = self._sequences, output.tokens, output.finished
+        evictions = {done.sequence: done for done in step.compressions}
         for id, _, computed, _, _, samples in step.rows:
             sequence = known.get(id)
             if sequence is None:
@@ -159,6 +167,8 @@ class Scheduler:
             sequence.computed += len(computed)
             sequence.kv_len[0] += len(computed)
             is_computed = sequence.computed == len(sequence.tokens)
+            if id in evictions and ends.get(id) != "error":  # pages that hold errors are to be forgotten, all of them
+                self.pool.evict(sequence, evictions[id])
             if samples and id in tokens:
                 sequence.tokens.append(tokens[id])
                 generated[sequence.tenant] = generated.get(sequence.tenant, 0) + 1
@@ -211,26 +221,39 @@ class Scheduler:
         if len(decodes) < len(self.running):
             prefills = [sequence for sequence in self.running if len(sequence.tokens) - sequence.computed != 1]
         preemptions = self.preemptions
-        for sequence in self.pool.crowded(decodes):
+        crowded = self.pool.crowded(decodes)
+        if self.points is not None:
+            asking = {sequence.id for sequence in crowded}
+            crowded = [sequence for sequence in decodes if sequence.id in asking or self._comes_to_point(sequence, 1)]
+        for sequence in crowded:
             if sequence.status == "running":  # not preempted by one before it
                 self._make_room(plan, sequence)
         if self.preemptions > preemptions:
             decodes = [sequence for sequence in decodes if sequence.status == "running"]
         for sequence in plan.add_decodes(decodes):
-            self._offer(sequence, sequence.kv_len[0] + 1)
+            if self.points is None or not self._comes_to_point(sequence, 1):  # else it may be written
+                self._offer(sequence, sequence.kv_len[0] + 1)
         for sequence in prefills:
-            if sequence.status == "running" and (tokens := plan.chunk(sequence.pending)):
+            if sequence.status == "running" and (tokens := self._chunk(plan, sequence)):
                 self._plan_row(plan, sequence, tokens)
 
     def _make_room(self, plan: Plan, sequence: Sequence) -> None:
         """For one token of the sequence, for whose page others behind it may have to give way, or it itself."""
+        # Decodes come first and in order of precedence: the last one was given nothing yet.
         while (copies := self.pool.reserve(sequence, sequence.kv_len[0] + 1)) is None:
-            # Only decodes can run short, and they come in order of precedence: the last one was given nothing yet.
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is sequence:
+            if self._preempt_last() is sequence:
                 return
+        if self.points is not None and self._comes_to_point(sequence, 1):
+            while not self.pool.can_evict(sequence):
+                if self._preempt_last() is sequence:
+                    return
+            plan.compressions.append(self.pool.prepare_eviction(sequence))
         plan.copies.extend(copies)
+
+    def _preempt_last(self) -> Sequence:
+        victim = self.running[-1]
+        self._preempt(victim)
+        return victim
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
@@ -249,16 +272,17 @@ class Scheduler:
             if sequence is None:
                 return
             found = self.pool.lookup(sequence)
-            tokens = plan.chunk(len(sequence.tokens) - len(found) * self._page_tokens)
+            tokens = self._chunk(plan, sequence, found)
             growth += self._growth(sequence)
             # Some pages stay with those who run, so that who comes in does not drive out another, or itself, at once.
             # Who is alone needs none: somebody always runs.
             headroom = self.pool.pages_for(growth) if self.running else 0
-            if not tokens or self.pool.room_after(found, len(sequence.tokens)) < headroom:
+            slots = self._slots(sequence, found)
+            if not tokens or self.pool.room_after(found, slots) < headroom:
                 return
             self.policy.remove(sequence)
             self.pool.begin(sequence, found)
-            self.pool.reserve(sequence, len(sequence.tokens))
+            self.pool.reserve(sequence, slots)
             self._charge_admission(sequence)
             self._start(sequence)
             self._plan_row(plan, sequence, tokens)
@@ -267,9 +291,45 @@ class Scheduler:
         """Tokens by which the sequence may grow soon."""
         return min(self.settings.headroom_tokens, sequence.remaining)
 
+    def _slots(self, sequence: Sequence, found: Found) -> int:
+        """The most slots that the sequence takes until all its tokens are stored, from what was found on."""
+        if self.points is None:
+            return len(sequence.tokens)
+        start = sequence.stretches[found.stretch]
+        return self.points.peak(start.slots, start.position, len(sequence.prompt), len(sequence.tokens))
+
+    def _chunk(self, plan: Plan, sequence: Sequence, found: Found | None = None) -> int:
+        """How many tokens there is room for, up to the next point. The last row before a point has its queries, if need
+        be a few more than the budget has left."""
+        computed = sequence.computed if found is None else found.computed
+        pending = len(sequence.tokens) - computed
+        if self.points is None:
+            return plan.chunk(pending)
+        point = sequence.stretches[sequence.stretch if found is None else found.stretch].point
+        if point is None or point.position > len(sequence.tokens):
+            return plan.chunk(pending)
+        pending = point.position - computed
+        tokens = plan.chunk(pending)
+        return min(tokens, pending - point.queries) or pending if 0 < tokens < pending else tokens
+
+    def _comes_to_point(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether an eviction follows the sequence's next `tokens` tokens."""
+        point = sequence.stretches[sequence.stretch].point
+        return point is not None and point.position == sequence.computed + tokens
+
     def _plan_row(self, plan: Plan, sequence: Sequence, tokens: int) -> None:
+        """A row of a prefill, and the eviction that follows it; without pages for that it waits for another step."""
+        evicts = self.points is not None and self._comes_to_point(sequence, tokens)
+        if evicts:
+            planned = {row.sequence for row in plan.rows}
+            while not self.pool.can_evict(sequence):
+                if self.running[-1] is sequence or self.running[-1].id in planned:
+                    return
+                self._preempt_last()
         plan.add(sequence, tokens)
         self._offer(sequence, sequence.kv_len[0] + tokens)
+        if evicts:
+            plan.compressions.append(self.pool.prepare_eviction(sequence))
 
     def _offer(self, sequence: Sequence, slots: int) -> None:
         if slots // self._page_tokens > sequence.registered:

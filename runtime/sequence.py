@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from runtime.prefixes import PrefixKey
+    from runtime.prefixes import Stretch
 
 Status = Literal["waiting", "running", "finished"]
 
@@ -16,7 +16,7 @@ class Sequence:
     """Prompt and generated tokens of one sample of one request.
 
     `computed` counts logical positions whose keys and values are stored; `kv_len[group]` counts the slots that they
-    take. They are equal as long as nothing is evicted, and nobody may derive one from the other. `table[group]` holds
+    take. They are equal as long as nothing is evicted; Stretch.slots_at tells one from the other. `table[group]` holds
     the pages, in slot order. There is one table group now: all layers.
 
     `id` is unique for the life of a scheduler; the samples of one request share `request`. A sequence with
@@ -45,7 +45,8 @@ class Sequence:
     order: int = field(init=False, default=-1)  # of arrival, without ties
     charged: bool = field(init=False, default=False)  # the tenant has paid for the prompt
     registered: int = field(init=False, default=0)  # leading pages that were offered to the prefix cache
-    keys: list[PrefixKey] = field(init=False)  # of the leading full pages, as far as anybody asked
+    stretches: list[Stretch] = field(init=False)  # between evictions, as far as anybody asked
+    stretch: int = field(init=False, default=0)  # the one that `computed` lies in
 
     def __post_init__(self) -> None:
         self.prompt = list(self.prompt)
@@ -53,7 +54,7 @@ class Sequence:
         self.table = [()]
         self.kv_len = [0]
         self.longest = len(self.prompt) + self.max_tokens
-        self.keys = []
+        self.stretches = []
 
     @property
     def generated(self) -> list[int]:

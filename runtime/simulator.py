@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kv_compress._budget import Points
 from runtime.blocks import BlockPool
 from runtime.scheduler import Scheduler, SchedulerSettings, Step, StepOutput
 from runtime.sequence import Sequence
@@ -80,10 +81,11 @@ class Simulator:
         *,
         max_length: int,
         watch: Callable[[Simulator, Step], None] | None = None,
+        points: Points | None = None,
     ) -> None:
         self.now = 0.0
         self.steps = 0
-        self.scheduler = Scheduler(pool, settings, max_length=max_length, clock=lambda: self.now)
+        self.scheduler = Scheduler(pool, settings, max_length=max_length, clock=lambda: self.now, points=points)
         self.served: list[Served] = []  # by sequence id
         self._step_time = step_time
         self._watch = watch

@@ -18,17 +18,36 @@ class Row(NamedTuple):
     samples: bool  # whether a token is to be sampled after the last one
 
 
+class Compression(NamedTuple):
+    """An eviction from one sequence after its row, which ends at the point.
+
+    Every layer and head keeps `kept` of the `slots` slots in the pages `source`; what stays moves to the first slots of
+    `target`, in order. `target` is the sequence's table from then on, and shares no page with another sequence or the
+    prefix cache; it may share pages with `source`, so all that moves is read before any of it is written.
+    """
+
+    sequence: int  # its id
+    slots: int
+    kept: int
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    queries: int  # the last ones of the row, by which slots are scored
+    seed: int  # for methods that draw by lot
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One pass of the model.
 
     First `copies` (from page, to page), in order. Then the rows as one flat batch: a row may read pages that another
-    row of the same step fills (a shared prompt), so every layer stores the whole batch before it attends.
+    row of the same step fills (a shared prompt), so every layer stores the whole batch before it attends. In the end
+    the `compressions`.
     """
 
     index: int
     rows: tuple[Row, ...]
     copies: tuple[tuple[int, int], ...] = ()
+    compressions: tuple[Compression, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError, UsageError
 from compress.core.files import io_errors
+from kv_compress._budget import Points
 from runtime.blocks import BlockPool, PageType
 from runtime.scheduler import Scheduler, SchedulerSettings
 from runtime.sequence import Sequence
-from runtime.step import Row, Step, StepOutput
+from runtime.step import Compression, Row, Step, StepOutput
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-VERSION = 1
+VERSION = 2
 _SEQUENCE_FIELDS = (
     *("id", "request", "prompt", "max_tokens", "tenant", "priority", "arrival", "lookup_limit"),
     "tokens",
@@ -70,6 +71,7 @@ class Recorder:
             prefix_cache=pool.prefix_cache,
             settings=dataclasses.asdict(scheduler.settings),
             max_length=scheduler.max_length,
+            points=None if scheduler.points is None else dataclasses.asdict(scheduler.points),
         )
 
     def added(self, sequence: Sequence) -> None:
@@ -86,7 +88,7 @@ class Recorder:
 
     def scheduled(self, step: Step) -> None:
         """The scheduler answered with a step."""
-        self._write("step", index=step.index, rows=step.rows, copies=step.copies)
+        self._write("step", index=step.index, rows=step.rows, copies=step.copies, compressions=step.compressions)
 
     def processed(self, output: StepOutput) -> None:
         """The model's answer to the last step was taken in."""
@@ -175,7 +177,8 @@ def _scheduler(event: dict[str, Any], where: str) -> Scheduler:
     try:
         settings = SchedulerSettings(**event["settings"])
         pool = BlockPool(event["pages"], PageType(**event["page"]), prefix_cache=event["prefix_cache"])
-        return Scheduler(pool, settings, max_length=event["max_length"])
+        points = None if event["points"] is None else Points(**event["points"])
+        return Scheduler(pool, settings, max_length=event["max_length"], points=points)
     except UsageError as error:
         raise InputError(f"the trace's scheduler cannot be built: {error}", where=where) from error
 
@@ -197,6 +200,8 @@ def _require_same(event: dict[str, Any], made: Step | None, where: str) -> Step:
         tuple(Row(id, start, tuple(tokens), kv_len, tuple(table), samples)
               for id, start, tokens, kv_len, table, samples in event["rows"]),
         tuple((source, target) for source, target in event["copies"]),
+        tuple(Compression(id, slots, kept, tuple(source), tuple(target), queries, seed)
+              for id, slots, kept, source, target, queries, seed in event["compressions"]),
     )  # fmt: skip
     if made is None or made != recorded:
         raise TraceMismatch(f"the replay differs: {_difference(recorded, made)}", where=where)
@@ -209,4 +214,11 @@ def _difference(recorded: Step, made: Step | None) -> str:
     for before, now in zip(recorded.rows, made.rows, strict=False):
         if before != now:
             return f"recorded was {before}, now it is {now}"
-    return f"recorded were {len(recorded.rows)} rows and copies {recorded.copies}, now {len(made.rows)}, {made.copies}"
+    for before, now in zip(recorded.compressions, made.compressions, strict=False):
+        if before != now:
+            return f"recorded was {before}, now it is {now}"
+    return f"recorded were {_summary(recorded)}, now {_summary(made)}"
+
+
+def _summary(step: Step) -> str:
+    return f"{len(step.rows)} rows, copies {step.copies} and {len(step.compressions)} evictions"

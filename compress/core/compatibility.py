@@ -274,8 +274,8 @@ def _verdict(
     mixed = next((rule for rule in reader.mixed if rule.fits(present)), None)
     if mixed is not None:
         findings[mixed.ok, mixed.because] = []
-    said = {ok for ok, _ in findings}
-    worst = min(said, key=_WORST_FIRST.index, default="yes")
+    said: set[Ok] = {"yes", *(ok for ok, _ in findings)}
+    worst = min(said, key=_WORST_FIRST.index)
     reasons = "; ".join(
         _about(layers) + because for (ok, because), layers in findings.items() if ok == worst and because
     )

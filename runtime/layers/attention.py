@@ -69,6 +69,8 @@ class Attention(nn.Module):
             softcap=self.softcap,
             exact=self.exact,
         )
+        if batch.after_attention is not None:
+            batch.after_attention(turned(q_THD) if k_pages.rotate else q_THD)
         if v_pages.rotate:
             y_THD = turned(y_THD)
         return self.output(y_THD.reshape(tokens, layer.heads * layer.head_dim))

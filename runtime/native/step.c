@@ -147,7 +147,7 @@ static int attention(const decoder *model, const layer *l, const step *now, scra
     kv_store(&l->v, at->wide + q_width + k_width, stride, now->slot, M, l->groups, l->width);
     int64_t seen = 0;
     for (int64_t m = 0; m < M; m++) {
-        at->first[m] = (int32_t)(l->window ? larger(0, now->position[m] - l->window + 1) : 0);
+        at->first[m] = (int32_t)(l->window ? larger(0, now->end[m] - l->window) : 0);
         seen += now->end[m] - at->first[m];
     }
     const decodes all = {

@@ -28,13 +28,13 @@ def paged_attention(
     softcap: float | None = None,
     exact: bool = False,
 ) -> torch.Tensor:
-    """softmax(scale * q kᵀ) v of each token over its sequence's keys at its own or an earlier position: [T, H, D].
+    """softmax(scale * q kᵀ) v of each token over its sequence's keys in its own or an earlier slot: [T, H, D].
 
     This step's keys and values must be in the pages already (`store_kv`); plain tensors [P, B, G, D] are pages, too.
-    Query head h reads key-value head h // (H / G). `window` w: a query at position p sees keys at positions p - w < …
-    <= p. `softcap` c: scores are c * tanh(score / c). `exact`: fp32 in fixed tiles, so that a row's result depends, to
-    the bit, neither on the rest of the batch nor on how its prompt was cut into chunks. Pages may hold anything outside
-    a sequence's slots, NaN too.
+    Query head h reads key-value head h // (H / G). `window` w: a query in slot p sees keys in slots p - w < … <= p.
+    `softcap` c: scores are c * tanh(score / c). `exact`: fp32 in fixed tiles, so that a row's result depends, to the
+    bit, neither on the rest of the batch nor on how its prompt was cut into chunks. Pages may hold anything outside a
+    sequence's slots, NaN too.
     """
     k, v = as_pages(k), as_pages(v)
     if exact:

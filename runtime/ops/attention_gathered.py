@@ -40,11 +40,11 @@ class _Padded:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Several queries of one sequence: flat rows start … end - 1; its keys begin at position `first`."""
+    """Several queries of one sequence: flat rows start … end - 1; its keys begin at slot `first`."""
 
     start: int
     end: int
-    position: int  # of the first query
+    slot: int  # of the first query
     first: int
     slot_K: torch.Tensor
 
@@ -85,10 +85,10 @@ def attend_gathered(
 
 
 def _visible(batch: AttentionBatch, sequence: int, window: int | None) -> tuple[int, int]:
-    """The slots that some query of a sequence sees: first, end. Slot i holds position i."""
+    """The slots that some query of a sequence sees: first, end."""
     start, end = batch.starts[sequence : sequence + 2]
-    first = 0 if window is None else max(0, batch.positions[start] - window + 1)
-    return first, min(batch.kv_len[sequence], batch.positions[end - 1] + 1)
+    first = 0 if window is None else max(0, batch.indices[start] - window + 1)
+    return first, min(batch.kv_len[sequence], batch.indices[end - 1] + 1)
 
 
 def _queries(batch: AttentionBatch, sequence: int) -> int:
@@ -103,10 +103,10 @@ def _is_short(batch: AttentionBatch, sequence: int, window: int | None) -> bool:
 
 def _compiled_rows(batch: AttentionBatch, direct: list[int], window: int | None) -> Iterator[native.Decodes]:
     """Every query of these sequences as one of a decode: its own row, and the slots that it sees."""
-    rows = [(s, row, batch.positions[row]) for s in direct for row in range(*batch.starts[s : s + 2])]
+    rows = [(s, row, batch.indices[row]) for s in direct for row in range(*batch.starts[s : s + 2])]
     if rows:
-        first = [0 if window is None else max(0, position - window + 1) for _, _, position in rows]
-        end = [min(batch.kv_len[s], position + 1) for s, _, position in rows]
+        first = [0 if window is None else max(0, slot - window + 1) for _, _, slot in rows]
+        end = [min(batch.kv_len[s], slot + 1) for s, _, slot in rows]
         yield native.Decodes(
             row_N=torch.tensor([row for _, row, _ in rows]),
             first_N=torch.tensor(first, dtype=torch.int32),
@@ -155,7 +155,7 @@ def _chunks(batch: AttentionBatch, sequences: list[int], block: int, window: int
         first, stop = _visible(batch, sequence, window)
         index_K = torch.arange(first, stop, device=batch.table_SP.device)
         slot_K = batch.table_SP[sequence].long()[index_K // block] * block + index_K % block
-        yield _Chunk(start, end, batch.positions[start], first, slot_K)
+        yield _Chunk(start, end, batch.indices[start], first, slot_K)
 
 
 def _gather(pages: Pages, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -204,11 +204,11 @@ def _attend_chunk(
         return
     rows = _MASKED_QUERIES if softcap is None else max(1, min(_MASKED_QUERIES, _SCORES // (heads * keys)))
     for at in range(0, queries, rows):
-        position_Q = part.position + torch.arange(at, min(at + rows, queries), device=q_THD.device)
-        last = part.position + at + len(position_Q)
-        low = 0 if window is None else max(0, part.position + at - window + 1 - part.first)
+        slot_Q = part.slot + torch.arange(at, min(at + rows, queries), device=q_THD.device)
+        last = part.slot + at + len(slot_Q)
+        low = 0 if window is None else max(0, part.slot + at - window + 1 - part.first)
         high = last - part.first
-        ahead_QK = position_Q[:, None] - (part.first + torch.arange(low, high, device=q_THD.device))
+        ahead_QK = slot_Q[:, None] - (part.first + torch.arange(low, high, device=q_THD.device))
         visible_QK = (ahead_QK >= 0) if window is None else (ahead_QK >= 0) & (ahead_QK < window)
         out_GRQD = _attend(
             q_GRQD[:, :, at : at + rows], k_G1KD[:, :, low:high], v_G1KD[:, :, low:high], visible_QK, scale, softcap

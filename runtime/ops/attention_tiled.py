@@ -1,9 +1,9 @@
 """The reference of paged attention: tiles of queries times tiles of keys, with running max and sum, in fp32.
 
-Every product has one fixed shape, and a row's place in its tile follows from its position alone: a query at position p
-is row p % QUERY_TILE of its tile, key tiles begin at multiples of KEY_TILE. Only the number of products done at once
-varies. A tile of which a row sees nothing leaves that row's running values as they are, to the bit. So a row meets the
-same arithmetic in any batch and under any chunking. Memory is independent of the sequences' lengths.
+Every product has one fixed shape, and a row's place in its tile follows from its slot alone: a query in slot i of its
+sequence is row i % QUERY_TILE of its tile, key tiles begin at multiples of KEY_TILE. Only the number of products done
+at once varies. A tile of which a row sees nothing leaves that row's running values as they are, to the bit. So a row
+meets the same arithmetic in any batch and under any chunking. Memory is independent of the sequences' lengths.
 
 Shape suffixes: T tokens, H query heads, G key-value heads, R heads per group (H / G), D head width, P pages of a table,
 L lanes (query tiles worked on at once), Q queries of a tile, K keys of a tile.
@@ -29,7 +29,7 @@ class _Lanes:
 
     row: torch.Tensor  # flat rows of the batch …
     place: torch.Tensor  # … and where each lies in [L * Q]
-    position_LQ: torch.Tensor  # -1 where there is no query
+    query_LQ: torch.Tensor  # its slot; -1 where there is no query
     table_LP: torch.Tensor
     last_slot_L1: torch.Tensor
     first_tile_L1: torch.Tensor
@@ -62,10 +62,10 @@ def _plan(batch: AttentionBatch, window: int | None) -> Iterator[_Lanes]:
     for sequence, kv_len in enumerate(batch.kv_len):
         row, end = batch.starts[sequence], batch.starts[sequence + 1]
         while row < end:
-            position = batch.positions[row]
-            stop = min(end, row + QUERY_TILE - position % QUERY_TILE)
-            first = 0 if window is None else max(0, position - window + 1) // KEY_TILE
-            seen = min(kv_len, batch.positions[stop - 1] + 1)
+            slot = batch.indices[row]
+            stop = min(end, row + QUERY_TILE - slot % QUERY_TILE)
+            first = 0 if window is None else max(0, slot - window + 1) // KEY_TILE
+            seen = min(kv_len, batch.indices[stop - 1] + 1)
             pieces.append((-(-seen // KEY_TILE) - first, first, sequence, row, stop))
             row = stop
     pieces.sort(key=lambda piece: -piece[0])
@@ -78,15 +78,15 @@ def _lanes(batch: AttentionBatch, pieces: list[tuple[int, int, int, int, int]]) 
     rows, places = [], []
     for lane, (_, _, _, row, stop) in enumerate(pieces):
         rows += range(row, stop)
-        places += [lane * QUERY_TILE + batch.positions[at] % QUERY_TILE for at in range(row, stop)]
+        places += [lane * QUERY_TILE + batch.indices[at] % QUERY_TILE for at in range(row, stop)]
     row, place = torch.tensor([rows, places], device=device)
-    position = torch.full((len(pieces) * QUERY_TILE,), -1, device=device)
-    position[place] = batch.position_T[row]
+    query = torch.full((len(pieces) * QUERY_TILE,), -1, device=device)
+    query[place] = batch.index_T[row]
     sequences = torch.tensor([sequence for _, _, sequence, _, _ in pieces], device=device)
     return _Lanes(
         row=row,
         place=place,
-        position_LQ=position.view(-1, QUERY_TILE),
+        query_LQ=query.view(-1, QUERY_TILE),
         table_LP=batch.table_SP[sequences].long(),
         last_slot_L1=batch.kv_len_S[sequences].long()[:, None] - 1,
         first_tile_L1=torch.tensor([[first] for _, first, _, _, _ in pieces], device=device),
@@ -116,8 +116,8 @@ def _attend_lanes(
     sum_LGQR = torch.zeros_like(top_LGQR)
     for tile in range(lanes.tiles[0]):
         active = sum(tiles > tile for tiles in lanes.tiles)
-        position_LK, slot_LK = _key_tile(lanes, active, tile, k.block)
-        hidden_LQK = _hidden(lanes.position_LQ[:active], position_LK, window)
+        key_LK, slot_LK = _key_tile(lanes, active, tile, k.block)
+        hidden_LQK = _hidden(lanes.query_LQ[:active], key_LK, window)
         score_LGQRK = _product(q_LGQRD[:active], _gather(k, slot_LK).transpose(2, 3)) * scale
         if softcap is not None:
             score_LGQRK = softcap * torch.tanh(score_LGQRK / softcap)
@@ -135,7 +135,7 @@ def _attend_lanes(
 
 
 def _key_tile(lanes: _Lanes, active: int, tile: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions [L, K] and slots in the pool [L, K] of each lane's next keys.
+    """Slots in the sequence [L, K] and in the pool [L, K] of each lane's next keys.
 
     Past a sequence's end the slot is its last one: finite numbers, which the mask hides.
     """
@@ -143,7 +143,7 @@ def _key_tile(lanes: _Lanes, active: int, tile: int, block: int) -> tuple[torch.
     index_LK = (lanes.first_tile_L1[:active] + tile) * KEY_TILE + within
     stored_LK = torch.minimum(index_LK, lanes.last_slot_L1[:active])
     page_LK = lanes.table_LP[:active].gather(1, stored_LK // block)
-    return index_LK, page_LK * block + stored_LK % block  # slot i holds position i
+    return index_LK, page_LK * block + stored_LK % block
 
 
 def _hidden(query_LQ: torch.Tensor, key_LK: torch.Tensor, window: int | None) -> torch.Tensor:

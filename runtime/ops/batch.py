@@ -1,12 +1,13 @@
 """AttentionBatch: what a step's attention must know about its sequences. Built once a step, handed to every layer.
 
 A slot is a place for one token's keys and values: slot i of a sequence lies in page table[i // B] at offset i % B. A
-position is logical. Today slot i holds position i; masks are nevertheless made from positions only.
+position is logical: rotation goes by it. Where keys were evicted, slot i no longer holds position i, so masks go by
+slots: a token sees its own and those before it, which hold what is older. New tokens take the last slots, in order.
 
 Shape suffixes: T tokens of the flat batch, S sequences, S1 sequences + 1, P pages of a table, B slots of a page.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,19 +20,22 @@ class AttentionBatch:
     """The flat batch: the tokens of sequence s are rows starts[s] … starts[s+1] - 1, in order of position.
 
     starts_S1 int32, kv_len_S int32 (slots stored, this step's tokens included), table_SP int32 (page ids, padded with
-    any valid page), position_T int64 (of the queries), slot_T int64 (page * B + offset: where each token's keys and
-    values go). `starts`, `kv_len`: the same on the host. `max_query`, `max_kv`: their largest lengths.
+    any valid page), position_T int64 (of the queries), index_T int64 (their slots, counted within the sequence), slot_T
+    int64 (page * B + offset: where each token's keys and values go). `starts`, `kv_len`: the same on the host.
+    `max_query`, `max_kv`: their largest lengths.
     """
 
     starts_S1: torch.Tensor
     kv_len_S: torch.Tensor
     table_SP: torch.Tensor
     position_T: torch.Tensor
+    index_T: torch.Tensor
     slot_T: torch.Tensor
     starts: list[int]
     kv_len: list[int]
     max_query: int
     max_kv: int
+    after_attention: Callable[[torch.Tensor], None] | None = None  # given each layer's rotated queries [T, H, D]
     plans: dict[tuple, object] = field(default_factory=dict, repr=False)  # what a CPU route worked out, for all layers
 
     @classmethod
@@ -70,6 +74,7 @@ class AttentionBatch:
             kv_len_S=torch.from_numpy(kv_len_S.astype(np.int32)).to(device),
             table_SP=torch.from_numpy(table_SP).to(device),
             position_T=torch.from_numpy(position_S[owner_T] + within_T).to(device),
+            index_T=torch.from_numpy(index_T).to(device),
             slot_T=torch.from_numpy(slot_T).to(device),
             starts=starts_S1.tolist(),
             kv_len=kv_len_S.tolist(),
@@ -78,9 +83,9 @@ class AttentionBatch:
         )
 
     @cached_property
-    def positions(self) -> list[int]:
-        """Positions of the queries on the host."""
-        return self.position_T.tolist()
+    def indices(self) -> list[int]:
+        """`index_T` on the host."""
+        return self.index_T.tolist()
 
     @cached_property
     def decodes(self) -> int:

@@ -1,16 +1,21 @@
 """A scheduler on the bench: a make-believe model whose memory tells what every slot really holds.
 
 The next token is a function of what the row's pages hold, read through its table. So a page that was shared wrongly,
-written too early, copied too late or given away while in use changes a token or fails at once.
+written too early, copied too late or given away while in use changes a token or fails at once. What an eviction keeps
+is a function of all slots and of the tokens whose queries it observes; what should be there is worked out token by
+token, in a list, from the policy's words alone.
 """
 
 from __future__ import annotations
 
 from hashlib import blake2b
+from math import ceil
 
+from kv_compress.eviction import EvictionSettings
 from runtime.blocks import BlockPool, PageType
 from runtime.scheduler import Scheduler, SchedulerSettings, Step, StepOutput
 from runtime.sequence import Sequence
+from runtime.step import Compression
 
 Slot = tuple[str, int, int]  # tenant, position, token
 
@@ -25,6 +30,22 @@ def shape(step) -> list[tuple[int, int, bool]]:
     return [(row.sequence, len(row.tokens), row.samples) for row in step.rows]
 
 
+def is_point(eviction: EvictionSettings, position: int, prompt: int) -> bool:
+    """Whether the policy evicts once the tokens before a position are stored."""
+    if position < prompt:
+        return "prefill_chunk" in eviction.when and position % eviction.every == 0
+    if position == prompt:
+        return "prefill_end" in eviction.when
+    return "decode" in eviction.when and (position - prompt) % eviction.every == 0
+
+
+def chosen(slots: list, count: int, queries: int) -> list:
+    """Slots that stay, in order, drawn from all of them and those of the observed queries."""
+    seed = repr((slots, slots[len(slots) - queries :])).encode()
+    lots = [blake2b(seed + bytes([index]), digest_size=4).digest() for index in range(len(slots))]
+    return [slots[index] for index in sorted(sorted(range(len(slots)), key=lots.__getitem__)[:count])]
+
+
 class Bench:
     """Pool, scheduler, memory, and every sequence that ever came."""
 
@@ -36,11 +57,19 @@ class Bench:
         max_length: int = 40,
         vocabulary: int = 3,
         settings: SchedulerSettings | None = None,
+        eviction: EvictionSettings | None = None,
     ) -> None:
         self.pool = BlockPool(pages, PageType("float32", 64 * page_tokens, page_tokens))
+        self.eviction = eviction
         self.scheduler = Scheduler(
-            self.pool, settings or SchedulerSettings(), max_length=max_length, clock=lambda: float(len(self.sequences))
+            self.pool,
+            settings or SchedulerSettings(),
+            max_length=max_length,
+            clock=lambda: float(len(self.sequences)),
+            points=None if eviction is None else eviction.points(64),
         )
+        self.evictions = 0
+        self.seeds: dict[tuple, int] = {}
         self.sequences: dict[int, Sequence] = {}
         self.memory: list[list[Slot | None]] = [[None] * page_tokens for _ in range(pages)]
         self.vocabulary = vocabulary
@@ -100,14 +129,50 @@ class Bench:
             for offset, token in enumerate(row.tokens):
                 page, slot = divmod(row.kv_len + offset, self.pool.page.tokens)
                 self.memory[row.table[page]][slot] = (self.sequences[row.sequence].tenant, row.start + offset, token)
-        return StepOutput({row.sequence: self._next_token(row) for row in step.rows if row.samples})
+        output = StepOutput({row.sequence: self._next_token(row) for row in step.rows if row.samples})
+        rows = {row.sequence: row for row in step.rows}
+        for done in step.compressions:
+            self._evict(done, rows[done.sequence])
+        return output
 
     def _next_token(self, row) -> int:
         sequence = self.sequences[row.sequence]
-        slots = [slot for page in row.table for slot in self.memory[page]][: row.kv_len + len(row.tokens)]
-        expected = [(sequence.tenant, position, token) for position, token in enumerate(sequence.tokens)]
-        assert slots == expected[: len(slots)], f"sequence {row.sequence} reads {slots}, its tokens are {expected}"
+        slots = self._read(row.table, row.kv_len + len(row.tokens))
+        expected = self.stored(sequence, row.start + len(row.tokens))
+        assert slots == expected, f"sequence {row.sequence} reads {slots}, its tokens are {expected}"
         return blake2b(repr(slots).encode(), digest_size=4).digest()[0] % self.vocabulary
+
+    def _read(self, table: tuple[int, ...], count: int) -> list:
+        slots = [slot for page in table for slot in self.memory[page]]
+        assert len(slots) >= count
+        return slots[:count]
+
+    def _evict(self, done: Compression, row) -> None:
+        """Move what stays to the front of the target, after reading all of it."""
+        sequence, end = self.sequences[row.sequence], row.start + len(row.tokens)
+        slots = self._read(done.source, done.slots)
+        assert slots == self.stored(sequence, end) and 0 <= done.queries <= len(row.tokens)
+        name = (sequence.tenant, tuple(sequence.tokens[:end]), min(len(sequence.prompt), end))
+        assert self.seeds.setdefault(name, done.seed) == done.seed
+        for index, slot in enumerate(chosen(slots, done.kept, done.queries)):
+            page, offset = divmod(index, self.pool.page.tokens)
+            self.memory[done.target[page]][offset] = slot
+        self.evictions += 1
+
+    def stored(self, sequence: Sequence, end: int) -> list[Slot]:
+        """What the slots hold once the tokens before `end` are stored, and before an eviction there."""
+        slots: list[Slot] = []
+        prompt, last = len(sequence.prompt), 0
+        for position, token in enumerate(sequence.tokens[:end]):
+            if self.eviction is not None and position and is_point(self.eviction, position, prompt):
+                tokens, ratio = self.eviction.budget.tokens, self.eviction.budget.ratio
+                kept = tokens if tokens is not None else max(self.eviction.least, ceil((ratio or 0) * position))
+                if kept < len(slots):
+                    queries = min(self.eviction.recent, position - last if position <= prompt else 1)
+                    slots = chosen(slots, kept, queries if self.eviction.method == "snapkv" else 0)
+                    last = position
+            slots.append((sequence.tenant, position, token))
+        return slots
 
     def check(self) -> None:
         """Integrity, and that the pool's own counts add up."""

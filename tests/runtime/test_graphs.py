@@ -33,7 +33,7 @@ def test_padding_changes_no_row_and_writes_only_to_the_trash_page(parts: list[tu
     q_NHD = torch.zeros(size, 4, 16)
     q_NHD[:rows] = paged.q_THD
     padded.batch.kv_len = padded.batch.kv_len_S.tolist()  # the CPU's routes read lengths on the host, graphs do not
-    padded.batch.positions = padded.batch.position_T.tolist()
+    padded.batch.indices = padded.batch.index_T.tolist()
     out = paged_attention(q_NHD, paged.k_PBGD, paged.v_PBGD, padded.batch, scale=0.25)
     wanted = paged_attention(paged.q_THD, paged.k_PBGD, paged.v_PBGD, paged.batch, scale=0.25)
     assert torch.allclose(out[:rows], wanted, atol=1e-6)

@@ -8,17 +8,23 @@ from pathlib import Path
 import pytest
 
 from compress.core.errors import InputError, UsageError
+from kv_compress.eviction import Budget, EvictionSettings
 from runtime.scheduler import Scheduler, SchedulerSettings, StepOutput
 from runtime.trace import Recorder, TraceMismatch, replay
 from tests.runtime.bench import Bench
 
+EVICTION = EvictionSettings(budget=Budget(tokens=4), sinks=1, recent=2, every=3, method="random")
 
-def record(path: Path) -> Bench:
+
+def record(path: Path, eviction: EvictionSettings | None = None) -> Bench:
     """A run with everything in it: two tenants, preemptions, a fork, an abort, a stop and a step that failed."""
     scheduling = SchedulerSettings(policy="vtc", tenant_weights={"a": 2.0}, token_budget=12, headroom_tokens=0)
-    bench = Bench(pages=6, settings=scheduling)
+    bench = Bench(pages=6, settings=scheduling, eviction=eviction)
+    points = bench.scheduler.points
     with Recorder(path) as recorder:
-        bench.scheduler = Scheduler(bench.pool, scheduling, max_length=40, clock=lambda: 0.5, recorder=recorder)
+        bench.scheduler = Scheduler(
+            bench.pool, scheduling, max_length=40, clock=lambda: 0.5, recorder=recorder, points=points
+        )
         parent = bench.add([1, 2, 0, 1, 2, 2], 6, tenant="a")
         bench.step()
         bench.fork(parent, last=2)
@@ -33,7 +39,8 @@ def record(path: Path) -> Bench:
         bench.add(3, 2)
         bench.scheduler.schedule()
         bench.scheduler.abandon()
-    assert bench.scheduler.preemptions and any(step.copies for step in bench.steps)
+    assert bench.evictions if eviction else bench.scheduler.preemptions
+    assert eviction or any(step.copies for step in bench.steps)
     return bench
 
 
@@ -52,8 +59,9 @@ def rewrite(trace: Path, kind: str, **changes: object) -> int:
     return number + 1
 
 
-def test_a_replay_makes_the_same_steps(tmp_path: Path) -> None:
-    bench = record(tmp_path / "trace.jsonl")
+@pytest.mark.parametrize("eviction", [None, EVICTION])
+def test_a_replay_makes_the_same_steps(tmp_path: Path, eviction: EvictionSettings | None) -> None:
+    bench = record(tmp_path / "trace.jsonl", eviction)
     made = list(replay(tmp_path / "trace.jsonl"))
     assert [step for _, step in made[:-1]] == bench.steps
     scheduler = made[-1][0]

@@ -115,7 +115,7 @@ def _launch(
         batch.starts_S1[first:],
         batch.kv_len_S[first:],
         batch.table_SP[first:],
-        batch.position_T,
+        batch.index_T,
         scale * _LOG2_E if softcap is None else scale / softcap,
         0.0 if softcap is None else softcap * _LOG2_E,
         0 if window is None else window,
@@ -173,7 +173,7 @@ def _attend(
     starts_ptr,
     kv_len_ptr,
     table_ptr,
-    position_ptr,
+    index_ptr,
     scale,
     cap,
     window,
@@ -229,13 +229,12 @@ def _attend(
     real_d = d < WIDTH
     q_at = flat[:, None] * q_stride_t + head[:, None] * q_stride_h + d[None, :]
     q = tl.load(q_ptr + q_at, mask=real_m[:, None] & real_d[None, :], other=0.0)
-    position = tl.load(position_ptr + flat, mask=real_m, other=-1).to(tl.int32)
+    own = tl.load(index_ptr + flat, mask=real_m, other=-1).to(tl.int32)
 
-    # slot i holds position i, so that positions bound the slots to read
-    end = tl.minimum(tl.load(kv_len_ptr + sequence), tl.max(position, 0) + 1)
+    end = tl.minimum(tl.load(kv_len_ptr + sequence), tl.max(own, 0) + 1)
     first = 0
     if WINDOW:
-        first = tl.maximum(tl.min(tl.where(real_m, position, 2147483647), 0) - window + 1, 0)
+        first = tl.maximum(tl.min(tl.where(real_m, own, 2147483647), 0) - window + 1, 0)
     first_tile = first // BLOCK_N
     tiles = tl.cdiv(end, BLOCK_N) - first_tile
     share = tl.cdiv(tiles, SEGMENTS)
@@ -255,9 +254,9 @@ def _attend(
         score = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
         if SOFTCAP:
             score = _tanh(score) * cap
-        visible = stored[None, :] & (slot[None, :] <= position[:, None])
+        visible = stored[None, :] & (slot[None, :] <= own[:, None])
         if WINDOW:
-            visible = visible & (slot[None, :] > position[:, None] - window)
+            visible = visible & (slot[None, :] > own[:, None] - window)
         score = tl.where(visible, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         weight = tl.exp2(score - higher[:, None])

@@ -1,0 +1,88 @@
+"""Where in a sequence keys and values are evicted, and how many are left: whole numbers, no tensors.
+
+A point is a logical position: once the tokens before it are stored, each layer and head drops all but `kept` slots.
+All that is told here follows from the tokens' number, the prompt's length and the policy, so it can be worked out
+before anything is computed, and comes out the same however a prompt was cut into chunks, batched or started over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import NamedTuple
+
+_WITHOUT_END = 1 << 62
+
+
+class Point(NamedTuple):
+    """An eviction: at `position`, where `slots` are stored, `kept` stay; scored with the last `queries` queries."""
+
+    position: int
+    slots: int
+    kept: int
+    queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """When a policy evicts, and how much it keeps.
+
+    `prompt_every`, `decode_every`: tokens from one point to the next within the prompt and behind it, 0 for none there.
+    `prompt_end`: whether the prompt's end is a point. `tokens` stay at a point, or `ratio` of the tokens so far;
+    `least` in any case. `window`: queries observed at points of the prompt, of decodes the last one is (0: none are).
+    `seeded`: scores are drawn by lot from the tokens. `salt` names the policy: what it leaves is like no other's.
+    """
+
+    prompt_every: int
+    prompt_end: bool
+    decode_every: int
+    tokens: int | None
+    ratio: float
+    least: int
+    window: int
+    seeded: bool
+    salt: str
+
+    def after(self, slots: int, position: int, prompt: int, end: int = _WITHOUT_END) -> Point | None:
+        """The first point behind `position`, and no later than `end`, at which anything is evicted, if `slots` slots
+        hold the tokens before `position`, which is the last point or 0; the prompt has `prompt` tokens."""
+        at = self._next(position, prompt)
+        while at is not None and at <= end:
+            stored = slots + at - position
+            kept = self.kept(at)
+            if kept < stored:
+                queries = min(self.window, at - position if at <= prompt else 1)
+                return Point(at, stored, kept, queries)
+            at = self._next(at, prompt)
+        return None
+
+    def kept(self, position: int) -> int:
+        """Slots that stay at a point, if there are more."""
+        return max(self.least, self.tokens if self.tokens is not None else ceil(self.ratio * position))
+
+    def peak(self, slots: int, position: int, prompt: int, end: int) -> int:
+        """The most slots taken at any time from the last point, after which `slots` slots hold what was before
+        `position`, until all tokens before `end` are stored (a point at `end` comes after that)."""
+        return _peak(self, slots, position, prompt, end)
+
+    def _next(self, position: int, prompt: int) -> int | None:
+        if position < prompt:
+            inside = position - position % self.prompt_every + self.prompt_every if self.prompt_every else prompt
+            if inside < prompt:
+                return inside
+            if self.prompt_end:
+                return prompt
+            position = prompt
+        if not self.decode_every:
+            return None
+        return position + self.decode_every - (position - prompt) % self.decode_every
+
+
+@lru_cache(maxsize=4096)
+def _peak(points: Points, slots: int, position: int, prompt: int, end: int) -> int:
+    most = 0
+    while (point := points.after(slots, position, prompt, end)) is not None:
+        most = max(most, point.slots)
+        slots, position = point.kept, point.position
+    return max(most, slots + end - position)

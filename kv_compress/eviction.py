@@ -1,0 +1,94 @@
+"""Settings of eviction: which method, how much stays, and when."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from compress.core.errors import UsageError
+from compress.core.quantities import parse_size
+from kv_compress._budget import Points
+
+Method = Literal["streaming", "key_norm", "keydiff", "random", "tova", "snapkv", "expected_attention"]
+Time = Literal["prefill_chunk", "prefill_end", "decode"]
+
+
+class Budget(BaseModel):
+    """How much of a sequence's keys and values stays at each point; exactly one of the three."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="slots per layer and head")
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="share of the tokens so far")
+    bytes: int | str | None = Field(None, description="of all layers together, as a number or a size such as 8MiB")
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        given = [name for name in ("tokens", "ratio", "bytes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a budget is one of tokens, ratio and bytes, not {' and '.join(given) or 'none of them'}")
+        if self.bytes is not None and parse_size(self.bytes) < 1:
+            raise ValueError(f"bytes must be above 0, not {self.bytes!r}")
+        return self
+
+
+class EvictionSettings(BaseModel):
+    """Which keys and values are dropped, so that their pages go back to the pool."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Method = Field("snapkv", description="how slots are scored; each is a file of this package")
+    budget: Budget = Field(description="what stays at each point")
+    sinks: int = Field(4, ge=0, description="first tokens, which always stay")
+    recent: int = Field(32, ge=1, description="last tokens, which always stay; their queries are those observed")
+    every: int = Field(512, ge=1, description="tokens from one point to the next")
+    when: tuple[Time, ...] = Field(
+        ("prefill_end", "decode"),
+        description="prefill_chunk: every so many tokens of the prompt; prefill_end: at its end; decode: every so many "
+        "generated tokens",
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> EvictionSettings:
+        if not self.when or len(set(self.when)) < len(self.when):
+            raise ValueError("when names at least one of prefill_chunk, prefill_end and decode, each once")
+        if self.budget.tokens is not None and self.budget.tokens < self.least:
+            raise ValueError(
+                f"a budget of {self.budget.tokens} tokens is less than the {self.least} that always stay "
+                f"(sinks {self.sinks}, recent {self.recent})"
+            )
+        return self
+
+    @property
+    def least(self) -> int:
+        """Slots that stay in any case."""
+        return self.sinks + self.recent
+
+    def points(self, token_bytes: int) -> Points:
+        """Where evictions happen, if a token takes `token_bytes` bytes over all layers. UsageError if the bytes of the
+        budget are fewer than what always stays takes."""
+        tokens = self.budget.tokens
+        if self.budget.bytes is not None:
+            wanted = parse_size(self.budget.bytes)
+            tokens = wanted // token_bytes
+            if tokens < self.least:
+                raise UsageError(
+                    f"a budget of {wanted:,} bytes holds {tokens:,} tokens of {token_bytes:,} bytes, less than the "
+                    f"{self.least:,} that always stay",
+                    hint=f"give at least {self.least * token_bytes:,} bytes, or lower sinks and recent",
+                )
+        queries = importlib.import_module(f"kv_compress.{self.method}").QUERIES
+        return Points(
+            prompt_every=self.every if "prefill_chunk" in self.when else 0,
+            prompt_end="prefill_end" in self.when,
+            decode_every=self.every if "decode" in self.when else 0,
+            tokens=tokens,
+            ratio=self.budget.ratio or 0.0,
+            least=self.least,
+            window={"none": 0, "last": 1, "recent": self.recent}[queries],
+            seeded=self.method == "random",
+            salt=hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest(),
+        )
