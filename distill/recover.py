@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -10,7 +11,6 @@ from pydantic import Field
 from compress.core.errors import UsageError
 from compress.core.passes import Job, LayerPlan, Plan, WeightKind
 from compress.core.patterns import Pattern, covered, unused
-from distill._settings_taught import ORIGINAL
 from distill.logits import Logits
 
 if TYPE_CHECKING:
@@ -57,50 +57,61 @@ class Recover(Logits):
     def steps(self, tokens: Tokens) -> int:
         return super().steps(tokens) if self.tokens else 0
 
-    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
-        from compress.core.memory import IMPORTS_BYTES, machine_speed
-        from distill._memory import ACTIVATIONS
+    def planned(self, checkpoint: Checkpoint, calibration: Tokens | None, teacher: Checkpoint | None) -> Plan:
+        from distill._memory import parameters_of
 
-        self.require_teacher(checkpoint, calibration)
-        coded = checkpoint.kind == "quantized"
-        layers = [layer for layer in self._layers(checkpoint) if not coded or layer.scheme]
-        taken = [layer for layer in layers if layer.reason]
-        self._require_work(checkpoint, taken)
-        trained = sum(math.prod(layer.shape) for layer in taken)
-        numbers = parameters_of(checkpoint)
-        paired = self.rank * sum(sum(layer.shape) for layer in taken)
-        learned = paired if self.keep == "adapter" or not coded else trained
-        length = 1 if calibration is None else calibration.ids.shape[1]
-        held = self.rows_at_once * length * checkpoint.config["hidden_size"] * checkpoint.num_blocks
-        held *= 4 * ACTIVATIONS[self.precision]
-        held += 4 * numbers + 4 * trained  # the model, and what its forward makes of the weights that are trained
-        held += 16 * paired if learned == paired else 12 * trained + 16 * max(math.prod(each.shape) for each in taken)
+        layers = self._layers(checkpoint)
+        self._require_work(checkpoint, self._taken(checkpoint))
+        trained, paired = self._learned(checkpoint)
         bytes_out = sum(info.bytes for info in checkpoint.tensors.values())
         adapter_bytes = paired * checkpoint.dtype.itemsize if self.keep == "adapter" else 0
-        return Plan(
-            layers=tuple(layers),
+        plan = super().planned(checkpoint, calibration, teacher)
+        left = bytes_out if checkpoint.kind == "quantized" else 4 * parameters_of(checkpoint)
+        return replace(
+            plan,
             bytes_out=bytes_out + adapter_bytes,
-            peak_memory_bytes=IMPORTS_BYTES + held + (self.teacher_bytes(checkpoint) if self.tokens else 0),
-            disk_bytes=(bytes_out if coded else 4 * numbers) + 2 * 12 * learned,
-            minutes=(6 + 2) * numbers * self.tokens / machine_speed().matmul / 60,
-            notices=(*unused("layers", self.layers, [layer.name for layer in layers]), *self._notices),
+            disk_bytes=left + 2 * 12 * (trained or paired),
+            notices=(
+                *plan.notices,
+                *unused("layers", self.layers, [layer.name for layer in layers]),
+                *self._notices,
+            ),
         )
 
     @property
     def _notices(self) -> tuple[str, ...]:
         return ("what is scored are the packed weights without their adapter",) if self.keep == "adapter" else ()
 
-    def teacher_bytes(self, checkpoint: Checkpoint) -> int:
-        return super().teacher_bytes(checkpoint) if self.teacher != ORIGINAL else 4 * parameters_of(checkpoint)
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        from distill._memory import CAST_BYTES, WEIGHT_BYTES, parameters_of
+
+        taken, numbers = [math.prod(layer.shape) for layer in self._taken(checkpoint)], parameters_of(checkpoint)
+        trained, paired = self._learned(checkpoint)
+        held = 4 * numbers + 4 * sum(taken)  # the model, and what its forward makes of the weights that are trained
+        held += CAST_BYTES * numbers if self.precision == "bf16" else 0
+        if not trained:
+            return held + WEIGHT_BYTES[self.optimizer] * paired
+        return held + (WEIGHT_BYTES[self.optimizer] - 4) * trained + 16 * max(taken)
+
+    def _taken(self, checkpoint: Checkpoint) -> list[LayerPlan]:
+        return [layer for layer in self._layers(checkpoint) if layer.reason]
+
+    def _learned(self, checkpoint: Checkpoint) -> tuple[int, int]:
+        """Numbers that are trained: codes, or else those of pairs."""
+        taken = self._taken(checkpoint)
+        if checkpoint.kind == "quantized" and self.keep == "merged":
+            return sum(math.prod(layer.shape) for layer in taken), 0
+        return 0, self.rank * sum(sum(layer.shape) for layer in taken)
 
     def _layers(self, checkpoint: Checkpoint) -> list[LayerPlan]:
-        found = []
+        found, coded = [], checkpoint.kind == "quantized"
         for index in range(checkpoint.num_blocks):
             for name in checkpoint.sites(index):
                 size = sum(checkpoint.info(stored).bytes for stored in checkpoint.stored_names(name))
                 reason = "trained" if covered(name, self.layers) else ""
                 scheme = checkpoint.schemes.get(name)
-                found.append(LayerPlan(name, checkpoint.matrix_shape(name), size, size, scheme, reason))
+                if scheme or not coded:
+                    found.append(LayerPlan(name, checkpoint.matrix_shape(name), size, size, scheme, reason))
         return found
 
     def _require_work(self, checkpoint: Checkpoint, taken: list[LayerPlan]) -> None:
@@ -122,10 +133,3 @@ class Recover(Logits):
         from distill._recover import recover
 
         recover(self, job)
-
-
-def parameters_of(checkpoint: Checkpoint) -> int:
-    """How many numbers the model has when nothing is packed."""
-    packed = {name for module in checkpoint.schemes for name in checkpoint.stored_names(module)}
-    dense = sum(math.prod(info.shape) for name, info in checkpoint.tensors.items() if name not in packed)
-    return dense + sum(math.prod(checkpoint.matrix_shape(module)) for module in checkpoint.schemes)
