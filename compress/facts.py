@@ -181,7 +181,7 @@ def run_json(
 def _measured(journal: Journal, stage: int) -> dict[str, Any]:
     """Seconds and peak memory of a stage, over all processes that worked on it, if it was resumed; the losses of one
     that trained; what the model was worth behind it, where that was measured."""
-    units = [*journal.of("block"), *journal.of("stage")]
+    units = [*journal.of("block"), *journal.of("save"), *journal.of("stage")]
     peaks = [data["peak_memory_bytes"] for data in journal.of("memory") if data["stage"] == stage]
     return {
         "seconds": sum(data["seconds"] for data in units if data["stage"] == stage),

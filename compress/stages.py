@@ -10,6 +10,7 @@ from compress.core.events import Finished, Listener, Notice, Started
 from compress.core.files import make_folder, remove_tree
 from compress.core.journal import Journal
 from compress.core.passes import Job
+from compress.core.stopwatch import Stopwatch
 from compress.core.workers import joined
 from compress.inputs import Inputs, RunOptions
 from compress.interrupt import units_finish
@@ -62,6 +63,7 @@ def _run_stage(
     name = f"{stage.kind} {stage.method}"
     events(Started(name, 1, "stage"))
     kind = stage.settings.gives or source.kind
+    watch = Stopwatch()
     with units_finish(events) as after_block, PeakMemory() as memory:
         sink = StageWriter(
             workspace.stage(number, stage.kind),
@@ -73,6 +75,7 @@ def _run_stage(
             format=stage.settings.formats[0] if stage.settings.gives else inputs.recipe.stage_format,
             masked=kind == "masked",
             after_commit=after_block,
+            watch=watch,
         )
         if sink.finished():
             events(Notice(f"going on behind block {sink.finished()} of {source.num_blocks}", name))
@@ -89,7 +92,7 @@ def _run_stage(
             events=events,
             remember=partial(_remembered, journal, number),
             keep=Kept(workspace.kept, journal, number),
-            saves=Saves(workspace.saves, journal, number),
+            saves=Saves(workspace.saves, journal, number, watch),
             kept_blocks=kept_blocks(number, inputs, journal),
             open_sampler=partial(RuntimeSampler, device=options.device),
             zeros_stay=inputs.original.kind == "masked" or "masked" in [s.settings.gives for s in earlier],

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from compress.core.errors import UsageError
 from compress.core.recipe_sections import Section, Text
 
 SHORT_IDS = 1 << 16  # vocabularies up to here have ids of two bytes
@@ -39,6 +40,15 @@ class Cache(Section):
         """The settings that decide what is written, as plain data: how a tail is read is no matter of the file."""
         kept = ("codec", "draws", "spread", "seed") if self.codec == "sampled" else ("codec", "k")
         return self.model_dump(mode="json", include=set(kept))
+
+    def require_kept(self, vocabulary: int) -> None:
+        """UsageError if more tokens are to be kept at a position than there are."""
+        if self.codec == "topk" and self.k > vocabulary:
+            raise UsageError(
+                f"cache.k is {self.k}, and the vocabulary has {vocabulary} tokens",
+                where="distill.cache",
+                hint="lower k",
+            )
 
     def most(self, vocabulary: int) -> int:
         """Tokens kept at a position, at most."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -13,35 +14,63 @@ if TYPE_CHECKING:
 
 WEIGHT_BYTES = {"adamw": 16, "adamw8bit": 10}  # fp32 weight and gradient, and two moments of 4 bytes or 1
 UPDATE_NUMBERS = 4  # of the largest matrix, while 8-bit moments are fp32 for an update
+TEACHER_BYTES = 4  # of each of its weights
 CAST_BYTES = 2  # of each weight: its bf16 copy, which the way back finds
 ACTIVATIONS = {"fp32": 34, "bf16": 24}  # numbers of 4 bytes per token, block and channel that the way back finds
 
 
-def training_bytes(settings: Training, checkpoint: Checkpoint, numbers: int, length: int) -> int:
-    """Peak memory of one process that trains `numbers` parameters on rows of `length` tokens."""
+def parameters_of(checkpoint: Checkpoint) -> int:
+    """How many numbers the model has when nothing is packed."""
+    packed = {name for module in checkpoint.schemes for name in checkpoint.stored_names(module)}
+    dense = sum(math.prod(info.shape) for name, info in checkpoint.tensors.items() if name not in packed)
+    return dense + sum(math.prod(checkpoint.matrix_shape(module)) for module in checkpoint.schemes)
+
+
+def reading_minutes(model: Checkpoint, tokens: int) -> float:
+    """Of one forward over so many tokens."""
+    from compress.core.memory import machine_speed
+
+    return 2 * parameters_of(model) * tokens / machine_speed().matmul / 60
+
+
+def reading_bytes(model: Checkpoint) -> int:
+    """Peak memory of a process in which a model reads, and nothing is trained."""
+    return IMPORTS_BYTES + TEACHER_BYTES * parameters_of(model)
+
+
+def training_bytes(settings: Training, checkpoint: Checkpoint, teacher: Checkpoint | None, length: int) -> int:
+    """Peak memory of one process that trains on rows of `length` tokens, with the teacher beside the student."""
     channels = settings.rows_at_once * length * checkpoint.config["hidden_size"]
     blocks = checkpoint.num_blocks
     held = ACTIVATIONS[settings.precision] * channels * (1 if settings.checkpointing else blocks)
     held += channels * blocks * settings.checkpointing  # the inputs of blocks
-    if settings.optimizer == "adamw8bit":
-        held += UPDATE_NUMBERS * max(info.bytes for info in checkpoint.tensors.values()) // checkpoint.dtype.itemsize
-    extra = settings.extra_numbers(checkpoint)
-    weights = WEIGHT_BYTES[settings.optimizer] * (numbers + extra)
+    taught = TEACHER_BYTES * parameters_of(teacher) if teacher else 0
+    return IMPORTS_BYTES + settings.weight_bytes(checkpoint) + 4 * held + taught
+
+
+def whole_model_bytes(settings: Training, checkpoint: Checkpoint) -> int:
+    """Of a model that is trained as a whole: weights, gradients, moments, and copies for products."""
+    numbers = parameters_of(checkpoint)
+    weights = WEIGHT_BYTES[settings.optimizer] * (numbers + settings.extra_numbers(checkpoint))
     weights += CAST_BYTES * numbers if settings.precision == "bf16" else 0
-    return IMPORTS_BYTES + weights + 4 * held + settings.teacher_bytes(checkpoint)
+    if settings.optimizer == "adamw8bit":
+        weights += 4 * UPDATE_NUMBERS * max(math.prod(info.shape) for info in checkpoint.tensors.values())
+    return weights
 
 
-def leaner(settings: Training, checkpoint: Checkpoint, numbers: int, length: int) -> tuple[tuple[str, int], ...]:
+def leaner(
+    settings: Training, checkpoint: Checkpoint, teacher: Checkpoint | None, length: int
+) -> tuple[tuple[str, int], ...]:
     """Settings that would need less, as written in a recipe, with their bytes: few changes before many, and those that
     cost no quality first."""
     changes: dict[str, Any] = {"rows_at_once": 1, "checkpointing": True, "optimizer": "adamw8bit"}
     changes = {name: value for name, value in changes.items() if getattr(settings, name) != value}
-    now, found = training_bytes(settings, checkpoint, numbers, length), []
+    now, found = training_bytes(settings, checkpoint, teacher, length), []
     for count in range(1, len(changes) + 1):
         for names in combinations(changes, count):
             changed = {name: changes[name] for name in names}
             other = settings.model_copy(update=changed)
-            needed = training_bytes(other, checkpoint, numbers, length)
+            needed = training_bytes(other, checkpoint, teacher, length)
             if needed < now:
                 words = (f"{name}: {str(value).lower()}" for name, value in changed.items())
                 found.append((" and ".join(words), needed))

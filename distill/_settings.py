@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -60,25 +59,40 @@ class Training(Pass):
         """Tokens of the longest row of a step."""
         return tokens.ids.shape[1]
 
-    def teacher_bytes(self, checkpoint: Checkpoint) -> int:
-        """Memory of what the student learns from."""
-        return 0
+    def teacher_for(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Checkpoint | None:
+        """What the student learns from, if that is a model. InputError, before any work, for one that cannot teach."""
+        return None
+
+    def taught_tokens(self, calibration: Tokens | None) -> int:
+        """How many tokens the teacher reads while the student is beside it."""
+        return self.trained_tokens(calibration)
 
     def extra_numbers(self, checkpoint: Checkpoint) -> int:
         """How many parameters are trained beside the model's."""
         return 0
 
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        """Memory of the student's weights, and of what the optimizer holds of them."""
+        from distill._memory import whole_model_bytes
+
+        return whole_model_bytes(self, checkpoint)
+
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
+        return self.planned(checkpoint, calibration, self.teacher_for(checkpoint, calibration))
+
+    def planned(self, checkpoint: Checkpoint, calibration: Tokens | None, teacher: Checkpoint | None) -> Plan:
         """Bytes from headers; memory and minutes from the number of parameters."""
         import torch
 
-        from compress.core.memory import machine_speed
-        from distill._memory import leaner, training_bytes
+        from distill._memory import leaner, parameters_of, reading_minutes, training_bytes
 
         numbers = parameters_of(checkpoint)
         length = 1 if calibration is None else self.longest(calibration)
         trained = self.trained_tokens(calibration)
-        passes = 6 + 2 + 2 * self.checkpointing  # forwards and backwards, the teacher's forward, one again
+        taught = 0 if teacher is None else self.taught_tokens(calibration)
+        beside = teacher if taught else None
+        minutes = (3 + self.checkpointing) * reading_minutes(checkpoint, trained)  # a way back is two forwards
+        minutes += reading_minutes(beside, taught) if beside else 0.0
         processes = launched() if self.joins else 1
         here = launched_here() if self.joins and not torch.cuda.is_available() else 1  # each GPU has its own memory
         rows = self.batch if calibration is None else len(calibration.ids)
@@ -87,10 +101,10 @@ class Training(Pass):
             notices=(again,) if self.batch > rows else (),
             layers=tuple(layer_plans(checkpoint)),
             bytes_out=sum(info.bytes for info in checkpoint.tensors.values()),
-            peak_memory_bytes=here * training_bytes(self, checkpoint, numbers, length),
+            peak_memory_bytes=here * training_bytes(self, checkpoint, beside, length),
             disk_bytes=(4 + 2 * 12) * numbers,  # the result in fp32, and two saves
-            minutes=passes * numbers * trained / machine_speed().matmul / 60 / processes,
-            leaner=tuple((words, here * size) for words, size in leaner(self, checkpoint, numbers, length)),
+            minutes=minutes / processes,
+            leaner=tuple((words, here * size) for words, size in leaner(self, checkpoint, beside, length)),
         )
 
 
@@ -104,10 +118,3 @@ def layer_plans(checkpoint: Checkpoint, trained: Sequence[str] = ("*",)) -> list
             scheme = checkpoint.schemes.get(name)
             found.append(LayerPlan(name, checkpoint.matrix_shape(name), size, size, scheme, reason))
     return found
-
-
-def parameters_of(checkpoint: Checkpoint) -> int:
-    """How many numbers the model has when nothing is packed."""
-    packed = {name for module in checkpoint.schemes for name in checkpoint.stored_names(module)}
-    dense = sum(math.prod(info.shape) for name, info in checkpoint.tensors.items() if name not in packed)
-    return dense + sum(math.prod(checkpoint.matrix_shape(module)) for module in checkpoint.schemes)

@@ -39,17 +39,17 @@ class Completing(Led):
         return Sampling(self.prompt_tokens, self.new_tokens, self.sampling_temperature, self.top_p, at_once)
 
     @abstractmethod
-    def generating(self, checkpoint: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
+    def generating(self, checkpoint: Checkpoint, teacher: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
         """What completions cost, and whether the student and the teacher are held beside the model that makes them."""
 
-    def written_once(self, checkpoint: Checkpoint, rows: int) -> Cost:
+    def written_once(self, model: Checkpoint, rows: int) -> Cost:
         """What it costs to let a model complete so many rows, once, and to keep that as 64-bit numbers."""
         from compress.core.generating import generating_cost
 
-        cost = generating_cost(checkpoint, self.sampling(MOST_AT_ONCE), rows)
+        cost = generating_cost(model, self.sampling(MOST_AT_ONCE), rows)
         return replace(cost, spill_bytes=8 * rows * self.completed_tokens)
 
-    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
+    def planned(self, checkpoint: Checkpoint, calibration: Tokens | None, teacher: Checkpoint | None) -> Plan:
         """That of training, and of generation: in the same process, before or in between."""
         from compress.core.memory import IMPORTS_BYTES
 
@@ -60,8 +60,10 @@ class Completing(Led):
                 f"and the model has {limit} positions",
                 where="distill.new_tokens",
             )
-        plan = super().plan(checkpoint, calibration)
-        costs = [] if calibration is None else self.generating(checkpoint, calibration)
+        plan = super().planned(checkpoint, calibration, teacher)
+        costs = []
+        if calibration is not None and teacher is not None:
+            costs = self.generating(checkpoint, teacher, calibration)
         beside = sum(cost.memory_bytes for cost, stays in costs if stays)
         before = max((cost.memory_bytes for cost, stays in costs if not stays), default=0)
         return replace(

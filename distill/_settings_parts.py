@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +13,8 @@ from pydantic import Field
 from compress.core.errors import UsageError
 from compress.core.passes import LayerPlan, Plan
 from compress.core.patterns import Pattern, unused
-from distill._settings import Training, layer_plans, parameters_of
+from distill._memory import CAST_BYTES, WEIGHT_BYTES, parameters_of, whole_model_bytes
+from distill._settings import Training, layer_plans
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
@@ -32,6 +34,36 @@ class Coded(Training):
     )
     rest_rate: float = Field(1e-3, gt=0, le=0.1, description="of that, in parts of the size of a tensor's numbers")
 
+    @abstractmethod
+    def pair_rank(self, checkpoint: Checkpoint) -> int | None:
+        """The rank of pairs that are trained; None: codes are, and what lies beside them."""
+
+    def layers_of(self, checkpoint: Checkpoint) -> list[LayerPlan]:
+        """The layers of the blocks, of a quantized model those with codes; what is trained has a reason."""
+        coded = checkpoint.kind == "quantized"
+        return [layer for layer in layer_plans(checkpoint, self.layers) if layer.scheme or not coded]
+
+    def learned_numbers(self, checkpoint: Checkpoint) -> int:
+        """How many numbers are trained."""
+        taken, rank = [layer for layer in self.layers_of(checkpoint) if layer.reason], self.pair_rank(checkpoint)
+        if rank is not None:
+            return rank * sum(sum(layer.shape) for layer in taken)
+        return sum(math.prod(layer.shape) for layer in taken) + self._rest_numbers(checkpoint)
+
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        taken = [math.prod(layer.shape) for layer in self.layers_of(checkpoint) if layer.reason]
+        numbers, held = parameters_of(checkpoint), WEIGHT_BYTES[self.optimizer]
+        frozen = 4 * numbers + 4 * sum(taken)  # the model, and what its forward makes of the weights that are trained
+        frozen += CAST_BYTES * numbers if self.precision == "bf16" else 0
+        if self.pair_rank(checkpoint) is not None:
+            return frozen + held * self.learned_numbers(checkpoint)
+        return frozen + (held - 4) * self.learned_numbers(checkpoint) + 16 * max(taken)
+
+    def _rest_numbers(self, checkpoint: Checkpoint) -> int:
+        from distill._rest import rest_names
+
+        return sum(math.prod(checkpoint.info(name).shape) for name in rest_names(checkpoint, self.rest))
+
 
 class Parts(Coded):
     """All weights, or low-rank pairs beside them that end merged; of a quantized model its codes and scales."""
@@ -45,49 +77,32 @@ class Parts(Coded):
         """What a pair's product counts."""
         return 1.0
 
-    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
-        plan = super().plan(checkpoint, calibration)
-        coded = checkpoint.kind == "quantized"
-        if not coded and self.rank is None:
-            return plan
-        from compress.core.memory import IMPORTS_BYTES
+    def pair_rank(self, checkpoint: Checkpoint) -> int | None:
+        return None if checkpoint.kind == "quantized" else self.rank
 
-        layers = [layer for layer in layer_plans(checkpoint, self.layers) if not coded or layer.scheme]
+    def weight_bytes(self, checkpoint: Checkpoint) -> int:
+        return super().weight_bytes(checkpoint) if self._is_part(checkpoint) else whole_model_bytes(self, checkpoint)
+
+    def planned(self, checkpoint: Checkpoint, calibration: Tokens | None, teacher: Checkpoint | None) -> Plan:
+        if not self._is_part(checkpoint):
+            return super().planned(checkpoint, calibration, teacher)
+        coded = checkpoint.kind == "quantized"
+        layers = self.layers_of(checkpoint)
         taken = [layer for layer in layers if layer.reason]
         require_layers(taken)
         if coded:
             require_whole_numbers(taken, hint="put this stage before the one that quantizes")
-        length = 1 if calibration is None else self.longest(calibration)
-        held, learned = part_bytes(self, checkpoint, length, taken, None if coded else self.rank)
+        plan = super().planned(checkpoint, calibration, teacher)
         kept = plan.bytes_out if coded else 4 * parameters_of(checkpoint)
         return replace(
             plan,
             layers=tuple(layers),
-            peak_memory_bytes=IMPORTS_BYTES + held,
-            disk_bytes=kept + 2 * 12 * learned,
+            disk_bytes=kept + 2 * 12 * self.learned_numbers(checkpoint),
             notices=(*plan.notices, *unused("layers", self.layers, [layer.name for layer in layers])),
-            leaner=(),
         )
 
-
-def part_bytes(
-    settings: Coded, checkpoint: Checkpoint, length: int, taken: Sequence[LayerPlan], rank: int | None
-) -> tuple[int, int]:
-    """(memory, how many numbers are learned) where these layers get pairs of `rank`, or (None) their codes are trained
-    and what lies beside them."""
-    from distill._memory import ACTIVATIONS
-    from distill._rest import rest_names
-
-    trained = sum(math.prod(layer.shape) for layer in taken)
-    held = settings.rows_at_once * length * checkpoint.config["hidden_size"] * checkpoint.num_blocks
-    held *= 4 * ACTIVATIONS[settings.precision]
-    held += 4 * parameters_of(checkpoint) + 4 * trained  # the model, and what its forward makes of what is trained
-    if rank is None:
-        beside = sum(math.prod(checkpoint.info(name).shape) for name in rest_names(checkpoint, settings.rest))
-        largest = max(math.prod(layer.shape) for layer in taken)
-        return held + 12 * trained + 16 * largest + 12 * beside, trained + beside
-    paired = rank * sum(sum(layer.shape) for layer in taken)
-    return held + 16 * paired, paired
+    def _is_part(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint.kind == "quantized" or self.rank is not None
 
 
 def require_layers(taken: Sequence[LayerPlan]) -> None:

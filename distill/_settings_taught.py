@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field
 
-from compress.core.passes import Plan
 from compress.core.places import locate
 from distill._divergences import Divergence
 from distill._settings import Training
@@ -29,23 +28,12 @@ class Led(Training):
     def located(self, base_folder: Path) -> Self:
         return self.model_copy(update={"teacher": locate(self.teacher, "model", base_folder)})
 
-    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
-        self.require_teacher(checkpoint, calibration)
-        return super().plan(checkpoint, calibration)
-
-    def require_teacher(self, checkpoint: Checkpoint, calibration: Tokens | None) -> None:
-        """InputError, before any work, for a teacher that is named and cannot teach."""
+    def teacher_for(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Checkpoint:
         from distill._teacher import named_teacher
 
-        if self.teacher != ORIGINAL:
-            named_teacher(self.teacher, checkpoint, None if calibration is None else calibration.ids.shape[1])
-
-    def teacher_bytes(self, checkpoint: Checkpoint) -> int:
-        from compress.core.checkpoint import Checkpoint
-
-        if self.teacher != ORIGINAL:
-            checkpoint = Checkpoint.open(self.teacher)
-        return 4 * sum(info.bytes for info in checkpoint.tensors.values()) // checkpoint.dtype.itemsize
+        if self.teacher == ORIGINAL:
+            return checkpoint.origin
+        return named_teacher(self.teacher, checkpoint, None if calibration is None else calibration.ids.shape[1])
 
 
 class Taught(Led):

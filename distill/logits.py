@@ -54,17 +54,30 @@ class Logits(Taught):
     def loss(self) -> Loss:
         return replace(self.towards_teacher, cross_entropy=self.cross_entropy)
 
-    def teacher_bytes(self, checkpoint: Checkpoint) -> int:
-        return 0 if self.cache is not None else super().teacher_bytes(checkpoint)  # it is gone before the student comes
+    def taught_tokens(self, calibration: Tokens | None) -> int:
+        return super().taught_tokens(calibration) if self.cache is None else 0  # it is gone before the student comes
 
-    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
-        plan = super().plan(checkpoint, calibration)
-        if self.cache is None or calibration is None:
+    def planned(self, checkpoint: Checkpoint, calibration: Tokens | None, teacher: Checkpoint | None) -> Plan:
+        from distill._memory import reading_bytes, reading_minutes
+
+        plan = super().planned(checkpoint, calibration, teacher)
+        if self.cache is None or calibration is None or teacher is None:
             return plan
+        self.cache.require_kept(checkpoint.config["vocab_size"])
         token_bytes = self.cache.token_bytes(checkpoint.config["vocab_size"])
         cache_bytes = token_bytes * (calibration.count - len(calibration.ids))
-        said = f"the teacher cache takes up to {format_bytes(cache_bytes)}, {token_bytes} bytes a token"
-        return replace(plan, disk_bytes=plan.disk_bytes + cache_bytes, notices=(*plan.notices, said))
+        minutes = reading_minutes(teacher, calibration.count)
+        said = (
+            f"the teacher cache takes up to {format_bytes(cache_bytes)}, {token_bytes} bytes a token, "
+            f"and about {max(minutes, 0.1):.1f} minutes to write, unless it is there"
+        )
+        return replace(
+            plan,
+            peak_memory_bytes=max(plan.peak_memory_bytes, reading_bytes(teacher)),
+            disk_bytes=plan.disk_bytes + cache_bytes,
+            minutes=plan.minutes + minutes,
+            notices=(*plan.notices, said),
+        )
 
     def run(self, job: Job) -> None:
         if self.cache is not None:

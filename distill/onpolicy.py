@@ -46,7 +46,7 @@ class OnPolicy(Completing, Taught):
         """Share of all steps that are on what the student writes, as far as that can be known."""
         return (1 - self.offpolicy) * self.student_share
 
-    def generating(self, checkpoint: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
+    def generating(self, checkpoint: Checkpoint, teacher: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
         from compress.core.generating import generating_cost
 
         prompts = round(self.steps(tokens) * self._student_steps * self.batch)
@@ -54,7 +54,7 @@ class OnPolicy(Completing, Taught):
         if prompts:
             costs.append((generating_cost(checkpoint, self.sampling(self.batch), prompts), True))
         if self.otherwise == "teacher":
-            costs.append((self.written_once(checkpoint, len(tokens.ids)), False))
+            costs.append((self.written_once(teacher, len(tokens.ids)), False))
         return costs
 
     def run(self, job: Job) -> None:

@@ -66,14 +66,13 @@ class Preference(Completing, Parts):
     def longest(self, tokens: Tokens) -> int:
         return 2 * self.completed_tokens  # a pair is two rows
 
-    def teacher_bytes(self, checkpoint: Checkpoint) -> int:
-        return 0  # it has written before the student comes
+    def taught_tokens(self, calibration: Tokens | None) -> int:
+        return 0  # the original has written before the student comes
 
-    def generating(self, checkpoint: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
-        cost = self.written_once(checkpoint, self.prompts(tokens))
-        return [(cost, False), (cost, False)]  # the original, and the model itself
+    def generating(self, checkpoint: Checkpoint, teacher: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
+        return [(self.written_once(model, self.prompts(tokens)), False) for model in (teacher, checkpoint)]
 
-    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
+    def planned(self, checkpoint: Checkpoint, calibration: Tokens | None, teacher: Checkpoint | None) -> Plan:
         """As that of training, for as many pairs as there are prompts: those of equal answers drop out."""
         require_trl()
         if launched() > 1:
@@ -85,7 +84,7 @@ class Preference(Completing, Parts):
                 where="distill.pairs",
                 hint="raise calibration.samples, or leave pairs out",
             )
-        plan = super().plan(checkpoint, calibration)
+        plan = super().planned(checkpoint, calibration, teacher)
         return replace(plan, notices=(*plan.notices, "pairs of equal answers drop out, so it may take less"))
 
     def run(self, job: Job) -> None:

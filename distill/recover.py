@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -9,9 +10,7 @@ from pydantic import Field
 from compress.core.errors import UsageError
 from compress.core.passes import Job, LayerPlan, Plan, WeightKind
 from compress.core.patterns import unused
-from distill._settings import layer_plans, parameters_of
-from distill._settings_parts import Coded, part_bytes, require_layers, require_whole_numbers
-from distill._settings_taught import ORIGINAL
+from distill._settings_parts import Coded, require_layers, require_whole_numbers
 from distill.logits import Logits
 
 if TYPE_CHECKING:
@@ -51,38 +50,37 @@ class Recover(Logits, Coded):
             return "takes quantized weights with keep: adapter"
         return super().refusal(kind)
 
+    def pair_rank(self, checkpoint: Checkpoint) -> int | None:
+        return None if checkpoint.kind == "quantized" and self.keep == "merged" else self.rank
+
     def steps(self, tokens: Tokens) -> int:
         return super().steps(tokens) if self.tokens else 0
 
-    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
-        from compress.core.memory import IMPORTS_BYTES, machine_speed
+    def planned(self, checkpoint: Checkpoint, calibration: Tokens | None, teacher: Checkpoint | None) -> Plan:
+        from distill._memory import parameters_of
 
-        self.require_teacher(checkpoint, calibration)
-        coded = checkpoint.kind == "quantized"
-        layers = [layer for layer in layer_plans(checkpoint, self.layers) if not coded or layer.scheme]
-        taken = [layer for layer in layers if layer.reason]
-        self._require_work(checkpoint, taken)
-        numbers = parameters_of(checkpoint)
-        length = 1 if calibration is None else calibration.ids.shape[1]
-        pairs = self.keep == "adapter" or not coded
-        held, learned = part_bytes(self, checkpoint, length, taken, self.rank if pairs else None)
+        layers = self.layers_of(checkpoint)
+        self._require_work(checkpoint, [layer for layer in layers if layer.reason])
+        learned = self.learned_numbers(checkpoint)
         bytes_out = sum(info.bytes for info in checkpoint.tensors.values())
         adapter_bytes = learned * checkpoint.dtype.itemsize if self.keep == "adapter" else 0
-        return Plan(
+        plan = super().planned(checkpoint, calibration, teacher)
+        left = bytes_out if checkpoint.kind == "quantized" else 4 * parameters_of(checkpoint)
+        return replace(
+            plan,
             layers=tuple(layers),
             bytes_out=bytes_out + adapter_bytes,
-            peak_memory_bytes=IMPORTS_BYTES + held + (self.teacher_bytes(checkpoint) if self.tokens else 0),
-            disk_bytes=(bytes_out if coded else 4 * numbers) + 2 * 12 * learned,
-            minutes=(6 + 2) * numbers * self.tokens / machine_speed().matmul / 60,
-            notices=(*unused("layers", self.layers, [layer.name for layer in layers]), *self._notices),
+            disk_bytes=left + 2 * 12 * learned,
+            notices=(
+                *plan.notices,
+                *unused("layers", self.layers, [layer.name for layer in layers]),
+                *self._notices,
+            ),
         )
 
     @property
     def _notices(self) -> tuple[str, ...]:
         return ("what is scored are the packed weights without their adapter",) if self.keep == "adapter" else ()
-
-    def teacher_bytes(self, checkpoint: Checkpoint) -> int:
-        return super().teacher_bytes(checkpoint) if self.teacher != ORIGINAL else 4 * parameters_of(checkpoint)
 
     def _require_work(self, checkpoint: Checkpoint, taken: list[LayerPlan]) -> None:
         require_layers(taken)

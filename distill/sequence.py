@@ -32,11 +32,11 @@ class Sequence(Completing, Taught):
     def longest(self, tokens: Tokens) -> int:
         return self.completed_tokens
 
-    def teacher_bytes(self, checkpoint: Checkpoint) -> int:
-        return super().teacher_bytes(checkpoint) if self.loss == "logits" else 0
+    def taught_tokens(self, calibration: Tokens | None) -> int:
+        return self.tokens if self.loss == "logits" else 0
 
-    def generating(self, checkpoint: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
-        return [(self.written_once(checkpoint, len(tokens.ids)), False)]
+    def generating(self, checkpoint: Checkpoint, teacher: Checkpoint, tokens: Tokens) -> list[tuple[Cost, bool]]:
+        return [(self.written_once(teacher, len(tokens.ids)), False)]
 
     def run(self, job: Job) -> None:
         from distill._sequence import train_on_completions

@@ -80,6 +80,11 @@ class Checkpoint:
 
     # what it is
 
+    @property
+    def origin(self) -> Checkpoint:
+        """What this is a view of, for plans: the model before stages changed it; itself where it is no such view."""
+        return self
+
     @cached_property
     def tied(self) -> bool:
         """Whether head and embedding are one tensor. Files may hold it under either name."""

@@ -9,7 +9,7 @@ from compress.core.methods import available_kinds, find_pass
 from compress.core.recipe import Recipe
 from compress.core.recipe_stages import STEPS, Steps
 
-_ORDER = ("model", "revision", "calibration", "stages", "export", "evaluate", "gate")
+_ORDER = ("model", "revision", "adapter", "calibration", "stages", "export", "evaluate", "gate")
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -22,6 +22,10 @@ class ReplacedCheckpoint(Checkpoint):
             if tuple(value.shape) != tuple(self.info(name).shape):
                 raise ValueError(f"{name}: {list(value.shape)} instead of {list(self.info(name).shape)}")
 
+    @property
+    def origin(self) -> Checkpoint:
+        return self._from.origin
+
     def tensor(self, name: str) -> Tensor:
         return self._values[name] if name in self._values else self._from.tensor(name)
 

@@ -50,6 +50,10 @@ class ReshapedCheckpoint(Checkpoint):
         left = {key: value for key, value in source.config.items() if key not in without}
         super().__init__(source.folder, source.source, {**left, **config}, tensors)
 
+    @property
+    def origin(self) -> Checkpoint:
+        return self._from.origin
+
     def _cut_info(self, name: str, info: TensorInfo) -> TensorInfo:
         shape = shape_after(info.shape, self._cuts.get(name, ()))
         size = info.bytes * math.prod(shape) // max(math.prod(info.shape), 1)

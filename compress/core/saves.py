@@ -11,6 +11,7 @@ from compress.core.errors import ArtifactError
 from compress.core.files import make_folder, remove_file, sha256_file, write_safetensors, written_file
 from compress.core.journal import Journal
 from compress.core.safetensors_io import load_tensor, read_header
+from compress.core.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +31,11 @@ class Save:
 class Saves:
     """The saves of one stage. A save is durable before the journal names it."""
 
-    def __init__(self, folder: Path, journal: Journal, stage: int) -> None:
+    def __init__(self, folder: Path, journal: Journal, stage: int, watch: Stopwatch | None = None) -> None:
         self._folder = folder
         self._journal = journal
         self._stage = stage
+        self._watch = watch or Stopwatch()
 
     def folder(self, name: str) -> Path:
         """Where all stages of the run find what one of them has written; it goes when the run is over."""
@@ -57,7 +59,8 @@ class Saves:
         name = f"{self._stage:02d}-{save.step:08d}.safetensors"
         write_safetensors(self._folder / name, save.tensors.items())
         data = {"stage": self._stage, "step": save.step, "file": name, "data": save.data}
-        self._journal.add("save", {**data, **asdict(written_file(self._folder / name))})
+        data |= {**asdict(written_file(self._folder / name)), "seconds": self._watch.lap()}
+        self._journal.add("save", data)
         for entry in self._entries()[:-KEPT]:
             remove_file(self._folder / entry["file"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from compress.core.model_files import (
 from compress.core.safetensors_io import load_tensor, raw_bytes, read_header, torch_dtype
 from compress.core.safetensors_layout import Entry, dtype_name, tensor_bytes, tensor_entry
 from compress.core.scheme import Scheme
+from compress.core.stopwatch import Stopwatch
 from compress.core.tensors import QuantTensor
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class StageWriter:
     `source` is what the stage reads, `original` what the run started from. A quantizing stage (`rounds`) is the last
     that touches weights: what it keeps is rounded once to the original's dtype; other stages keep what they are given.
     Quantized weights are kept in `format`, those of the source, too; `masked` says that zeros are to stay.
-    `after_commit` is called when a block is durable and recorded.
+    `after_commit` is called when a block is durable and recorded. `watch` is the stage's; others record laps, too.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class StageWriter:
         format: str = "compressed-tensors",
         masked: bool = False,
         after_commit: Callable[[], None] = lambda: None,
+        watch: Stopwatch | None = None,
     ) -> None:
         self.folder = make_folder(folder)
         self._journal = journal
@@ -70,7 +71,7 @@ class StageWriter:
         self._format = writer_for(format)
         self._masked = masked
         self._after_commit = after_commit
-        self._since = time.monotonic()
+        self._watch = watch or Stopwatch()
         self._blocks = [data for data in journal.of("block") if data["stage"] == stage]
         self._outside: dict[str, Scheme] = {}
         self._attached: dict[str, Written] = {}
@@ -128,7 +129,7 @@ class StageWriter:
             "schemes": {module: asdict(value.scheme) for module, value in quantized.items()},
             "cuts": {name: [asdict(one) for one in found] for name, found in cuts.items()},
             "record": asdict(record),
-            "seconds": self._lap(),
+            "seconds": self._watch.lap(),
         }
         self._journal.add("block", data)
         self._blocks.append(data)
@@ -170,7 +171,7 @@ class StageWriter:
         files[INDEX_NAME] = write_json(self.folder / INDEX_NAME, shard_index(self.folder, weights))
         files |= self._attached
         data = {"stage": self._stage, "files": {name: asdict(file) for name, file in files.items()}}
-        self._journal.add("stage", {**data, "seconds": self._lap()})
+        self._journal.add("stage", {**data, "seconds": self._watch.lap()})
         return files
 
     def schemes(self) -> dict[str, Scheme]:
@@ -264,11 +265,6 @@ class StageWriter:
         return config
 
     # ------------------------------------------------------------------ small things
-    def _lap(self) -> float:
-        now = time.monotonic()
-        seconds, self._since = now - self._since, now
-        return round(seconds, 3)
-
     def _require_intact(self, index: int, data: Mapping[str, Any]) -> None:
         path = self.folder / data["file"]
         if data["index"] != index or not path.is_file() or path.stat().st_size != data["bytes"]:

@@ -30,8 +30,13 @@ class ToBeQuantized(Checkpoint):
             size = encoded_bytes((rows, width), scheme, source.dtype)
             tensors[info.name] = replace(info, end=info.start + size)
         super().__init__(source.folder, source.source, source.config, tensors)
+        self._from = source
         self._schemes = dict(schemes)
         self.transforms = tuple(transforms)
+
+    @property
+    def origin(self) -> Checkpoint:
+        return self._from.origin
 
     @cached_property
     def kind(self) -> Literal["dense", "masked", "quantized"]:

@@ -16,6 +16,7 @@ class UntiedCheckpoint(Checkpoint):
     """`source`, with its one matrix under the names of embedding and head, both read from the same bytes."""
 
     def __init__(self, source: Checkpoint) -> None:
+        self._from = source
         stored = source.info(source.embedding_tensor)
         names = [f"{module}.weight" for module in (source.architecture.embedding, source.architecture.head)]
         others = {name: info for name, info in source.tensors.items() if name not in names}
@@ -23,6 +24,10 @@ class UntiedCheckpoint(Checkpoint):
         super().__init__(
             source.folder, source.source, {**source.config, "tie_word_embeddings": False}, {**others, **both}
         )
+
+    @property
+    def origin(self) -> Checkpoint:
+        return self._from.origin
 
     @cached_property
     def skeleton(self) -> Skeleton:

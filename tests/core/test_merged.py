@@ -93,6 +93,7 @@ def test_weights_are_those_of_the_formula(
     assert manifest["lineage"]["adapter"] == {"source": "adapter", "revision": None, "sha256": written}
     assert manifest["lineage"]["sha256"]["model.safetensors"] == sha256_file(model / "model.safetensors")
     assert not (artifact / "adapter_config.json").exists()
+    assert load_recipe(artifact / "recipe.yaml").adapter == str(adapter)
     assert verify(artifact, source=model).ok
     assert not (tmp_path / "out.partial").exists()
 

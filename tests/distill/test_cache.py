@@ -12,7 +12,8 @@ import torch
 import distill._cache
 import distill._cached
 from compress.core.calibration import Tokens
-from compress.core.errors import ArtifactError, InputError, RecipeError
+from compress.core.checkpoint import Checkpoint
+from compress.core.errors import ArtifactError, InputError, RecipeError, UsageError
 from compress.core.events import Event, Metric, Notice, Progress
 from compress.core.files import sha256_file
 from compress.core.recipe import Recipe, parse_recipe
@@ -21,7 +22,9 @@ from compress.pipeline import RunOptions, plan, run
 from distill._cache import TeacherCache, positions
 from distill._cache_settings import Cache
 from distill._sparse import encode, random_numbers
+from distill.logits import Logits
 from tests.conftest import TinyModel
+from tests.contracts.shelf import tokens_for
 
 ROWS, LENGTH = 6, 24
 CUT = {"prune": {"method": "channels", "ratio": 0.5, "importance": "magnitude"}}
@@ -198,13 +201,29 @@ def test_the_plan_counts_the_disk_and_no_teacher(tiny_model: TinyModel, tmp_path
     recipe = recipe_of(tmp_path, tiny_model(), {"folder": "cache"})
     cached = plan(recipe, RunOptions(tmp_path / "out"))
     assert not (tmp_path / "cache").exists()
-    teacher_bytes = cached.stages[1].bytes_out  # as large as the student, and both are fp32
+    teacher_bytes = cached.bytes_in  # that of the original, which nothing was cut from; it is fp32
+    assert teacher_bytes > cached.stages[1].bytes_out
     assert online.stages[1].peak_memory_bytes - cached.stages[1].peak_memory_bytes == teacher_bytes
     run(recipe, RunOptions(tmp_path / "out"))
     tensors = [info for path in (tmp_path / "cache").glob("*.safetensors") for info in read_header(path).values()]
     most = cached.disk_bytes - online.disk_bytes
     assert 0.1 * most < sum(info.bytes for info in tensors) <= most
-    assert any("the teacher cache takes up to" in notice for notice in cached.notices)
+    assert any("the teacher cache takes up to" in notice and "minutes to write" in notice for notice in cached.notices)
+
+
+def test_the_plan_counts_the_minutes_of_both_models(tiny_model: TinyModel) -> None:
+    """Online the teacher reads as many tokens as the student is trained on, for a cache those of the text."""
+    checkpoint = Checkpoint.open(tiny_model())
+    tokens = tokens_for(checkpoint, 4, 32)
+    online = Logits(tokens=8 * 128).plan(checkpoint, tokens).minutes
+    cached = Logits(tokens=8 * 128, cache=Cache()).plan(checkpoint, tokens).minutes
+    assert cached / online == pytest.approx((3 * 8 + 1) / (4 * 8))
+
+
+def test_more_tokens_than_there_are_cannot_be_kept(tiny_model: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cache\.k is 321, and the vocabulary has 320 tokens"):
+        plan(recipe_of(tmp_path, tiny_model(), {"codec": "topk", "k": 321}), RunOptions(tmp_path / "out"))
+    assert plan(recipe_of(tmp_path, tiny_model(), {"codec": "topk", "k": 320}), RunOptions(tmp_path / "out")).stages
 
 
 def test_rows_come_back_in_any_order_and_without_padding(tmp_path: Path, small_shards: None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,31 @@ def test_a_teacher_is_found_beside_the_recipe_or_refused_before_any_work(tiny_mo
         plan(recipe, RunOptions(tmp_path / "out"))
     shutil.copytree(tiny_model(), tmp_path / "parent")
     assert plan(recipe, RunOptions(tmp_path / "out")).stages
+
+
+def test_a_teacher_is_opened_once_for_a_plan(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = shutil.copytree(tiny_model(), tmp_path / "parent")
+    opened: list[str] = []
+    own = Checkpoint.open
+    monkeypatch.setattr(Checkpoint, "open", lambda model, **how: opened.append(str(model)) or own(model, **how))
+    plan(recipe_of(tmp_path, tiny_model(), CUT, lessons(teacher="parent")), RunOptions(tmp_path / "out"))
+    assert opened.count(str(teacher)) == 1
+
+
+def test_the_time_of_a_run_that_was_stopped_counts(tiny_model: TinyModel, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_model(), lessons(4))
+
+    def slow(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "train":
+            time.sleep(2 * (event.done == 1))
+            if event.done == 3:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        run(recipe, RunOptions(tmp_path / "out"), slow)
+    assert run(recipe, RunOptions(tmp_path / "out")).summary["stages"][0]["seconds"] > 2
 
 
 def test_a_teacher_with_other_tokens_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
