@@ -113,9 +113,9 @@ def test_a_report_shows_them() -> None:
     changed = {"share": 0.5, "interval": [0.4, 0.6]}
     found = {"refusals": {"harmful": harmful, "harmless": harmless, "changed": changed}}
     rows = {row.name: (row.before, row.after, row.interval) for row in refusal_rows(found)}
-    assert rows["harmful prompts refused (n = 24)"][:2] == ("75.00 %", "25.00 %")
-    assert rows["harmless prompts refused (n = 24)"][:2] == (words.NONE, "25.00 %")
-    assert rows["refused by one of the two alone"] == (words.NONE, "50.00 %", "40.00 % … 60.00 %")
+    assert rows["harmful prompts refused (n = 24)"][:2] == ("75 %", "25 %")
+    assert rows["harmless prompts refused (n = 24)"][:2] == (words.NONE, "25 %")
+    assert rows["refused by one of the two alone"] == (words.NONE, "50 %", "40 % … 60 %")
     assert list(quality_rows(found))[-1][:3] == ("refused by one alone", NOTHING, "50.0 %")
     assert refusal_rows({}) == refusal_rows({"refusals": None}) == []
 
