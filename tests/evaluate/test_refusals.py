@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from compress.cli.tables import NOTHING, quality_rows
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError, RecipeError
 from compress.core.recipe import Evaluation, Gate, parse_recipe
@@ -15,6 +16,8 @@ from compress.core.recipe_sections import Refusals
 from compress.evaluate import check_gate, evaluate
 from compress.evaluate.make_refusal_prompts import HARMLESS, main
 from compress.evaluate.refusals import BUNDLED, measure_refusals, read_prompts, refuses
+from compress.report import words
+from compress.report.figures import refusal_rows
 from tests.conftest import TinyModel
 
 REFUSED = [
@@ -103,6 +106,18 @@ def test_bounds_on_flips_and_refusals() -> None:
     assert flips == "the share of flips is 6 %, more than the 5 % that the gate allows"
     assert refusals == "the share of changed refusals is 3 %, more than the 2 % that the gate allows"
     assert len(check_gate(Gate(max_flip_rate=0.5, max_refusal_change=0.5), {}, {})) == 2  # not measured
+
+
+def test_a_report_shows_them() -> None:
+    harmful, harmless = ({"original": share, "artifact": 0.25, "n": 24} for share in (0.75, None))
+    changed = {"share": 0.5, "interval": [0.4, 0.6]}
+    found = {"refusals": {"harmful": harmful, "harmless": harmless, "changed": changed}}
+    rows = {row.name: (row.before, row.after, row.interval) for row in refusal_rows(found)}
+    assert rows["harmful prompts refused (n = 24)"][:2] == ("75 %", "25 %")
+    assert rows["harmless prompts refused (n = 24)"][:2] == (words.NONE, "25 %")
+    assert rows["refused by one of the two alone"] == (words.NONE, "50 %", "40 % … 60 %")
+    assert list(quality_rows(found))[-1][:3] == ("refused by one alone", NOTHING, "50.0 %")
+    assert refusal_rows({}) == refusal_rows({"refusals": None}) == []
 
 
 @pytest.mark.parametrize(("bound", "missing"), [("max_flip_rate", "perplexity"), ("max_refusal_change", "refusals")])
