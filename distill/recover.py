@@ -38,12 +38,12 @@ class Recover(Logits):
     tokens: int = Field(1_000_000, ge=0, description="tokens to train on; with keep: adapter 0 leaves it at its start")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="of pairs, at its highest")
     final: float = Field(0.0, ge=0, le=1, description="the learning rate at the end, as a share of the highest")
-    code_rate: float = Field(0.003, gt=0, le=1, description="of codes, at its highest, in steps of their grid")
-    scale_rate: float = Field(3e-3, ge=0, le=0.1, description="of their scales, in parts of themselves; 0: they stay")
+    code_rate: float = Field(0.0015, gt=0, le=1, description="of codes, at its highest, in steps of their grid")
+    scale_rate: float = Field(2e-3, ge=0, le=0.1, description="of their scales, in parts of themselves; 0: they stay")
     rest: Literal["none", "norms", "all"] = Field(
         "all", description="what else is trained beside codes: norms and biases, or embedding and head, too"
     )
-    rest_rate: float = Field(1e-3, gt=0, le=0.1, description="of that, in parts of the size of a tensor's numbers")
+    rest_rate: float = Field(1.5e-3, gt=0, le=0.1, description="of that, in parts of the size of a tensor's numbers")
 
     @property
     def joins(self) -> bool:
