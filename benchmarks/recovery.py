@@ -4,9 +4,10 @@
     python benchmarks/recovery.py --table       # print the table of what results/recovery.json holds
 
 GPTQ with 3 bits in groups of 64, alone and with `recover` behind it, on the same rows of text a; its settings are
-the default ones, but for small batches. Scored are the artifacts as they are deployed, decoded by decode.py, on the first 200
-stories of text b, as in quality.py: perplexity, and KL divergence to the original in nats a token. Minutes are those of
-the stage that trains, beside other work where the load says so. Both texts are training text of stories-7m.
+the default ones, but for small batches. Scored are the artifacts as they are deployed, decoded by decode.py, on the
+first 200 stories of text b, as in quality.py: perplexity, and KL divergence to the original in nats a token. Minutes
+are those of the stage that trains, beside other work where the load says so. Both texts are training text of
+stories-7m.
 """
 
 import argparse

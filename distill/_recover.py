@@ -16,6 +16,7 @@ from distill._codes import CodedLayers
 from distill._compensation import compensations
 from distill._logits import online_loss
 from distill._low_rank import Pairs
+from distill._optimizers import equally
 from distill._patches import Attach, made_once
 from distill._settings_taught import ORIGINAL
 from distill._student import Student
@@ -52,7 +53,7 @@ def recover(settings: Recover, job: Job) -> None:
         write(job, {})
 
 
-def _learn(settings: Recover, job: Job, attach: Attach, share: Callable[[str], float] = lambda name: 1.0) -> None:
+def _learn(settings: Recover, job: Job, attach: Attach, share: Callable[[str], float] = equally) -> None:
     """Train what `attach` puts into the model, each at its share of the learning rate."""
     original = job.original or job.checkpoint
     if settings.teacher == ORIGINAL and original.kind == "quantized":
