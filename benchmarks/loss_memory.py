@@ -82,10 +82,13 @@ def run(asked: argparse.Namespace) -> None:
         "length": asked.length,
         "hidden": asked.hidden,
         "baseline_bytes": nothing["peak_bytes"],
-        "cases": [case(way, name, asked) for name, ways in CASES.items() for way in ways],
+        "cases": [],
     }
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(results, indent=1) + "\n")
+    for name, ways in CASES.items():
+        for way in ways:
+            results["cases"].append(case(way, name, asked))
+            asked.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def render(results: dict[str, object]) -> str:

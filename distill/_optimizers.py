@@ -25,12 +25,19 @@ HELD = {
 _UPDATE = "bitsandbytes::optimizer_update_8bit_blockwise"
 
 
+def equally(name: str) -> float:
+    """The share of a learning rate where every tensor has the same."""
+    return 1.0
+
+
 class Optimizer:
     """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) over tensors by name; matrices alone decay. With moments of
     8 bits: Dettmers et al., 2022, arXiv:2110.02861. `share` of a tensor: its learning rate over that of `step`.
     EnvironmentRefused if the device has no kernel for 8 bits."""
 
-    def __init__(self, settings: Training, trained: Mapping[str, Tensor], share: Callable[[str], float]) -> None:
+    def __init__(
+        self, settings: Training, trained: Mapping[str, Tensor], share: Callable[[str], float] = equally
+    ) -> None:
         self._trained = trained
         self._held = HELD[settings.optimizer]
         matrices = [name for name, value in trained.items() if value.ndim > 1]

@@ -15,6 +15,7 @@ from distill._codes import CodedLayers
 from distill._compensation import compensations
 from distill._logits import online_loss
 from distill._low_rank import Pairs
+from distill._optimizers import equally
 from distill._patches import Attach, made_once
 from distill._student import Student
 from distill._teacher import open_teacher, require_dense_original
@@ -50,7 +51,7 @@ def recover(settings: Recover, job: Job) -> None:
         write(job, {})
 
 
-def _learn(settings: Recover, job: Job, attach: Attach, share: Callable[[str], float] = lambda name: 1.0) -> None:
+def _learn(settings: Recover, job: Job, attach: Attach, share: Callable[[str], float] = equally) -> None:
     """Train what `attach` puts into the model, each at its share of the learning rate."""
     require_dense_original(settings.teacher, job)
     tokens = text_of(job)

@@ -27,12 +27,12 @@ class Coded(Training):
     layers: tuple[Pattern, ...] = Field(
         ("*",), min_length=1, description="layers of the blocks that are trained, by name pattern: '*.q_proj'"
     )
-    code_rate: float = Field(0.003, gt=0, le=1, description="of codes, at its highest, in steps of their grid")
-    scale_rate: float = Field(3e-3, ge=0, le=0.1, description="of their scales, in parts of themselves; 0: they stay")
+    code_rate: float = Field(0.0015, gt=0, le=1, description="of codes, at its highest, in steps of their grid")
+    scale_rate: float = Field(2e-3, ge=0, le=0.1, description="of their scales, in parts of themselves; 0: they stay")
     rest: Literal["none", "norms", "all"] = Field(
         "all", description="what else is trained beside codes: norms and biases, or embedding and head, too"
     )
-    rest_rate: float = Field(1e-3, gt=0, le=0.1, description="of that, in parts of the size of a tensor's numbers")
+    rest_rate: float = Field(1.5e-3, gt=0, le=0.1, description="of that, in parts of the size of a tensor's numbers")
 
     @abstractmethod
     def pair_rank(self, checkpoint: Checkpoint) -> int | None:

@@ -14,7 +14,7 @@ from compress.core.passes import Job
 from compress.core.processes import Message
 from compress.core.saves import Save
 from distill._blocks import prepare_blocks
-from distill._optimizers import Optimizer
+from distill._optimizers import Optimizer, equally
 
 if TYPE_CHECKING:
     from distill._settings import Training
@@ -32,7 +32,7 @@ class Student:
         extra: Mapping[str, nn.Parameter] | None = None,
         *,
         instead: Callable[[Any], Mapping[str, nn.Parameter]] | None = None,
-        share: Callable[[str], float] = lambda name: 1.0,
+        share: Callable[[str], float] = equally,
     ) -> None:
         self._settings = settings
         self._saves = job.saves
