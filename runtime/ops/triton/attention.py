@@ -297,13 +297,13 @@ def _attend(
         page = tl.load(table_ptr + sequence.to(tl.int64) * table_stride + slot // BLOCK, mask=stored, other=0)
         page = page.to(tl.int64)  # a pool of more than 2^31 elements is common
         k_at = page * k_stride_p + (slot % BLOCK) * k_stride_b + g * k_stride_g
-        row = (page * BLOCK + slot % BLOCK) * GROUPS + g  # of fp16 numbers, which lie close
+        beside = (page * BLOCK + slot % BLOCK) * GROUPS + g  # of fp16 numbers, which lie close
         if K_CODING == _INT4:
             k = tl.load(k_ptr + k_at[None, :] + h[:, None], mask=stored[None, :] & real_h[:, None], other=0)
             score = tl.dot(q_low, _numbers(k & 15, K_CODING).to(q.dtype), input_precision="ieee")
             score += tl.dot(q_high, _numbers(k >> 4, K_CODING).to(q.dtype), input_precision="ieee")
-            step = tl.load(k_numbers_ptr + 2 * row, mask=stored, other=0.0).to(tl.float32)
-            lowest = tl.load(k_numbers_ptr + 2 * row + 1, mask=stored, other=0.0).to(tl.float32)
+            step = tl.load(k_numbers_ptr + 2 * beside, mask=stored, other=0.0).to(tl.float32)
+            lowest = tl.load(k_numbers_ptr + 2 * beside + 1, mask=stored, other=0.0).to(tl.float32)
             score = (score * step[None, :] + q_sum[:, None] * lowest[None, :]) * scale
         else:
             k = tl.load(k_ptr + k_at[None, :] + d[:, None], mask=stored[None, :] & real_d[:, None], other=0)
@@ -311,7 +311,7 @@ def _attend(
                 k = _numbers(k, K_CODING)
             score = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
             if K_CODING == _INT8:
-                score *= tl.load(k_numbers_ptr + row, mask=stored, other=0.0).to(tl.float32)[None, :]
+                score *= tl.load(k_numbers_ptr + beside, mask=stored, other=0.0).to(tl.float32)[None, :]
             if K_CODING == _FP8:
                 score *= scale_of_keys
         if SOFTCAP:
@@ -327,8 +327,8 @@ def _attend(
         v_at = page * v_stride_p + (slot % BLOCK) * v_stride_b + g * v_stride_g
         if V_CODING == _INT4:
             v = tl.load(v_ptr + v_at[:, None] + h[None, :], mask=stored[:, None] & real_h[None, :], other=0)
-            step = tl.load(v_numbers_ptr + 2 * row, mask=stored, other=0.0).to(tl.float32)
-            lowest = tl.load(v_numbers_ptr + 2 * row + 1, mask=stored, other=0.0).to(tl.float32)
+            step = tl.load(v_numbers_ptr + 2 * beside, mask=stored, other=0.0).to(tl.float32)
+            lowest = tl.load(v_numbers_ptr + 2 * beside + 1, mask=stored, other=0.0).to(tl.float32)
             shift = tl.sum(weight * lowest[None, :], 1)[:, None]
             weight = (weight * step[None, :]).to(q.dtype)
             low, high = _numbers(v & 15, V_CODING).to(q.dtype), _numbers(v >> 4, V_CODING).to(q.dtype)
@@ -339,7 +339,7 @@ def _attend(
             if V_CODING > 0:
                 v = _numbers(v, V_CODING)
             if V_CODING == _INT8:
-                weight *= tl.load(v_numbers_ptr + row, mask=stored, other=0.0).to(tl.float32)[None, :]
+                weight *= tl.load(v_numbers_ptr + beside, mask=stored, other=0.0).to(tl.float32)[None, :]
             v = v.to(q.dtype)
             acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         top = higher
