@@ -251,6 +251,12 @@ class LLM:
         with self._turn:
             self.engine.abort(request)
 
+    @property
+    def kv_tokens(self) -> int:
+        """How many tokens the pages of the pool hold, which `ledger.kv_pool_bytes` were allocated for."""
+        pool = self.engine.scheduler.pool
+        return pool.pages * pool.page.tokens
+
     def stats(self) -> EngineStats:
         """Counts of steps, tokens, pages and requests."""
         return self.engine.stats()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
     from compress.core.recipe import Evaluation
+    from kv_compress.policy import KVPolicy
 
 BLOCK_SIZE = 16
 
@@ -100,12 +101,14 @@ class TransformersScorer:
 
 @dataclass
 class RuntimeScorer:
-    """The bundled runtime: what is scored is what is deployed."""
+    """The bundled runtime: what is scored is what is deployed. `kv_cache`: a policy or a codec for keys and values
+    instead of the model's own."""
 
     checkpoint: Checkpoint
     device: str = "cpu"
     numerics: Literal["exact", "fast"] = "fast"
     dtype: str = "auto"
+    kv_cache: KVPolicy | str | None = None
 
     @property
     def folder(self) -> Path:
@@ -124,7 +127,13 @@ class RuntimeScorer:
         from runtime.loader import load
         from runtime.ops.batch import AttentionBatch
 
-        model = load(self.checkpoint.folder, numerics=self.numerics, device=self.device, dtype=self._dtype)
+        model = load(
+            self.checkpoint.folder,
+            numerics=self.numerics,
+            device=self.device,
+            dtype=self._dtype,
+            kv_cache=self.kv_cache,
+        )
         samples, length = tokens.ids.shape
         if length > model.config.max_length:
             raise InputError(
@@ -154,6 +163,7 @@ class RuntimeScorer:
             numerics=self.numerics,
             device=self.device,
             dtype=self._dtype,
+            kv_cache=self.kv_cache,
             seed=0,
             max_sequences=64,
         )

@@ -118,6 +118,7 @@ def test_the_ledger_says_what_is_allocated(tiny_model: TinyModel) -> None:
         tensors = [tensor for layer in cache.layers() for pages in layer for tensor in pages.tensors()]
         assert llm.ledger.kv_pool_bytes == sum(tensor.nbytes for tensor in tensors) <= 1 << 20
         assert llm.ledger.kv_pool_bytes == cache.pages * llm.engine.scheduler.pool.page.bytes
+        assert llm.kv_tokens == 16 * cache.pages
     pages = [llm.engine.scheduler.pool.pages for llm in (full, coded)]
     rows = [18 + 12, 12 + 18, 16 + 16]  # bytes of a head's key and value, layer by layer
     assert pages == [(1 << 20) // (16 * 2 * 3 * 128), (1 << 20) // (16 * 2 * sum(rows))]
