@@ -1,4 +1,4 @@
-"""The model that copies over long contexts: stock transformers and the runtime find what stands far back, and only that."""
+"""The model that copies over long contexts: transformers and the runtime find what stands far back, and only that."""
 
 import random
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-WORDS = "the a boat sailed over grey water and nobody on board knew where it would land that night".split()
+WORDS = ["the", "a", "boat", "sailed", "over", "grey", "water", "and", "nobody", "knew", "where", "it", "would", "land"]
 
 
 @pytest.fixture(scope="module")
