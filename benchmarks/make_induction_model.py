@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 BITS = 8  # channels of a byte
-MATCHED_BITS = 7  # all but the highest tell ASCII apart
+MATCHED_BITS = 7  # all but the highest: tokens 128 apart look alike
 WINDOW = 12  # bytes that are compared
 SHIFTS = (1, 2, 4, 8)
 HIDDEN, HEAD_DIM, FFN, VOCABULARY = 128, 128, 32, 258
