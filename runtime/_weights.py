@@ -100,8 +100,9 @@ class Weights:
             raise self.misfit(f"{module}.weight", weight, wanted)
         return Part(module, weight, self.vector(f"{module}.bias", found[0]) if bias else None, slow_reason)
 
-    def finish(self) -> None:
-        """InputError for the first tensor on disk that nothing took."""
+    def finish(self, others: Sequence[str] = ()) -> None:
+        """InputError for the first tensor on disk that nothing took and that is none of `others`."""
+        self._taken.update(others)
         for name in self.checkpoint.tensors:
             if name in self._taken or name.endswith(COMPUTED) or self._idle(name):
                 continue

@@ -1,7 +1,7 @@
 """The keys and values of all sequences, in pages that the block pool hands out.
 
-Shape suffixes: P pages, B slots of a page, G key-value heads, D channels of a head. A page id stands for the same range
-of tokens in every layer; layers may differ in heads and channels.
+Shape suffixes: P pages, B slots of a page, G key-value heads, D channels of a head, C those or bytes of their codes. A
+page id stands for the same range of tokens in every layer; layers may differ in heads, channels and codecs.
 """
 
 from __future__ import annotations
@@ -12,31 +12,45 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import ResourceError
-from runtime.models.config import ModelConfig
+from kv_compress._coding import code_dtype
+from kv_compress.policy import CODECS, FULL, Coding, KVPolicy
+from runtime.models.config import LayerConfig, ModelConfig
+from runtime.ops.pages import Pages
 
 
 class KVCache:
-    """`k[layer]`, `v[layer]`: [P, B, G, D]. Keys are stored rotated; slots that were never written hold zeros."""
+    """`k[layer]`, `v[layer]`: [P, B, G, C]; what belongs to codes is in `layers()`. Keys are stored rotated; slots that
+    were never written hold zeros. `policy`: how each layer keeps them; None: as they are, in `dtype`."""
 
     def __init__(
-        self, config: ModelConfig, pages: int, block_size: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+        self,
+        config: ModelConfig,
+        pages: int,
+        block_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        policy: KVPolicy | None = None,
     ) -> None:
         self.pages = pages
         self.block_size = block_size
-        shapes = [(pages, block_size, layer.kv_heads, layer.head_dim) for layer in config.layers]
+        self.policy = policy_for(config, policy)
         try:
-            self.k = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-            self.v = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+            self._layers = [
+                tuple(_pages(coding, layer, pages, block_size, dtype, device) for coding in (of.keys, of.values))
+                for layer, of in zip(config.layers, self.policy.layers, strict=True)
+            ]
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            wanted = pages * page_bytes(config, block_size, dtype)
+            wanted = pages * page_bytes(config, block_size, dtype, policy)
             raise ResourceError(
                 f"{wanted} bytes for {pages} pages of keys and values cannot be had", hint="give the cache less memory"
             ) from error
+        self.k = [k.codes for k, _ in self._layers]
+        self.v = [v.codes for _, v in self._layers]
 
     @property
     def bytes(self) -> int:
         """Bytes allocated."""
-        return sum(pages.numel() * pages.element_size() for pages in (*self.k, *self.v))
+        return sum(tensor.nbytes for tensor in self._tensors())
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (from, to) in every layer; a source is read before any page is written."""
@@ -44,15 +58,47 @@ class KVCache:
             return
         sources = torch.tensor([source for source, _ in copies], device=self.k[0].device)
         targets = torch.tensor([target for _, target in copies], device=self.k[0].device)
-        for pages in (*self.k, *self.v):
-            pages[targets] = pages[sources]
+        for tensor in self._tensors():
+            tensor[targets] = tensor[sources]
 
-    def layers(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def layers(self) -> Iterator[tuple[Pages, Pages]]:
         """Keys and values of each layer."""
-        return zip(self.k, self.v, strict=True)
+        return iter(self._layers)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for k, v in self._layers:
+            yield from k.tensors()
+            yield from v.tensors()
 
 
-def page_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+def policy_for(config: ModelConfig, policy: KVPolicy | None) -> KVPolicy:
+    """A policy that fits the model, "full" in all layers where there is none. InputError for one of another model."""
+    policy = policy or KVPolicy.uniform(FULL, len(config.layers))
+    policy.require_fits((layer.kv_heads, layer.head_dim) for layer in config.layers)
+    return policy
+
+
+def token_bytes(config: ModelConfig, dtype: torch.dtype, policy: KVPolicy | None = None) -> list[int]:
+    """Bytes of one token in each layer."""
+    return [
+        of.token_bytes(layer.kv_heads, layer.head_dim, dtype.itemsize)
+        for layer, of in zip(config.layers, policy_for(config, policy).layers, strict=True)
+    ]
+
+
+def page_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, policy: KVPolicy | None = None) -> int:
     """Bytes of one page over all layers."""
-    channels = sum(2 * layer.kv_heads * layer.head_dim for layer in config.layers)
-    return channels * block_size * dtype.itemsize
+    return block_size * sum(token_bytes(config, dtype, policy))
+
+
+def _pages(coding: Coding, layer: LayerConfig, pages: int, block_size: int, dtype: torch.dtype, device: str) -> Pages:
+    """Pages of zeros."""
+    shape = (pages, block_size, layer.kv_heads)
+    if coding.codec == FULL:
+        return Pages(torch.zeros((*shape, layer.head_dim), dtype=dtype, device=device))
+    codec = CODECS[coding.codec]
+    codes = torch.zeros((*shape, codec.code_bytes(layer.head_dim)), dtype=code_dtype(codec.name), device=device)
+    numbers = torch.zeros((*shape, codec.numbers), dtype=torch.float16, device=device) if codec.numbers else None
+    scale = torch.tensor(coding.scale, dtype=torch.float32, device=device)
+    scale_G = scale.expand(layer.kv_heads).contiguous() if coding.scale else None
+    return Pages(codes, codec.name, numbers, scale_G, coding.rotate)

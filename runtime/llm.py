@@ -21,6 +21,7 @@ import torch
 from compress.core._model_folder import TOKENIZER_FILES, read_json
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import EnvironmentRefused, InputError, UsageError
+from kv_compress.policy import KVPolicy
 from runtime.completion import Completion, Drafts
 from runtime.engine import Engine, EngineSettings, EngineStats
 from runtime.graphs import DecodeGraphs
@@ -63,7 +64,8 @@ class LLM:
     the pool takes what `max_sequences` of `max_length` need, at most a quarter of the memory that is free (GPU: 90 %).
     max_length: longest sequence, prompt and completion together (default: the model's). record: a file that takes down
     every step for replay (see runtime.trace); close() completes it. seed: for requests that bring none. sparse: "auto"
-    packs layers of a pruned model whose zeros make them faster here, "off" leaves them dense.
+    packs layers of a pruned model whose zeros make them faster here, "off" leaves them dense. kv_cache: how keys and
+    values are kept: "full", "int8", "int4", "fp8" or a KVPolicy; by default as the artifact says.
     The other keywords are those of SchedulerSettings.
 
     Raises InputError for a folder that cannot be loaded, ResourceError where memory does not suffice.
@@ -82,6 +84,7 @@ class LLM:
         max_length: int | None = None,
         cuda_graphs: bool = True,
         sparse: Literal["auto", "off"] = "auto",
+        kv_cache: KVPolicy | str | None = None,
         record: str | Path | None = None,
         seed: int | None = None,
         **scheduler: Unpack[SchedulerKeywords],
@@ -99,7 +102,7 @@ class LLM:
         folder = Path(folder)
         device = _device(device)
         source = path if isinstance(path, Checkpoint) else folder
-        model = load(source, numerics=numerics, device=device, dtype=dtype, sparse=sparse)
+        model = load(source, numerics=numerics, device=device, dtype=dtype, sparse=sparse, kv_cache=kv_cache)
         self.config = model.config
         self.max_length = _longest(max_length, model.config.max_length)
         self.tokenizer = _tokenizer(folder)

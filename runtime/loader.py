@@ -9,7 +9,9 @@ import torch
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError, UsageError
+from kv_compress.policy import KVPolicy
 from runtime._weights import Part, Weights
+from runtime.kv_policy import policy_of, scales_of
 from runtime.layers.attention import Attention
 from runtime.layers.embedding import Embedding
 from runtime.layers.experts import MixtureOfExperts
@@ -31,11 +33,14 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     sparse: Sparse = "auto",
+    kv_cache: KVPolicy | str | None = None,
 ) -> Decoder:
     """The model in a folder, or of a checkpoint that is open, ready to run. `dtype` is that of activations and dense
     weights in fast numerics.
 
     `sparse` auto: where the config says that zeros were chosen, layers are packed if that is faster; off: never.
+    `kv_cache`: how keys and values are kept, a policy or a codec for all layers; None: as the model says, which is in
+    full if it says nothing.
 
     InputError names the setting that is not understood, or the tensor that is missing, misshapen or has no place.
     """
@@ -56,7 +61,7 @@ def load(
         blocks.append(block)
         layers.append(layer)
     norm, head = weights.norm(names.final_norm), weights.head(embedding_VD)
-    weights.finish()
+    weights.finish(scales_of(checkpoint))
     return Decoder(
         replace(config, layers=tuple(layers)),
         Embedding(embedding_VD, dtype, config.embedding_scale),
@@ -66,6 +71,7 @@ def load(
         numerics=numerics,
         dtype=dtype,
         device=device,
+        kv_policy=policy_of(checkpoint, layers, kv_cache),
     ).eval()
 
 

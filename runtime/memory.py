@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compress.core.errors import ResourceError, UsageError
+from kv_compress.policy import FULL
 from runtime.blocks import BlockPool, PageType
 from runtime.cache import KVCache, page_bytes
 from runtime.models.config import ModelConfig
@@ -53,9 +54,8 @@ def allocate(
     """
     if block_size < 1:
         raise UsageError(f"block_size must be at least 1, not {block_size}")
-    page = PageType(
-        str(model.dtype).removeprefix("torch."), page_bytes(model.config, block_size, model.dtype), block_size
-    )
+    bytes_of_page = page_bytes(model.config, block_size, model.dtype, model.kv_policy)
+    page = PageType(_page_name(model), bytes_of_page, block_size)
     is_gpu = torch.device(model.device).type == "cuda"
     weights = weight_bytes(model)
     activations = activation_bytes(model.config, settings, model.dtype.itemsize)
@@ -84,9 +84,15 @@ def allocate(
             f"{page.bytes:,}",
             hint=hint,
         )
-    cache = KVCache(model.config, pages + is_gpu, block_size, model.dtype, model.device)
+    cache = KVCache(model.config, pages + is_gpu, block_size, model.dtype, model.device, model.kv_policy)
     pool = BlockPool(pages, page, prefix_cache=settings.prefix_cache)
     return cache, pool, Ledger(weights, cache.bytes, activations)
+
+
+def _page_name(model: Decoder) -> str:
+    """What pages hold: float32, int8, or int8+int4 where layers differ."""
+    codecs = (FULL,) if model.kv_policy is None else model.kv_policy.codecs
+    return "+".join(str(model.dtype).removeprefix("torch.") if name == FULL else name for name in codecs)
 
 
 def weight_bytes(model: nn.Module) -> int:

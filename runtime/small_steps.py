@@ -21,10 +21,12 @@ from runtime.layers.mlp import MLP
 from runtime.layers.norm import RMSNorm
 from runtime.models.config import LayerConfig
 from runtime.models.decoder import Block, Decoder
+from runtime.native.kv_store import KVPages, described, reads
 from runtime.native.library import library
 from runtime.native.linear import Weight
 from runtime.ops.backend import uses_native
 from runtime.ops.batch import AttentionBatch
+from runtime.ops.pages import Pages
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
@@ -37,7 +39,9 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _Linear) for name in ("qkv", "output", "gate_up", "down")),
         *((name, c_size_t) for name in ("before_attention", "after_attention", "before_ffn", "after_ffn")),
-        *((name, c_size_t) for name in ("q_norm", "k_norm", "k", "v")),
+        *((name, c_size_t) for name in ("q_norm", "k_norm")),
+        ("k", KVPages),
+        ("v", KVPages),
         *((name, c_int64) for name in ("heads", "groups", "width", "inner", "window", "rope")),
         ("scale", c_float),
     ]
@@ -139,7 +143,7 @@ class SmallSteps:
             raise MemoryError(f"no memory for a step of {len(ids_T)} rows")
         return model.capped(logits_NV)
 
-    def _layer(self, block: nn.Module, layer: LayerConfig, pages: tuple[Tensor, Tensor], rope: int) -> _Layer:
+    def _layer(self, block: nn.Module, layer: LayerConfig, pages: tuple[Pages, Pages], rope: int) -> _Layer:
         if not isinstance(block, Block) or not isinstance(block.ffn, MLP):
             raise _Unfit
         attention = block.attention
@@ -154,8 +158,8 @@ class SmallSteps:
             after_ffn=_norm(block.after_ffn),
             q_norm=_norm(attention.q_norm),
             k_norm=_norm(attention.k_norm),
-            k=_at(pages[0]),
-            v=_at(pages[1]),
+            k=_pages(pages[0]),
+            v=_pages(pages[1]),
             heads=layer.heads,
             groups=layer.kv_heads,
             width=layer.head_dim,
@@ -183,6 +187,12 @@ def _joined(merged: Merged) -> nn.Module:
 
 def _norm(norm: RMSNorm | None) -> int:
     return 0 if norm is None else _at(norm.weight_D)
+
+
+def _pages(pages: Pages) -> KVPages:
+    if pages.rotate or not reads(pages):
+        raise _Unfit
+    return described(pages)
 
 
 def _at(tensor: Tensor) -> int:

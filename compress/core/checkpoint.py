@@ -115,7 +115,9 @@ class Checkpoint:
     @cached_property
     def kind(self) -> Literal["dense", "masked", "quantized"]:
         """What the stages before this one left."""
-        if self.config.get("quantization_config") is not None:
+        from compress.core.formats import method_of
+
+        if method_of(self.config) is not None:
             return "quantized"
         return "masked" if self.config.get(MASKED_KEY) else "dense"
 

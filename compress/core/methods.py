@@ -16,6 +16,9 @@ from compress.core.passes import Pass
 FOLDERS = {"prune": "prune", "distill": "distill", "quantize": "quantize", "kv_cache": "kv_compress"}
 """Kind of stage -> package that holds its methods, in the order in which stages usually run."""
 
+ONE_PASS = {"kv_cache": "stage"}
+"""Kinds with one Pass for all that they do, and its file: recipes name no method."""
+
 PACKAGES = ("quantize", "prune", "distill", "kv_compress", "runtime")
 
 
@@ -47,9 +50,8 @@ def package_folder(package: str) -> Path:
 def list_methods(kind: str) -> list[str]:
     """Names of the methods of `kind`, sorted: its folder's files that do not start with _. Imports none of them."""
     folder = package_folder(FOLDERS[kind])
-    return sorted(
-        item.name for item in pkgutil.iter_modules([str(folder)]) if not item.ispkg and not item.name.startswith("_")
-    )
+    names = [item.name for item in pkgutil.iter_modules([str(folder)]) if not item.ispkg]
+    return sorted(name for name in names if not name.startswith("_") and name == ONE_PASS.get(kind, name))
 
 
 def available_kinds() -> dict[str, list[str]]:

@@ -134,7 +134,7 @@ class RuntimeScorer:
             )
         at_once = max(1, min(samples, LOGITS_BYTES // (4 * length * model.config.vocab)))
         pages = -(-length // BLOCK_SIZE)
-        cache = KVCache(model.config, at_once * pages, BLOCK_SIZE, model.dtype, self.device)
+        cache = KVCache(model.config, at_once * pages, BLOCK_SIZE, model.dtype, self.device, model.kv_policy)
         for start in range(0, samples, at_once):
             ids_BT = tokens.ids[start : start + at_once].to(self.device)
             count = len(ids_BT)

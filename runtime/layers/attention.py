@@ -1,7 +1,6 @@
 """Self-attention of one layer over paged keys and values.
 
-Shape suffixes: T tokens of the flat batch, K hidden channels, H query heads, G key-value heads, D channels of a head,
-P pages, B slots of a page.
+Shape suffixes: T tokens of the flat batch, K hidden channels, H query heads, G key-value heads, D channels of a head.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from runtime.layers.norm import RMSNorm
 from runtime.models.config import LayerConfig
 from runtime.ops.attention import AttentionBatch, paged_attention
 from runtime.ops.kv_store import store_kv
+from runtime.ops.pages import Pages, turned
 from runtime.ops.rotary import apply_rotary
 
 
@@ -44,8 +44,8 @@ class Attention(nn.Module):
         x_TK: Tensor,
         rotation: tuple[Tensor, Tensor],
         batch: AttentionBatch,
-        k_PBGD: Tensor,
-        v_PBGD: Tensor,
+        k_pages: Pages,
+        v_pages: Pages,
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden]; stores this step's keys (rotated) and values in the pages."""
         layer, tokens = self.config, x_TK.shape[0]
@@ -56,15 +56,19 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TGD = self.q_norm(q_THD), self.k_norm(k_TGD)
         q_THD, k_TGD = apply_rotary(q_THD, k_TGD, *rotation)
-        store_kv(k_TGD, v_TGD, k_PBGD, v_PBGD, batch.slot_T)
+        if k_pages.rotate:
+            q_THD, k_TGD = turned(q_THD), turned(k_TGD)
+        store_kv(k_TGD, turned(v_TGD) if v_pages.rotate else v_TGD, k_pages, v_pages, batch.slot_T)
         y_THD = paged_attention(
             q_THD,
-            k_PBGD,
-            v_PBGD,
+            k_pages,
+            v_pages,
             batch,
             scale=layer.scale,
             window=layer.window,
             softcap=self.softcap,
             exact=self.exact,
         )
+        if v_pages.rotate:
+            y_THD = turned(y_THD)
         return self.output(y_THD.reshape(tokens, layer.heads * layer.head_dim))

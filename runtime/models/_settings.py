@@ -12,7 +12,15 @@ _REQUIRED = object()
 # Keys that change nothing about what a trained model computes: training, bookkeeping, generation, other readers' hints.
 HARMLESS = frozenset(
     {"architectures", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id", "cache_implementation"}
-    | {"compress_masked", "dtype", "embd_pdrop", "eos_token_id", "experts_implementation", "id2label"}
+    | {
+        "compress_kv_cache",
+        "compress_masked",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "experts_implementation",
+        "id2label",
+    }
     | {"initializer_range", "is_decoder", "keys_to_ignore_at_inference", "label2id", "max_length", "model_type"}
     | {"name_or_path", "num_labels", "output_attentions", "output_hidden_states", "output_router_logits"}
     | {"pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "return_dict"}

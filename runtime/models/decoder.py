@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kv_compress.policy import KVPolicy
 from runtime.cache import KVCache
 from runtime.layers.attention import Attention
 from runtime.layers.embedding import Embedding
@@ -19,6 +20,7 @@ from runtime.layers.rotary import Rotary
 from runtime.layers.sparse import Packing
 from runtime.models.config import ModelConfig
 from runtime.ops.attention import AttentionBatch
+from runtime.ops.pages import Pages
 
 
 class Block(nn.Module):
@@ -47,7 +49,7 @@ class Block(nn.Module):
         x_TK: Tensor,
         rotation: tuple[Tensor, Tensor],
         batch: AttentionBatch,
-        pages: tuple[Tensor, Tensor],
+        pages: tuple[Pages, Pages],
     ) -> Tensor:
         y_TK = self.attention(self.before_attention(x_TK), rotation, batch, *pages)
         x_TK = x_TK + (y_TK if self.after_attention is None else self.after_attention(y_TK))
@@ -57,7 +59,8 @@ class Block(nn.Module):
 
 class Decoder(nn.Module):
     """Token ids to logits over paged keys and values. In `exact` numerics everything is fp32, and the bits of a row
-    depend on its own sequence alone, neither on the rest of the batch nor on how its prompt was cut into chunks."""
+    depend on its own sequence alone, neither on the rest of the batch nor on how its prompt was cut into chunks.
+    `kv_policy`: how caches for this model keep keys and values; None: as they are."""
 
     def __init__(
         self,
@@ -70,9 +73,11 @@ class Decoder(nn.Module):
         numerics: Literal["exact", "fast"],
         dtype: torch.dtype,
         device: str,
+        kv_policy: KVPolicy | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.kv_policy = kv_policy
         self.numerics = numerics
         self.dtype = dtype
         self.device = device

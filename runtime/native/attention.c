@@ -2,7 +2,8 @@
  *
  * A task is one sequence, one key-value head and at most SEGMENT slots; the heads of its group share what is read. Tasks
  * go to threads; segments of a long sequence are joined afterwards. A row's result depends on nothing but its own
- * sequence. All numbers are fp32.
+ * sequence. All numbers are fp32. Codes become whole numbers once for all heads of a group; what they are multiplied by
+ * and what is added goes to scores and to probabilities.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -53,34 +54,70 @@ static void gather(float *acc, float fade, const float *weight, const float *con
     }
 }
 
-/* Slots first … end - 1 for all heads of group g: acc [heads of a group, width], top and total [heads of a group]. */
+/* A tile of keys or values: number = scale * row + shift. */
+typedef struct {
+    const float *rows[TILE];
+    float scale[TILE], shift[TILE];
+} tile;
+
+static void read_tile(const decodes *all, const kv_pages *pages, const int32_t *table, int64_t g, int64_t at,
+        int64_t count, float *room, tile *to) {
+    for (int64_t j = 0; j < count; j++) {
+        const int64_t slot = at + j;
+        const int64_t row = ((int64_t)table[slot / all->block] * all->block + slot % all->block) * all->groups + g;
+        to->rows[j] = row_at(pages, row, g, all->width, room + j * all->width, to->scale + j, to->shift + j);
+    }
+}
+
+/* Scores of one query. */
+static void score(const decodes *all, const float *q, float q_sum, const tile *keys, int64_t count, float *to) {
+    for (int64_t j = 0; j < count; j++)
+        to[j] = dot(q, keys->rows[j], all->width) * all->scale;
+    if (all->k.coding != FULL_KV)
+        for (int64_t j = 0; j < count; j++)
+            to[j] = to[j] * keys->scale[j] + q_sum * all->scale * keys->shift[j];
+    if (all->softcap != 0)
+        for (int64_t j = 0; j < count; j++)
+            to[j] = all->softcap * (1 - 2 / (1 + exponential(2 * to[j] / all->softcap)));
+}
+
+/* acc = acc * fade + sum of weight[j] * values[j]; overwrites `weight`. */
+static void add_values(const decodes *all, float *acc, float fade, float *weight, const tile *values, int64_t count) {
+    float shift = 0;
+    if (all->v.coding != FULL_KV)
+        for (int64_t j = 0; j < count; j++) {
+            shift += weight[j] * values->shift[j];
+            weight[j] *= values->scale[j];
+        }
+    gather(acc, fade, weight, values->rows, count, all->width);
+    if (all->v.coding == INT4_KV)
+        for (int64_t d = 0; d < all->width; d++)
+            acc[d] += shift;
+}
+
+/* Slots first … end - 1 for all heads of group g: acc [heads of a group, width], top and total [heads of a group].
+ * `room` holds the numbers of two tiles. */
 static void attend(const decodes *all, int64_t s, int64_t g, int64_t first, int64_t end, float *acc, float *top,
-                   float *total) {
-    int64_t width = all->width, repeats = all->heads / all->groups, step = all->groups * width;
+        float *total, float *room) {
+    int64_t width = all->width, repeats = all->heads / all->groups;
     const float *q = all->q + all->row[s] * all->q_stride + g * repeats * width;
     const int32_t *table = all->table + s * all->table_stride;
-    const float *keys[TILE], *values[TILE];
-    float weight[TILE];
+    tile keys, values;
+    float weight[TILE], q_sum[repeats];
     memset(acc, 0, repeats * width * sizeof(float));
     for (int64_t r = 0; r < repeats; r++) {
         top[r] = -1e30f;
-        total[r] = 0;
+        total[r] = q_sum[r] = 0;
+        for (int64_t d = 0; d < width; d++)
+            q_sum[r] += q[r * width + d];
     }
     for (int64_t at = first; at < end; at += TILE) {
         int64_t count = end - at < TILE ? end - at : TILE;
-        for (int64_t j = 0; j < count; j++) {
-            int64_t slot = at + j;
-            int64_t offset = ((int64_t)table[slot / all->block] * all->block + slot % all->block) * step + g * width;
-            keys[j] = all->k + offset;
-            values[j] = all->v + offset;
-        }
+        read_tile(all, &all->k, table, g, at, count, room, &keys);
+        read_tile(all, &all->v, table, g, at, count, room + TILE * width, &values);
         for (int64_t r = 0; r < repeats; r++) {
             float highest = top[r];
-            for (int64_t j = 0; j < count; j++)
-                weight[j] = dot(q + r * width, keys[j], width) * all->scale;
-            if (all->softcap != 0)
-                for (int64_t j = 0; j < count; j++)
-                    weight[j] = all->softcap * (1 - 2 / (1 + exponential(2 * weight[j] / all->softcap)));
+            score(all, q + r * width, q_sum[r], &keys, count, weight);
 #pragma omp simd reduction(max : highest)
             for (int64_t j = 0; j < count; j++)
                 highest = weight[j] > highest ? weight[j] : highest;
@@ -90,7 +127,7 @@ static void attend(const decodes *all, int64_t s, int64_t g, int64_t first, int6
                 added += weight[j] = exponential(weight[j] - highest);
             total[r] = total[r] * fade + added;
             top[r] = highest;
-            gather(acc + r * width, fade, weight, values, count, width);
+            add_values(all, acc + r * width, fade, weight, &values, count);
         }
     }
 }
@@ -126,6 +163,7 @@ int paged_decode(const decodes *all, int threads) {
     int64_t repeats = all->heads / all->groups, part = repeats * (all->width + 2), pieces = 0;
     for (int64_t s = 0; s < all->sequences; s++)
         pieces += segments_of(all, s);
+    int64_t coded = all->k.coding != FULL_KV || all->v.coding != FULL_KV, room = coded ? 2 * TILE * all->width : 1;
     float *parts = malloc(pieces * all->groups * part * sizeof(float));
     int64_t *begins = malloc((all->sequences + 1) * sizeof(int64_t)), *owner = malloc(pieces * sizeof(int64_t));
     if (!parts || !begins || !owner) {
@@ -145,7 +183,8 @@ int paged_decode(const decodes *all, int threads) {
         int64_t first = all->first[s] + segment * SEGMENT;
         int64_t end = first + SEGMENT < all->end[s] ? first + SEGMENT : all->end[s];
         float *acc = parts + (begins[s] * all->groups + g * segments + segment) * part;
-        attend(all, s, g, first, end, acc, acc + repeats * all->width, acc + repeats * (all->width + 1));
+        float numbers[room];
+        attend(all, s, g, first, end, acc, acc + repeats * all->width, acc + repeats * (all->width + 1), numbers);
     }
     for (int64_t s = 0; s < all->sequences; s++)
         for (int64_t g = 0; g < all->groups; g++) {

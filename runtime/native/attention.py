@@ -1,9 +1,9 @@
-"""Decodes through attention.c: fp32 on a CPU, keys and values read in their pages.
+"""Decodes through attention.c: fp32 on a CPU, keys and values read in their pages, codes too.
 
 Gathering pages for torch's attention reads and writes every key once more and takes a dozen calls a layer; with one
 sequence the calls are most of the time.
 
-Shape suffixes: T tokens, H query heads, D head width, P pages, B slots of a page, G key-value heads, N decodes.
+Shape suffixes: T tokens, H query heads, D head width, P pages of a table, N decodes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from dataclasses import dataclass
 import torch
 
 from compress.core.compiling import threads_for
+from runtime.native.kv_store import KVPages, described, reads
 from runtime.native.library import library
+from runtime.ops.pages import Pages
 
 
 class _Decodes(ctypes.Structure):
     """The struct `decodes` of operations.h; pointers are plain numbers."""
 
     _fields_ = [
-        *((name, ctypes.c_size_t) for name in ("q", "k", "v", "out", "table", "row", "first", "end")),
+        ("k", KVPages),
+        ("v", KVPages),
+        *((name, ctypes.c_size_t) for name in ("q", "out", "table", "row", "first", "end")),
         *((name, ctypes.c_int64) for name in ("sequences", "table_stride", "q_stride")),
         *((name, ctypes.c_int64) for name in ("heads", "groups", "width", "block")),
         ("scale", ctypes.c_float),
@@ -40,17 +44,16 @@ class Decodes:
     slots: int  # seen by all of them
 
 
-def takes(q_THD: torch.Tensor, *pools: torch.Tensor) -> bool:
-    """Whether the kernel does these CPU tensors (fp32, contiguous pools) and could be compiled."""
-    plain = all(x.dtype == torch.float32 for x in (q_THD, *pools)) and all(pool.is_contiguous() for pool in pools)
-    return plain and library().loaded is not None
+def takes(q_THD: torch.Tensor, *pages: Pages) -> bool:
+    """Whether the kernel does these CPU tensors (fp32 queries, fp32 or coded pages) and could be compiled."""
+    return q_THD.dtype == torch.float32 and all(map(reads, pages)) and library().loaded is not None
 
 
 def decode(
     out_THD: torch.Tensor,
     q_THD: torch.Tensor,
-    k_PBGD: torch.Tensor,
-    v_PBGD: torch.Tensor,
+    k: Pages,
+    v: Pages,
     part: Decodes,
     scale: float,
     softcap: float | None,
@@ -59,9 +62,9 @@ def decode(
     heads, width = q_THD.shape[1:]
     if q_THD.stride()[1:] != (width, 1):
         q_THD = q_THD.contiguous()
-    block, groups = k_PBGD.shape[1:3]
+    block, groups = k.block, k.groups
     work = _Decodes(
-        q_THD.data_ptr(), k_PBGD.data_ptr(), v_PBGD.data_ptr(), out_THD.data_ptr(),
+        described(k), described(v), q_THD.data_ptr(), out_THD.data_ptr(),
         part.table_NP.data_ptr(), part.row_N.data_ptr(), part.first_N.data_ptr(), part.end_N.data_ptr(),
         len(part.row_N), part.table_NP.shape[1], q_THD.stride(0), heads, groups, width, block, scale, softcap or 0.0,
     )  # fmt: skip

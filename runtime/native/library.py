@@ -20,6 +20,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # result, arguments
     "bitmap_tiles_served": (c_int, []),
     "bitmap_values": (None, [_POINTER, *[_INTEGER] * 2, *[_POINTER] * 3, c_int]),
     "decoder_step": (c_int, [_POINTER] * 2),
+    "kv_store": (None, [_POINTER, _POINTER, _INTEGER, _POINTER, *[_INTEGER] * 3]),
     "linear_product": (c_int, [_POINTER, _INTEGER, _POINTER, _POINTER, c_int]),
     "low_bit_dequantize": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER, c_int]),
     "paged_decode": (c_int, [_POINTER, c_int]),

@@ -2,10 +2,12 @@
 
 #pragma once
 
+#include "kv_codes.h"
 #include "vectors.h"
 
 typedef struct { /* ctypes mirrors it in attention.py */
-    const float *q, *k, *v;
+    kv_pages k, v;
+    const float *q;
     float *out;
     const int32_t *table;       /* [sequences, table_stride] */
     const int64_t *row;         /* of each sequence's query in q and out */

@@ -25,7 +25,7 @@ typedef struct { /* ctypes mirrors these in small_steps.py */
 typedef struct {
     linear qkv, output, gate_up, down;
     const float *before_attention, *after_attention, *before_ffn, *after_ffn, *q_norm, *k_norm; /* NULL: no norm */
-    float *k, *v; /* pages [P][B][G][W] */
+    kv_pages k, v;
     int64_t heads, groups, width, inner, window, rope; /* window 0: none */
     float scale;
 } layer;
@@ -143,11 +143,10 @@ static int attention(const decoder *model, const layer *l, const step *now, scra
     }
     rotary(at->wide, at->wide + q_width, at->cosine + angles, at->sine + angles, at->q, at->k, M, l->heads, l->groups,
         l->width, model->ropes[l->rope].rotated, stride, stride, threads_for(M * (q_width + k_width), now));
+    kv_store(&l->k, at->k, k_width, now->slot, M, l->groups, l->width);
+    kv_store(&l->v, at->wide + q_width + k_width, stride, now->slot, M, l->groups, l->width);
     int64_t seen = 0;
     for (int64_t m = 0; m < M; m++) {
-        const size_t bytes = (size_t)k_width * sizeof(float);
-        memcpy(l->k + now->slot[m] * k_width, at->k + m * k_width, bytes);
-        memcpy(l->v + now->slot[m] * k_width, at->wide + m * stride + q_width + k_width, bytes);
         at->first[m] = (int32_t)(l->window ? larger(0, now->position[m] - l->window + 1) : 0);
         seen += now->end[m] - at->first[m];
     }

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from runtime.native import attention as native
 from runtime.ops.backend import uses_native
 from runtime.ops.batch import AttentionBatch
+from runtime.ops.pages import Pages
 
 _FEW_QUERIES = 8  # of a chunk that goes through the kernel, one query at a time …
 _FEW_SCORES = 1 << 13  # … or queries times keys
@@ -50,8 +51,8 @@ class _Chunk:
 
 def attend_gathered(
     q_THD: torch.Tensor,
-    k_PBGD: torch.Tensor,
-    v_PBGD: torch.Tensor,
+    k: Pages,
+    v: Pages,
     batch: AttentionBatch,
     *,
     scale: float,
@@ -59,8 +60,8 @@ def attend_gathered(
     softcap: float | None,
 ) -> torch.Tensor:
     """`paged_attention`, as fast as it gets here; rows may depend on their neighbours in the last bits."""
-    block, groups, width = k_PBGD.shape[1:]
-    compiled = uses_native(q_THD) and native.takes(q_THD, k_PBGD, v_PBGD)
+    block, groups, width = k.block, k.groups, k.width
+    compiled = uses_native(q_THD) and native.takes(q_THD, k, v)
     key = "gathered", block, groups * width, window, compiled
     if key not in batch.plans:
         single = [s for s in range(len(batch.kv_len)) if _queries(batch, s) == 1]
@@ -75,11 +76,11 @@ def attend_gathered(
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     for part in batch.plans[key]:
         if isinstance(part, native.Decodes):
-            native.decode(out_THD, q_THD, k_PBGD, v_PBGD, part, scale, softcap)
+            native.decode(out_THD, q_THD, k, v, part, scale, softcap)
         elif isinstance(part, _Padded):
-            _attend_padded(out_THD, q_THD, k_PBGD, v_PBGD, part, scale, softcap)
+            _attend_padded(out_THD, q_THD, k, v, part, scale, softcap)
         else:
-            _attend_chunk(out_THD, q_THD, k_PBGD, v_PBGD, part, scale, window, softcap)
+            _attend_chunk(out_THD, q_THD, k, v, part, scale, window, softcap)
     return out_THD
 
 
@@ -157,24 +158,24 @@ def _chunks(batch: AttentionBatch, sequences: list[int], block: int, window: int
         yield _Chunk(start, end, batch.positions[start], first, slot_K)
 
 
-def _gather(pool_PBGD: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    rows = pool_PBGD.flatten(0, 1).index_select(0, slots.reshape(-1)).to(dtype)
+def _gather(pages: Pages, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    rows = pages.read(slots.reshape(-1)).to(dtype)
     return rows.view(*slots.shape, *rows.shape[1:])
 
 
 def _attend_padded(
     out_THD: torch.Tensor,
     q_THD: torch.Tensor,
-    k_PBGD: torch.Tensor,
-    v_PBGD: torch.Tensor,
+    k: Pages,
+    v: Pages,
     part: _Padded,
     scale: float,
     softcap: float | None,
 ) -> None:
     heads, width = q_THD.shape[1:]
-    groups = k_PBGD.shape[2]
-    k_NGKD = _gather(k_PBGD, part.slot_NK, q_THD.dtype).transpose(1, 2)
-    v_NGKD = _gather(v_PBGD, part.slot_NK, q_THD.dtype).transpose(1, 2)
+    groups = k.groups
+    k_NGKD = _gather(k, part.slot_NK, q_THD.dtype).transpose(1, 2)
+    v_NGKD = _gather(v, part.slot_NK, q_THD.dtype).transpose(1, 2)
     q_NGRD = q_THD[part.row_N].view(-1, groups, heads // groups, width)
     out_NGRD = _attend(q_NGRD, k_NGKD, v_NGKD, part.visible_N11K, scale, softcap)
     out_THD[part.row_N] = out_NGRD.reshape(-1, heads, width)
@@ -183,17 +184,17 @@ def _attend_padded(
 def _attend_chunk(
     out_THD: torch.Tensor,
     q_THD: torch.Tensor,
-    k_PBGD: torch.Tensor,
-    v_PBGD: torch.Tensor,
+    k: Pages,
+    v: Pages,
     part: _Chunk,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> None:
-    groups = k_PBGD.shape[2]
+    groups = k.groups
     queries, heads, width = part.end - part.start, *q_THD.shape[1:]
     q_GRQD = q_THD[part.start : part.end].view(queries, groups, heads // groups, width).permute(1, 2, 0, 3)
-    k_G1KD, v_G1KD = (_gather(pool, part.slot_K, q_THD.dtype).transpose(0, 1)[:, None] for pool in (k_PBGD, v_PBGD))
+    k_G1KD, v_G1KD = (_gather(pages, part.slot_K, q_THD.dtype).transpose(0, 1)[:, None] for pages in (k, v))
     keys = k_G1KD.shape[2]
     out_QGRD = out_THD[part.start : part.end].view(queries, groups, heads // groups, width)
     if softcap is None and queries == keys and (window is None or keys <= window):

@@ -5,8 +5,8 @@ is row p % QUERY_TILE of its tile, key tiles begin at multiples of KEY_TILE. Onl
 varies. A tile of which a row sees nothing leaves that row's running values as they are, to the bit. So a row meets the
 same arithmetic in any batch and under any chunking. Memory is independent of the sequences' lengths.
 
-Shape suffixes: T tokens, H query heads, G key-value heads, R heads per group (H / G), D head width, P pages, B slots of
-a page, L lanes (query tiles worked on at once), Q queries of a tile, K keys of a tile.
+Shape suffixes: T tokens, H query heads, G key-value heads, R heads per group (H / G), D head width, P pages of a table,
+L lanes (query tiles worked on at once), Q queries of a tile, K keys of a tile.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.ops.batch import AttentionBatch
+from runtime.ops.pages import Pages
 
 QUERY_TILE = 8
 KEY_TILE = 128
@@ -37,8 +38,8 @@ class _Lanes:
 
 def attend_tiled(
     q_THD: torch.Tensor,
-    k_PBGD: torch.Tensor,
-    v_PBGD: torch.Tensor,
+    k: Pages,
+    v: Pages,
     batch: AttentionBatch,
     *,
     scale: float,
@@ -51,7 +52,7 @@ def attend_tiled(
         batch.plans[key] = list(_plan(batch, window))
     out_THD = torch.empty_like(q_THD)
     for lanes in batch.plans[key]:
-        _attend_lanes(out_THD, q_THD, k_PBGD, v_PBGD, lanes, scale, window, softcap)
+        _attend_lanes(out_THD, q_THD, k, v, lanes, scale, window, softcap)
     return out_THD
 
 
@@ -96,8 +97,8 @@ def _lanes(batch: AttentionBatch, pieces: list[tuple[int, int, int, int, int]]) 
 def _attend_lanes(
     out_THD: torch.Tensor,
     q_THD: torch.Tensor,
-    k_PBGD: torch.Tensor,
-    v_PBGD: torch.Tensor,
+    k: Pages,
+    v: Pages,
     lanes: _Lanes,
     scale: float,
     window: int | None,
@@ -105,7 +106,7 @@ def _attend_lanes(
 ) -> None:
     """Write the results of the lanes' queries into `out_THD`."""
     heads, width = q_THD.shape[1:]
-    groups = k_PBGD.shape[2]
+    groups = k.groups
     repeats, count = heads // groups, len(lanes.tiles)
     placed = q_THD.new_zeros((count * QUERY_TILE, heads, width), dtype=torch.float32)
     placed[lanes.place] = q_THD[lanes.row].float()
@@ -115,9 +116,9 @@ def _attend_lanes(
     sum_LGQR = torch.zeros_like(top_LGQR)
     for tile in range(lanes.tiles[0]):
         active = sum(tiles > tile for tiles in lanes.tiles)
-        position_LK, slot_LK = _key_tile(lanes, active, tile, k_PBGD.shape[1])
+        position_LK, slot_LK = _key_tile(lanes, active, tile, k.block)
         hidden_LQK = _hidden(lanes.position_LQ[:active], position_LK, window)
-        score_LGQRK = _product(q_LGQRD[:active], _gather(k_PBGD, slot_LK).transpose(2, 3)) * scale
+        score_LGQRK = _product(q_LGQRD[:active], _gather(k, slot_LK).transpose(2, 3)) * scale
         if softcap is not None:
             score_LGQRK = softcap * torch.tanh(score_LGQRK / softcap)
         score_LGQRK.masked_fill_(hidden_LQK[:, None, :, None], float("-inf"))
@@ -126,7 +127,7 @@ def _attend_lanes(
         share_LGQRK = score_LGQRK.sub_(new[..., None]).exp_()
         fade = (old - new).exp_()
         sum_LGQR[:active] = sum_LGQR[:active] * fade + share_LGQRK.sum(-1)
-        acc_LGQRD[:active] = acc_LGQRD[:active] * fade[..., None] + _product(share_LGQRK, _gather(v_PBGD, slot_LK))
+        acc_LGQRD[:active] = acc_LGQRD[:active] * fade[..., None] + _product(share_LGQRK, _gather(v, slot_LK))
         top_LGQR[:active] = new
     result = acc_LGQRD / sum_LGQR.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
     result = result.transpose(1, 2).reshape(count * QUERY_TILE, heads, width)
@@ -151,10 +152,10 @@ def _hidden(query_LQ: torch.Tensor, key_LK: torch.Tensor, window: int | None) ->
     return hidden_LQK if window is None else hidden_LQK | (ahead_LQK >= window)
 
 
-def _gather(pool_PBGD: torch.Tensor, slot_LK: torch.Tensor) -> torch.Tensor:
+def _gather(pages: Pages, slot_LK: torch.Tensor) -> torch.Tensor:
     """fp32 [L, G, K, D], contiguous."""
     lanes, keys = slot_LK.shape
-    rows = pool_PBGD.flatten(0, 1).index_select(0, slot_LK.reshape(-1))
+    rows = pages.read(slot_LK.reshape(-1))
     return rows.view(lanes, keys, *rows.shape[1:]).transpose(1, 2).float().contiguous()
 
 

@@ -22,7 +22,7 @@ class NaiveRunner:
 
     def __init__(self, model: Decoder, pages: int = 128, seed: int = 0) -> None:
         self.model = model
-        self.cache = KVCache(model.config, pages, BLOCK, dtype=model.dtype)
+        self.cache = KVCache(model.config, pages, BLOCK, dtype=model.dtype, policy=model.kv_policy)
         self._free = list(range(pages))
         random.Random(seed).shuffle(self._free)
         self._tables: dict[int, list[int]] = {}

@@ -106,11 +106,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "layer out of range": ("llama", {"per_layer_config": {"8": {"intermediate_size": 4}}}, "no layer of 8"),
     "heads as text": ("llama", {"num_attention_heads": "4"}, "num_attention_heads is '4', not a positive whole number"),
     "no heads": ("llama", {"num_attention_heads": None}, "num_attention_heads is None, not a positive"),
-    "quantized cache": (
-        "llama",
-        {"quantization_config": {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}},
-        "kv_cache_scheme is {'num_bits': 8}, but keys and values are not kept quantized",
-    ),
     "family": ("mamba", {}, "unknown model family 'mamba'"),
 }
 

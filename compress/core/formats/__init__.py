@@ -110,12 +110,14 @@ class Reader:
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
-    """The quantization method that a config.json names, None for a model that is not quantized."""
+    """The quantization method that a config.json names, None for a model whose weights are not quantized."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
     if not isinstance(quantization, Mapping):
         raise InputError("is not a mapping", where=_WHERE)
+    if quantization.get("kv_cache_scheme") and quantization.get("config_groups") == {}:
+        return None  # it speaks of keys and values alone
     return str(quantization.get("quant_method", "unnamed"))
 
 

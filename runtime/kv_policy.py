@@ -1,0 +1,48 @@
+"""Which policy for keys and values a model runs with: the caller's, that of its config.json, or fp8 as other tools
+write it (kv_cache_scheme with a k_scale and a v_scale for each layer, compressed-tensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compress.core.checkpoint import Checkpoint
+from compress.core.errors import InputError
+from kv_compress.policy import Coding, KVPolicy, LayerPolicy, policy_in
+from kv_compress.scheme import scale_names, scheme_in
+from runtime.models.config import LayerConfig
+
+
+def policy_of(checkpoint: Checkpoint, layers: Sequence[LayerConfig], asked: KVPolicy | str | None) -> KVPolicy | None:
+    """The policy, None where keys and values are kept as they are. InputError for one that does not fit the layers,
+    UsageError for a codec that does not exist."""
+    where = str(checkpoint.folder / "config.json")
+    if isinstance(asked, str):
+        policy = KVPolicy.uniform(asked, len(layers))
+    else:
+        policy = asked or policy_in(checkpoint.config, where) or _of_scheme(checkpoint, len(layers))
+    if policy is not None:
+        policy.require_fits(((layer.kv_heads, layer.head_dim) for layer in layers), where)
+    return policy
+
+
+def scales_of(checkpoint: Checkpoint) -> list[str]:
+    """Tensors of the model that hold scales of keys and values, where its config speaks of them."""
+    if scheme_in(checkpoint.config) is None:
+        return []
+    names = (scale_names(checkpoint.block_name(index)) for index in range(checkpoint.num_blocks))
+    return [name for pair in names for name in pair if name in checkpoint.tensors]
+
+
+def _of_scheme(checkpoint: Checkpoint, count: int) -> KVPolicy | None:
+    if scheme_in(checkpoint.config) is None:
+        return None
+    layers = []
+    for index in range(count):
+        codings = []
+        for name in scale_names(checkpoint.block_name(index)):
+            scale = checkpoint.tensor(name).float().flatten().tolist() if name in checkpoint.tensors else [1.0]
+            if not all(0 < number < float("inf") for number in scale):
+                raise InputError(f"tensor {name!r} is no scale: {scale}", where=str(checkpoint.folder))
+            codings.append(Coding("fp8", scale=tuple(scale)))
+        layers.append(LayerPolicy(*codings))
+    return KVPolicy(tuple(layers))

@@ -1,0 +1,99 @@
+/* Keys and values in their pages, as numbers or as codes: kv_compress/_coding.py in C, to the bit. */
+
+#pragma once
+
+#include <math.h>
+
+#include "vectors.h"
+
+enum coding { FULL_KV, INT8_KV, INT4_KV, FP8_KV };
+
+typedef struct {         /* ctypes mirrors it in kv_store.py. A row is one token and head */
+    void *codes;         /* [P][B][G] rows: fp32, one byte or half a byte a channel */
+    uint16_t *numbers;   /* fp16 [P][B][G]: scale; of int4 scale and lowest number; of fp8 none */
+    const float *scale;  /* [G] of fp8 */
+    int64_t coding;
+} kv_pages;
+
+typedef union {
+    float number;
+    uint32_t bits;
+} word;
+
+INLINE float from_half(uint16_t half) {
+    word x = {.bits = (uint32_t)(half & 0x7fff) << 13};
+    x.number *= 0x1p112f;
+    x.bits |= (half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    x.bits |= (uint32_t)(half & 0x8000) << 16;
+    return x.number;
+}
+
+/* Rounds to the nearest, ties to even. */
+INLINE uint16_t to_half(float number) {
+    word x = {number};
+    const uint32_t sign = x.bits & 0x80000000;
+    x.bits ^= sign;
+    uint32_t half;
+    if (x.bits >= 0x47800000)
+        half = x.bits > 0x7f800000 ? 0x7e00 : 0x7c00;
+    else if (x.bits < 0x38800000) { /* below the normal ones: the sum's last bit is worth as much as theirs */
+        x.number += 0.5f;
+        half = x.bits - 0x3f000000;
+    } else
+        half = (x.bits - 0x38000000 + 0xfff + (x.bits >> 13 & 1)) >> 13;
+    return (uint16_t)(half | sign >> 16);
+}
+
+/* e4m3 to the nearest, ties to even; what is too large is clipped. */
+INLINE uint8_t to_fp8(float number) {
+    word x = {number};
+    const uint8_t sign = x.bits >> 24 & 0x80;
+    x.bits &= 0x7fffffff;
+    if (x.bits > 0x7f800000) return sign | 0x7f;
+    x.number = x.number > 448 ? 448 : x.number;
+    if (x.number < 0x1p-6f) return sign | (uint8_t)rintf(x.number * 0x1p9f);
+    return sign | (uint8_t)((x.bits + 0x7ffff + (x.bits >> 20 & 1)) >> 20) - (uint8_t)(120 << 3);
+}
+
+INLINE float from_fp8(uint8_t code) {
+    const uint32_t size = code & 0x7f;
+    word x = {.bits = (size << 20) + (120u << 23)};
+    x.number = size < 8 ? (float)size * 0x1p-9f : x.number;
+    x.bits = size == 0x7f ? 0x7fc00000 : x.bits;
+    x.bits |= (uint32_t)(code & 0x80) << 24;
+    return x.number;
+}
+
+/* The numbers of a row, but for `scale` and `shift` (number = scale * x + shift): where they lie, or in `room`. */
+INLINE const float *row_at(const kv_pages *pages, int64_t row, int64_t group, int64_t width, float *room, float *scale,
+        float *shift) {
+    *scale = 1, *shift = 0;
+    switch (pages->coding) {
+    case INT8_KV: {
+        const int8_t *codes = (const int8_t *)pages->codes + row * width;
+        for (int64_t d = 0; d < width; d++) room[d] = codes[d];
+        *scale = from_half(pages->numbers[row]);
+        return room;
+    }
+    case INT4_KV: {
+        const int64_t half = width / 2;
+        const uint8_t *codes = (const uint8_t *)pages->codes + row * half;
+        for (int64_t d = 0; d < half; d++) room[d] = codes[d] & 15;
+        for (int64_t d = 0; d < half; d++) room[half + d] = codes[d] >> 4;
+        *scale = from_half(pages->numbers[2 * row]);
+        *shift = from_half(pages->numbers[2 * row + 1]);
+        return room;
+    }
+    case FP8_KV: {
+        const uint8_t *codes = (const uint8_t *)pages->codes + row * width;
+        for (int64_t d = 0; d < width; d++) room[d] = from_fp8(codes[d]);
+        *scale = pages->scale[group];
+        return room;
+    }
+    default: return (const float *)pages->codes + row * width;
+    }
+}
+
+/* Put T tokens x [T][stride], G heads of W channels each, into slots. */
+void kv_store(const kv_pages *pages, const float *x, int64_t stride, const int64_t *slot, int64_t tokens, int64_t groups,
+        int64_t width);
