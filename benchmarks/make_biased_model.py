@@ -2,9 +2,9 @@
 
     python benchmarks/make_biased_model.py LLAMA DIR [--norm 900] [--layers 0,-1]
 
-Qwen2 models have such biases (norms of hundreds), and codes of few bits for keys break them without a word. Here the bias
-lies in the pair of channels that rotates slowest, and the queries' rows of that pair are set to zero: in full precision
-it changes nothing, to the bit, whatever its size. Only a code whose scale follows a key's largest number suffers.
+Qwen2 models have such biases (norms of hundreds), and codes of few bits for keys break them without a word. Here the
+bias lies in the pair of channels that rotates slowest, and the queries' rows of that pair are set to zero: in full
+precision it changes nothing, whatever its size. Only a code whose scale follows a key's largest number suffers.
 """
 
 import argparse

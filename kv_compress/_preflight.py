@@ -96,7 +96,7 @@ def choose(layers: Sequence[Layer], budget: float, itemsize: int) -> list[Kept]:
     if found is None:
         bits = 8 * least / numbers(layers)
         raise UsageError(
-            f"no choice of precisions fits: the smallest takes {least:,} bytes for a token, {bits:.3g} bits for a number",
+            f"no choice of precisions fits: the smallest takes {least:,} bytes a token, {bits:.3g} bits a number",
             where="--budget",
         )
     return [options[number] for options, number in zip(every, found, strict=True)]

@@ -118,11 +118,10 @@ def _require_good(chosen: dict[str, Any], most: float, layers: "Sequence[Layer]"
     if chosen["increase"] <= most:
         return
     worst = max(range(len(layers)), key=lambda index: kept[index].error(layers[index]))
-    error = 100 * math.sqrt(kept[worst].error(layers[worst]))
+    error, rise = 100 * math.sqrt(kept[worst].error(layers[worst])), 100 * chosen["increase"]
     raise InputError(
-        f"no precisions of {chosen['bits_per_number']:.3g} bits are good enough: perplexity rises by "
-        f"{100 * chosen['increase']:.3g} %, more than {100 * most:.3g} %; layer {worst} ({kept[worst].words}) is off by "
-        f"{error:.3g} %",
+        f"no precisions of {chosen['bits_per_number']:.3g} bits are good enough: perplexity rises by {rise:.3g} %, "
+        f"more than {100 * most:.3g} %; most is lost in layer {worst} ({kept[worst].words}, off by {error:.3g} %)",
         hint="give a larger --budget",
     )
 
@@ -193,3 +192,8 @@ def _plain(layers: "Sequence[Layer]", biases: dict[int, float], kept: "Sequence[
         }
         for index, layer in enumerate(layers)
     ]
+
+
+def register(group: typer.Typer) -> None:
+    """Add the command of this file to the group kv."""
+    group.command()(check)
