@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from compress.cli import artifacts, bench, doctor, evaluation, export, generate, level, recipes, run, tokens
+from compress.cli import artifacts, bench, doctor, evaluation, export, generate, kv, level, recipes, run, tokens
 from compress.cli import options as opt
 from compress.cli.console import last_output, speak
 from compress.core.errors import CompressError, ResourceError, UsageError
@@ -51,6 +51,7 @@ level.register(app)
 evaluation.register(app)
 generate.register(app)
 bench.register(app)
+kv.register(app)
 doctor.register(app)
 
 

@@ -30,6 +30,7 @@ OPTIONS = {
     ),
     "report": "output json quiet",
     "compare": "output json quiet",
+    "kv check": ("text samples length prefix budget max-increase output device dtype offline json quiet verbose"),
     "doctor": "json quiet verbose",
     "recipes list": "json quiet",
     "recipes show": "resolved set model json",
