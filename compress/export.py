@@ -24,6 +24,7 @@ from compress.core.files import (
 )
 from compress.core.formats import method_of, stored_modules, writer_for
 from compress.core.formats._checks import exact_as
+from compress.core.kv_scheme import scheme_in, with_scheme
 from compress.core.manifest import Coverage
 from compress.core.model_files import INDEX_NAME, SHARD_METADATA, shard_index, shard_name, unquantized, write_json
 from compress.core.safetensors_io import load_tensor, raw_bytes, read_header, torch_dtype
@@ -104,8 +105,12 @@ def rewrite(source: Checkpoint, staged: Path, format: str) -> dict[str, Written]
             copy_file(source.folder / relative, staged / relative)
             files[str(relative)] = written_file(staged / relative)
     schemes = source.schemes
-    config = writer_for(format).quantization_config(schemes, unquantized(source, schemes))
-    files["config.json"] = write_json(staged / "config.json", source.config | {"quantization_config": config})
+    config = source.config | {
+        "quantization_config": writer_for(format).quantization_config(schemes, unquantized(source, schemes))
+    }
+    if format == "compressed-tensors" and scheme_in(source.config):
+        config = with_scheme(config)
+    files["config.json"] = write_json(staged / "config.json", config)
     files[INDEX_NAME] = write_json(staged / INDEX_NAME, shard_index(staged, files))
     _require_equal(source, staged)
     return files

@@ -11,6 +11,8 @@ import psutil
 
 from compress.core.errors import InputError, ResourceError, UsageError
 from compress.core.files import free_bytes
+from compress.core.kv_scheme import scheme_in
+from compress.core.model_files import KV_CACHE_KEY
 from compress.core.passes import LayerPlan, Plan
 from compress.core.quantities import format_bytes
 from compress.core.sizes import UNEVEN_NOTICE, widths_of
@@ -154,6 +156,9 @@ def _speechless(checkpoint: Checkpoint) -> list[str]:
 def require_composition(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """InputError if a stage does not take the kind of weights that reaches it."""
     kind, left_by = checkpoint.kind, f"the source {checkpoint.source.id}"
+    if KV_CACHE_KEY in checkpoint.config or scheme_in(checkpoint.config):
+        hint = "start from the model before it got one"
+        raise InputError(f"{left_by} has a policy for keys and values already", where="model", hint=hint)
     for number, stage in enumerate(recipe.stages):
         refusal = stage.settings.refusal(kind)
         if refusal:

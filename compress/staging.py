@@ -13,6 +13,7 @@ from compress.core.events import Finished, Listener, Started
 from compress.core.files import Written, atomic_write, sha256_file, written_file
 from compress.core.journal import Journal
 from compress.core.manifest import MANIFEST_NAME, FileRecord, Manifest
+from compress.core.model_files import KV_CACHE_KEY
 from compress.export import coverage, export, rewrite
 from compress.facts import artifact_facts, lineage
 from compress.inputs import Inputs, RunOptions
@@ -53,7 +54,7 @@ def _require_verified(artifact: Checkpoint, inputs: Inputs, events: Listener) ->
     from compress.core.verify import verify
 
     events(Started("verify", 1, "artifact"))
-    settings = [stage.settings for stage in inputs.recipe.stages]
+    settings = [stage.settings for stage in inputs.recipe.stages if stage.kind != "kv_cache"]  # leaves weights alone
     if all(method.gives == "quantized" and not method.transforms for method in settings):
         report = verify(artifact.folder, source=inputs.original.folder, level="coverage", library=True)
     else:
@@ -158,6 +159,7 @@ def _manifest(
         fingerprint=journal.fingerprint,
         lineage=lineage(inputs.original),
         coverage=coverage(inputs.original, artifact, quantized, transforms),
+        kv_cache=artifact.config.get(KV_CACHE_KEY),
         parity=parity,
         stages=[
             {

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.core.errors import InputError, UsageError
+from compress.core.model_files import KV_CACHE_KEY
 from kv_compress.fp8 import Fp8
 from kv_compress.int4 import Int4
 from kv_compress.int8 import Int8
 
-CONFIG_KEY = "compress_kv_cache"  # in config.json: the policy, as in the manifest
 FULL = "full"
 CODECS: Mapping[str, Int8 | Int4 | Fp8] = {codec.name: codec for codec in (Int8(), Int4(), Fp8())}
 PRECISIONS = (FULL, *CODECS)
@@ -70,6 +70,11 @@ class KVPolicy:
         return all(coding.codec == FULL for coding in self._codings())
 
     @property
+    def is_scheme(self) -> bool:
+        """Whether `kv_cache_scheme` can say it: fp8 in all layers, one scale each, nothing rotated."""
+        return all(of.codec == "fp8" and len(of.scale) == 1 and not of.rotate for of in self._codings())
+
+    @property
     def codecs(self) -> tuple[str, ...]:
         """The codecs in use, most precise first."""
         used = {coding.codec for coding in self._codings()}
@@ -106,8 +111,8 @@ class KVPolicy:
 
 def policy_in(config: Mapping[str, Any], where: str = "config.json") -> KVPolicy | None:
     """The policy that a config.json carries."""
-    data = config.get(CONFIG_KEY)
-    return None if data is None else KVPolicy.parse(data, f"{where}: {CONFIG_KEY}")
+    data = config.get(KV_CACHE_KEY)
+    return None if data is None else KVPolicy.parse(data, f"{where}: {KV_CACHE_KEY}")
 
 
 def _misfit(coding: Coding, heads: int, width: int) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError
+from compress.core.kv_scheme import is_scale, scale_names, scheme_in
+from compress.core.model_files import KV_CACHE_KEY
 from kv_compress.policy import Coding, KVPolicy, LayerPolicy, policy_in
-from kv_compress.scheme import scale_names, scheme_in
 from runtime.models.config import LayerConfig
 
 
@@ -27,10 +28,8 @@ def policy_of(checkpoint: Checkpoint, layers: Sequence[LayerConfig], asked: KVPo
 
 def scales_of(checkpoint: Checkpoint) -> list[str]:
     """Tensors of the model that hold scales of keys and values, where its config speaks of them."""
-    if scheme_in(checkpoint.config) is None:
-        return []
-    names = (scale_names(checkpoint.block_name(index)) for index in range(checkpoint.num_blocks))
-    return [name for pair in names for name in pair if name in checkpoint.tensors]
+    spoken_of = scheme_in(checkpoint.config) is not None or KV_CACHE_KEY in checkpoint.config
+    return list(filter(is_scale, checkpoint.tensors)) if spoken_of else []
 
 
 def _of_scheme(checkpoint: Checkpoint, count: int) -> KVPolicy | None:

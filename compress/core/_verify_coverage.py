@@ -14,6 +14,7 @@ from compress.core._verify_shapes import architecture_of
 from compress.core._verify_weights import quantized_names, sampled_weight
 from compress.core.errors import ArtifactError, InputError
 from compress.core.formats import Reader, method_of, reader_for
+from compress.core.kv_scheme import is_scale, scheme_in
 from compress.core.manifest import MANIFEST_NAME, Manifest
 from compress.core.safetensors_io import MappedFiles, TensorInfo, raw_bytes
 from compress.core.scheme import Scheme
@@ -48,7 +49,8 @@ def check_coverage(
             raise ArtifactError("was dropped without a reason", where=tensor)
         if status == "dropped" and (tensor in contents.tensors or module in schemes):
             raise ArtifactError("is said to be dropped, but is here", where=tensor)
-    extra = sorted(contents.tensors.keys() - expected)
+    scales = filter(is_scale, contents.tensors if scheme_in(contents.config) else ())  # looked at by themselves
+    extra = sorted(contents.tensors.keys() - expected - set(scales))
     if extra:
         raise ArtifactError("has no counterpart in the source", where=extra[0])
     unsaid = sorted(module for module in schemes if f"{module}.weight" not in fates)

@@ -17,7 +17,7 @@ FOLDERS = {"prune": "prune", "distill": "distill", "quantize": "quantize", "kv_c
 """Kind of stage -> package that holds its methods, in the order in which stages usually run."""
 
 ONE_PASS = {"kv_cache": "stage"}
-"""Kinds with one Pass for all that they do, and its file: recipes name no method."""
+"""Kinds with one Pass for all that they do, and its file. Its method has the name of the kind; recipes leave it out."""
 
 PACKAGES = ("quantize", "prune", "distill", "kv_compress", "runtime")
 
@@ -51,7 +51,9 @@ def list_methods(kind: str) -> list[str]:
     """Names of the methods of `kind`, sorted: its folder's files that do not start with _. Imports none of them."""
     folder = package_folder(FOLDERS[kind])
     names = [item.name for item in pkgutil.iter_modules([str(folder)]) if not item.ispkg]
-    return sorted(name for name in names if not name.startswith("_") and name == ONE_PASS.get(kind, name))
+    if kind in ONE_PASS:
+        return [kind] if ONE_PASS[kind] in names else []
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def available_kinds() -> dict[str, list[str]]:
@@ -69,7 +71,7 @@ def find_pass(kind: str, method: str, allow_code: tuple[str, ...] = ()) -> type[
     methods = list_methods(kind)
     if method not in methods:
         raise UsageError(_unknown(kind, method, methods), hint=suggestion(method, methods))
-    return _pass_in(f"{FOLDERS[kind]}.{method}", kind)
+    return _pass_in(f"{FOLDERS[kind]}.{ONE_PASS.get(kind, method)}", kind)
 
 
 def suggestion(word: str, known: list[str]) -> str | None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_METADATA = {"format": "pt"}
+KV_CACHE_KEY = "compress_kv_cache"  # in config.json: how keys and values are kept, as in the manifest
 MASKED_KEY = "compress_masked"  # in config.json: zeros among the weights are chosen, and are to stay zeros
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationError, model_serializer
 
 from compress.core.errors import RecipeError, UsageError
+from compress.core.methods import ONE_PASS
 from compress.core.passes import Pass
 from compress.core.places import locate
 from compress.core.positions import ROOT, NodePath, Problem, YamlSource
@@ -70,7 +71,8 @@ class Stage(Section):
 
     @model_serializer
     def _as_written(self) -> dict[str, Any]:
-        return {self.kind: {"method": self.method, **self.settings.model_dump(mode="json")}}
+        method = {} if self.kind in ONE_PASS else {"method": self.method}
+        return {self.kind: method | self.settings.model_dump(mode="json")}
 
 
 class _WithoutStages(Section):

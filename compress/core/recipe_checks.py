@@ -89,8 +89,11 @@ def composition_problem(recipe: "Recipe", places: Sequence[NodePath]) -> Problem
     """A stage that does not take what the one before it gives, or lacks its calibration data. `places`: where each
     stage stands."""
     state, left_by = "dense", "the model's"
-    for stage, path in zip(recipe.stages, places, strict=True):
+    for number, (stage, path) in enumerate(zip(recipe.stages, places, strict=True)):
         settings = stage.settings
+        if number and recipe.stages[number - 1].kind == "kv_cache":
+            message = "stands behind kv_cache, which comes once and last: it says of the finished model what to keep"
+            return Problem(path, message, at_key=True)
         refusal = settings.refusal(state)
         if refusal:
             return Problem(path, f"{stage.method} {refusal}, but {left_by} are {state}", at_key=True)

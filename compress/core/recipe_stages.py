@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from compress.core.errors import UsageError
-from compress.core.methods import FOLDERS, available_kinds, find_pass, suggestion
+from compress.core.methods import FOLDERS, ONE_PASS, available_kinds, find_pass, suggestion
 from compress.core.passes import Pass
 from compress.core.positions import NodePath, Problem
 from compress.core.recipe_sections import Section
@@ -125,7 +125,7 @@ def _read_stage(entry: Any, path: NodePath, allow_code: tuple[str, ...]) -> tupl
 def _read_settings(
     kind: str, settings: dict[str, Any], path: NodePath, allow_code: tuple[str, ...]
 ) -> tuple[ReadStage | None, list[Problem]]:
-    method = settings.get("method")
+    method = settings.get("method", kind if kind in ONE_PASS else None)
     if method is None:
         names = ", ".join(available_kinds()[kind])
         close = [key for key in settings if suggestion(key, ["method"])]

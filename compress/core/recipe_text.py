@@ -5,7 +5,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from compress.core.methods import available_kinds, find_pass
+from compress.core.methods import ONE_PASS, available_kinds, find_pass
 from compress.core.recipe import Recipe
 from compress.core.recipe_stages import STEPS, Steps
 
@@ -65,4 +65,5 @@ def _method_schema(kind: str, method: str, definitions: dict[str, Any]) -> dict[
     schema = find_pass(kind, method).model_json_schema()
     definitions.update(schema.pop("$defs", {}))
     properties = {"method": {"const": method, "type": "string"}, **schema.get("properties", {})}
-    return {**schema, "properties": properties, "required": ["method", *schema.get("required", [])]}
+    named = [] if kind in ONE_PASS else ["method"]
+    return {**schema, "properties": properties, "required": [*named, *schema.get("required", [])]}

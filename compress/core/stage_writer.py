@@ -74,6 +74,8 @@ class StageWriter:
         self._blocks = [data for data in journal.of("block") if data["stage"] == stage]
         self._outside: dict[str, Scheme] = {}
         self._attached: dict[str, Written] = {}
+        self._added: Mapping[str, torch.Tensor] = {}
+        self._describe: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
         for index, data in enumerate(self._blocks):
             self._require_intact(index, data)
 
@@ -148,6 +150,10 @@ class StageWriter:
         else:
             self._attached[name] = write_safetensors(path, content.items(), SHARD_METADATA)
 
+    def add(self, describe: Callable[[dict[str, Any]], dict[str, Any]], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Have config.json become what `describe` makes of it, and put tensors of new names beside those of blocks."""
+        self._describe, self._added = describe, tensors
+
     # ------------------------------------------------------------------ the rest of the folder
     def finish(self, outside: Mapping[str, QuantTensor] = MappingProxyType({})) -> dict[str, Written]:
         """Write what lies outside the blocks, config, index and auxiliary files; record the stage. Gives all files.
@@ -159,6 +165,7 @@ class StageWriter:
         files = {data["file"]: Written(data["bytes"], data["sha256"]) for data in self._blocks}
         rest = shard_name(self._source.num_blocks, self._source.num_blocks)
         entries = [*self._changed(outside), *self._kept(self._source.rest_tensors(), outside)]
+        entries += [tensor_entry(name, tensor) for name, tensor in self._added.items()]
         files[rest] = write_entries(self.folder / rest, entries, SHARD_METADATA)
         self._outside = {module: tensor.scheme for module, tensor in outside.items()}
         for relative in self._source.aux_files:
@@ -261,7 +268,7 @@ class StageWriter:
         if schemes:
             kept = unquantized(self._source, schemes)
             config["quantization_config"] = self._format.quantization_config(schemes, kept)
-        return config
+        return self._describe(config)
 
     # ------------------------------------------------------------------ small things
     def _lap(self) -> float:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.core import _verify_folder as folders
 from compress.core._verify_gguf import gguf_file
+from compress.core._verify_kv_cache import check_kv_cache, speaks_of_cache
 from compress.core._verify_report import LEVELS, Check, Level, VerifyReport
 from compress.core.errors import ArtifactError, CompressError, InputError, UsageError
 from compress.core.formats import NotRead, Reader, method_of, reader_for
@@ -119,6 +120,8 @@ class _Run:
             self._hashes_alone()
             return
         readable = method_of(contents.config) is None or self.check("quantization", self._quantization)
+        if speaks_of_cache(contents):
+            self.check("kv_cache", lambda: check_kv_cache(contents))
         fits = readable and self.check("layers", self._layers)
         if fits:
             self.check("shapes", self._shapes)

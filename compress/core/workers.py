@@ -46,6 +46,9 @@ class NoSink:
     def attach(self, name: str, content: str | Mapping[str, Tensor]) -> None:
         raise _writes()
 
+    def add(self, describe: Callable[[dict[str, Any]], dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        raise _writes()
+
 
 def _writes() -> RuntimeError:
     return RuntimeError("a process beside the main one was about to write")

@@ -57,7 +57,7 @@ def measure_parity(
         "documents": 1,
     }
     reference = TransformersScorer(artifact, device, "float32")
-    exact, fast = (RuntimeScorer(artifact, device, numerics) for numerics in ("exact", "fast"))
+    exact, fast = (RuntimeScorer(artifact, device, numerics, kv_cache="full") for numerics in ("exact", "fast"))
     to_reference, to_exact = compare_logits(sample, reference.logits(sample), exact.logits(sample), fast.logits(sample))
     tasks = {}
     if evaluation is not None and evaluation.tasks:

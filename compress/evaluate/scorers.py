@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
     from compress.core.recipe import Evaluation
+    from kv_compress.policy import KVPolicy
     from runtime.llm import LLM
 
 BLOCK_SIZE = 16
@@ -101,12 +102,14 @@ class TransformersScorer:
 
 @dataclass
 class RuntimeScorer:
-    """The bundled runtime: what is scored is what is deployed."""
+    """The bundled runtime: what is scored is what is deployed. `kv_cache`: a policy or a codec for keys and values
+    instead of the model's own."""
 
     checkpoint: Checkpoint
     device: str = "cpu"
     numerics: Literal["exact", "fast"] = "fast"
     dtype: str = "auto"
+    kv_cache: KVPolicy | str | None = None
 
     @property
     def folder(self) -> Path:
@@ -125,7 +128,13 @@ class RuntimeScorer:
         from runtime.loader import load
         from runtime.ops.batch import AttentionBatch
 
-        model = load(self.checkpoint.folder, numerics=self.numerics, device=self.device, dtype=self._dtype)
+        model = load(
+            self.checkpoint.folder,
+            numerics=self.numerics,
+            device=self.device,
+            dtype=self._dtype,
+            kv_cache=self.kv_cache,
+        )
         samples, length = tokens.ids.shape
         if length > model.config.max_length:
             raise InputError(
@@ -155,6 +164,7 @@ class RuntimeScorer:
             numerics=self.numerics,
             device=self.device,
             dtype=self._dtype,
+            kv_cache=self.kv_cache,
             seed=0,
             max_sequences=64,
         )
@@ -175,6 +185,7 @@ class RuntimeScorer:
             device=self.device,
             dtype=self._dtype,
             seed=0,
+            kv_cache=self.kv_cache,
             max_sequences=16,
             max_length=longest,
         )

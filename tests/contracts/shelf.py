@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,6 +48,9 @@ class Shelf:
 
     def attach(self, name: str, content: str | Mapping[str, torch.Tensor]) -> None:
         self.attached[name] = content
+
+    def add(self, describe: Callable[[dict[str, Any]], dict[str, Any]], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.describe, self.added = describe, tensors
 
     @property
     def dense(self) -> dict[str, torch.Tensor]:

@@ -125,15 +125,6 @@ BAD = {
     ),
     "stage without indentation": ("- quantize: {", "- quantize:\n    method: {", "4:5", "2 keys", None),
     "unknown kind": ("- quantize", "- quantise", "4:5", "unknown kind of stage", "did you mean quantize?"),
-    "kind without methods": (
-        "- quantize",
-        "- kv_cache",
-        "4:5",
-        "no kv_cache stages; it has prune (alps, channels, depth, experts, heads, hidden, magnitude, sparsegpt, "
-        "vocabulary, wanda); distill (features, logits, onpolicy, recover, sequence); "
-        "quantize (autoround, awq, fp8, gptq, hqq, mixed, nf4, rtn)",
-        None,
-    ),
     "stage settings are text": (
         "{method: gptq, scheme: w4a16, group_size: 64}",
         "gptq",

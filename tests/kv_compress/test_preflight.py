@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ from compress.core.calibration import Tokens, load_tokens
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import UsageError
 from compress.core.recipe import Calibration
+from compress.evaluate.scorers import RuntimeScorer
 from kv_compress._coding import round_trip
 from kv_compress._observed import Seen, observed
 from kv_compress._preflight import (
@@ -28,6 +30,7 @@ from kv_compress._preflight import (
     uniform,
 )
 from kv_compress._statistics import Layer, choices, key_bias_norms, losses, measure
+from kv_compress.stage import KVCache
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "compress" / "demo"
@@ -73,6 +76,22 @@ def test_a_planted_bias_is_found_and_protected(planted: Preflight) -> None:
     assert any("int4" in (each.keys, each.values) for each in kept)  # the budget is felt
     assert planted.increase(uniform("int4", layers)) > 0.1
     assert planted.increase(kept) < 0.01
+
+
+def test_the_stage_and_the_runtime_do_what_was_tried(planted: Preflight) -> None:
+    """The stage of the fragment means the same codes, and the runtime's coded pages cost what the trial said."""
+    layers = planted.layers
+    kept = choose(layers, budget_bytes(str(BUDGET), layers), 2)
+    policy = policy_of(kept, layers)
+    stage = KVCache.model_validate_json(json.dumps(fragment(kept)["kv_cache"])).policy(planted.checkpoint)
+    for ours, theirs in zip(policy.layers, stage.layers, strict=True):
+        for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            assert (a.codec, a.rotate) == (b.codec, b.rotate)
+    for each in (policy, policy_of(uniform("int4", layers), layers)):
+        scorer = RuntimeScorer(planted.checkpoint, "cpu", "exact", kv_cache=each)
+        logits = torch.cat(list(scorer.logits(planted.tokens)))[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits.float(), planted.tokens.ids[:, 1:].flatten())
+        assert float(loss) == pytest.approx(losses(planted.model, planted.tokens, each), abs=2e-3)
 
 
 def test_the_planted_bias_changes_nothing_in_full_precision(planted: Preflight) -> None:

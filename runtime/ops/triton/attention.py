@@ -17,10 +17,13 @@ import triton
 import triton.language as tl
 
 from runtime.ops.batch import AttentionBatch
+from runtime.ops.pages import Pages, as_pages
 from runtime.ops.triton.device import processors
 
 _LOG2_E = math.log2(math.e)
 _MOST_SEGMENTS = 32
+CODINGS = {"full": 0, "int8": 1, "int4": 2, "fp8": 3}
+_INT8, _INT4, _FP8 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _FLOOR = tl.constexpr(-1e30)  # running maximum before any key was seen: finite, so that differences are never NaN
 
 
@@ -53,8 +56,8 @@ def segments_for(programs: int, max_kv: int, processors: int) -> int:
 
 def attend(
     q_THD: torch.Tensor,
-    k_PBGD: torch.Tensor,
-    v_PBGD: torch.Tensor,
+    k: torch.Tensor | Pages,
+    v: torch.Tensor | Pages,
     batch: AttentionBatch,
     *,
     scale: float,
@@ -67,23 +70,24 @@ def attend(
     `segments` (a power of two) fixes the number of parts that a decode's keys are cut into; else it follows from the
     number of sequences.
     """
+    k, v = as_pages(k), as_pages(v)
     q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     decodes, sequences = batch.decodes, len(batch.kv_len)
     if decodes:
         if segments is None:
-            segments = segments_for(decodes * k_PBGD.shape[2], batch.max_kv, processors(q_THD.device))
-        _launch(out_THD, q_THD, k_PBGD, v_PBGD, batch, 0, decodes, segments, scale, window, softcap)
+            segments = segments_for(decodes * k.groups, batch.max_kv, processors(q_THD.device))
+        _launch(out_THD, q_THD, k, v, batch, 0, decodes, segments, scale, window, softcap)
     if decodes < sequences:
-        _launch(out_THD, q_THD, k_PBGD, v_PBGD, batch, decodes, sequences, 1, scale, window, softcap)
+        _launch(out_THD, q_THD, k, v, batch, decodes, sequences, 1, scale, window, softcap)
     return out_THD
 
 
 def _launch(
     out_THD: torch.Tensor,
     q_THD: torch.Tensor,
-    k_PBGD: torch.Tensor,
-    v_PBGD: torch.Tensor,
+    k: Pages,
+    v: Pages,
     batch: AttentionBatch,
     first: int,
     end: int,
@@ -94,7 +98,7 @@ def _launch(
 ) -> None:
     """Attention of sequences first … end - 1."""
     tokens, heads, width = q_THD.shape
-    block, groups = k_PBGD.shape[1:3]
+    block, groups = k.block, k.groups
     group = heads // groups
     queries = batch.starts[end] - batch.starts[first]
     tile = tile_for(decode=queries == end - first, group=group, width=width, element_bytes=q_THD.element_size())
@@ -107,8 +111,10 @@ def _launch(
         top, total = torch.empty((2, tokens, heads, segments), dtype=torch.float32, device=q_THD.device)
     _attend[(queries // block_q + end - first, groups, segments)](
         q_THD,
-        k_PBGD,
-        v_PBGD,
+        k.codes,
+        v.codes,
+        *_beside(k),
+        *_beside(v),
         part,
         top,
         total,
@@ -123,12 +129,12 @@ def _launch(
         batch.table_SP.stride(0),
         q_THD.stride(0),
         q_THD.stride(1),
-        k_PBGD.stride(0),
-        k_PBGD.stride(1),
-        k_PBGD.stride(2),
-        v_PBGD.stride(0),
-        v_PBGD.stride(1),
-        v_PBGD.stride(2),
+        k.codes.stride(0),
+        k.codes.stride(1),
+        k.codes.stride(2),
+        v.codes.stride(0),
+        v.codes.stride(1),
+        v.codes.stride(2),
         GROUPS=groups,
         GROUP=group,
         WIDTH=width,
@@ -140,6 +146,9 @@ def _launch(
         SEGMENTS=segments,
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
+        K_CODING=CODINGS[k.codec],
+        V_CODING=CODINGS[v.codec],
+        BLOCK_H=max(16, triton.next_power_of_2((width + 1) // 2)),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -157,6 +166,20 @@ def _launch(
         )
 
 
+def _beside(pages: Pages) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fp16 numbers and the fp32 scales of codes; something in the place of what a codec has not."""
+    return tuple(pages.codes if x is None else x for x in (pages.numbers, pages.scale_G))
+
+
+@triton.jit
+def _numbers(code, CODING: tl.constexpr):
+    """fp16 numbers of one-byte codes, those of fp8 (e4m3) 256 times too small: no GPU before sm_89 knows that type."""
+    if CODING == _FP8:
+        bits = code.to(tl.uint16)
+        return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return code.to(tl.float16)
+
+
 @triton.jit
 def _tanh(x):
     return 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))  # 2 log2(e); right at both infinities
@@ -167,6 +190,10 @@ def _attend(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_numbers_ptr,
+    k_scale_ptr,
+    v_numbers_ptr,
+    v_scale_ptr,
     out_ptr,
     top_ptr,
     sum_ptr,
@@ -198,10 +225,14 @@ def _attend(
     SEGMENTS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    K_CODING: tl.constexpr,
+    V_CODING: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     """Program (b, g, segment): the b-th piece of BLOCK_Q tokens, counted with one piece to spare per sequence.
 
-    `scale` and `cap` bring scores to base 2: score * scale, or tanh(score * scale) * cap.
+    `scale` and `cap` bring scores to base 2: score * scale, or tanh(score * scale) * cap. Scales of codes go to scores
+    and probabilities; a byte of int4 holds channels half a head apart, so that its two halves are two products.
     """
     piece = tl.program_id(0)
     g = tl.program_id(1)
@@ -229,6 +260,17 @@ def _attend(
     real_d = d < WIDTH
     q_at = flat[:, None] * q_stride_t + head[:, None] * q_stride_h + d[None, :]
     q = tl.load(q_ptr + q_at, mask=real_m[:, None] & real_d[None, :], other=0.0)
+    h = tl.arange(0, BLOCK_H)
+    real_h = h < WIDTH // 2
+    if K_CODING == _INT4:
+        low_at = flat[:, None] * q_stride_t + head[:, None] * q_stride_h + h[None, :]
+        q_low = tl.load(q_ptr + low_at, mask=real_m[:, None] & real_h[None, :], other=0.0)
+        q_high = tl.load(q_ptr + low_at + WIDTH // 2, mask=real_m[:, None] & real_h[None, :], other=0.0)
+        q_sum = tl.sum(q.to(tl.float32), 1)
+    if K_CODING == _FP8:
+        scale_of_keys = tl.load(k_scale_ptr + g) * 256
+    if V_CODING == _FP8:
+        scale_of_values = tl.load(v_scale_ptr + g) * 256
     position = tl.load(position_ptr + flat, mask=real_m, other=-1).to(tl.int32)
 
     # slot i holds position i, so that positions bound the slots to read
@@ -244,15 +286,34 @@ def _attend(
 
     top = tl.full([BLOCK_M], _FLOOR, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if V_CODING == _INT4:
+        acc_low = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        acc_high = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for tile in range(begin, stop):
         slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         stored = slot < end
         page = tl.load(table_ptr + sequence.to(tl.int64) * table_stride + slot // BLOCK, mask=stored, other=0)
         page = page.to(tl.int64)  # a pool of more than 2^31 elements is common
         k_at = page * k_stride_p + (slot % BLOCK) * k_stride_b + g * k_stride_g
-        k = tl.load(k_ptr + k_at[None, :] + d[:, None], mask=stored[None, :] & real_d[:, None], other=0.0)
-        score = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+        row = (page * BLOCK + slot % BLOCK) * GROUPS + g  # of fp16 numbers, which lie close
+        if K_CODING == _INT4:
+            k = tl.load(k_ptr + k_at[None, :] + h[:, None], mask=stored[None, :] & real_h[:, None], other=0)
+            score = tl.dot(q_low, _numbers(k & 15, K_CODING).to(q.dtype), input_precision="ieee")
+            score += tl.dot(q_high, _numbers(k >> 4, K_CODING).to(q.dtype), input_precision="ieee")
+            step = tl.load(k_numbers_ptr + 2 * row, mask=stored, other=0.0).to(tl.float32)
+            lowest = tl.load(k_numbers_ptr + 2 * row + 1, mask=stored, other=0.0).to(tl.float32)
+            score = (score * step[None, :] + q_sum[:, None] * lowest[None, :]) * scale
+        else:
+            k = tl.load(k_ptr + k_at[None, :] + d[:, None], mask=stored[None, :] & real_d[:, None], other=0)
+            if K_CODING > 0:
+                k = _numbers(k, K_CODING)
+            score = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+            if K_CODING == _INT8:
+                score *= tl.load(k_numbers_ptr + row, mask=stored, other=0.0).to(tl.float32)[None, :]
+            if K_CODING == _FP8:
+                score *= scale_of_keys
         if SOFTCAP:
             score = _tanh(score) * cap
         visible = stored[None, :] & (slot[None, :] <= position[:, None])
@@ -264,20 +325,44 @@ def _attend(
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weight, 1)
         v_at = page * v_stride_p + (slot % BLOCK) * v_stride_b + g * v_stride_g
-        v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=stored[:, None] & real_d[None, :], other=0.0)
-        v = v.to(q.dtype)
-        acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        if V_CODING == _INT4:
+            v = tl.load(v_ptr + v_at[:, None] + h[None, :], mask=stored[:, None] & real_h[None, :], other=0)
+            step = tl.load(v_numbers_ptr + 2 * row, mask=stored, other=0.0).to(tl.float32)
+            lowest = tl.load(v_numbers_ptr + 2 * row + 1, mask=stored, other=0.0).to(tl.float32)
+            shift = tl.sum(weight * lowest[None, :], 1)[:, None]
+            weight = (weight * step[None, :]).to(q.dtype)
+            low, high = _numbers(v & 15, V_CODING).to(q.dtype), _numbers(v >> 4, V_CODING).to(q.dtype)
+            acc_low = acc_low * fade[:, None] + tl.dot(weight, low, input_precision="ieee") + shift
+            acc_high = acc_high * fade[:, None] + tl.dot(weight, high, input_precision="ieee") + shift
+        else:
+            v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=stored[:, None] & real_d[None, :], other=0)
+            if V_CODING > 0:
+                v = _numbers(v, V_CODING)
+            if V_CODING == _INT8:
+                weight *= tl.load(v_numbers_ptr + row, mask=stored, other=0.0).to(tl.float32)[None, :]
+            v = v.to(q.dtype)
+            acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         top = higher
 
     place = flat * (GROUPS * GROUP) + head
+    part = tl.full([BLOCK_M], 1.0, tl.float32)
     if SEGMENTS == 1:
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        part = 1.0 / tl.where(total > 0, total, 1.0)
     else:
         place = place * SEGMENTS + segment
         tl.store(top_ptr + place, top, mask=real_m)
         tl.store(sum_ptr + place, total, mask=real_m)
-    out_at = place[:, None] * WIDTH + d[None, :]
-    tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=real_m[:, None] & real_d[None, :])
+    if V_CODING == _FP8:
+        part *= scale_of_values
+    if V_CODING == _INT4:
+        out_at = place[:, None] * WIDTH + h[None, :]
+        seen = real_m[:, None] & real_h[None, :]
+        tl.store(out_ptr + out_at, (acc_low * part[:, None]).to(out_ptr.dtype.element_ty), mask=seen)
+        tl.store(out_ptr + out_at + WIDTH // 2, (acc_high * part[:, None]).to(out_ptr.dtype.element_ty), mask=seen)
+    else:
+        out_at = place[:, None] * WIDTH + d[None, :]
+        acc = acc * part[:, None]
+        tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=real_m[:, None] & real_d[None, :])
 
 
 @triton.jit

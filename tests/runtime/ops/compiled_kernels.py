@@ -23,10 +23,25 @@ from runtime.ops.triton import attention, kv_store, low_bit, norm, rotary
 
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 INT_POINTERS = {
-    "starts_ptr": "*i32", "kv_len_ptr": "*i32", "table_ptr": "*i32", "position_ptr": "*i64", "slot_ptr": "*i64",
-    "packed_ptr": "*i32", "zero_ptr": "*i8", "top_ptr": "*fp32", "sum_ptr": "*fp32", "part_ptr": "*fp32",
-    "cos_ptr": "*fp32", "sin_ptr": "*fp32",
-}  # fmt: skip
+    "starts_ptr": "*i32",
+    "kv_len_ptr": "*i32",
+    "table_ptr": "*i32",
+    "position_ptr": "*i64",
+    "slot_ptr": "*i64",
+    "packed_ptr": "*i32",
+    "zero_ptr": "*i8",
+    "top_ptr": "*fp32",
+    "sum_ptr": "*fp32",
+    "part_ptr": "*fp32",
+    "cos_ptr": "*fp32",
+    "sin_ptr": "*fp32",
+    "k_numbers_ptr": "*fp16",
+    "v_numbers_ptr": "*fp16",
+    "k_scale_ptr": "*fp32",
+    "v_scale_ptr": "*fp32",
+    "numbers_ptr": "*fp16",
+}
+CODES = {"int8": "*i8", "int4": "*u8", "fp8": "*u8"}  # fmt: skip
 FLOATS = {"scale", "cap", "eps", "lowest", "highest"}
 
 
@@ -43,22 +58,28 @@ class Build:
 
 
 def attentions() -> Iterator[Build]:
-    for group, width, decode, segments, dtype, window, softcap in [
-        (4, 128, True, 8, "bf16", False, False),
-        (3, 96, True, 8, "fp16", True, True),
-        (2, 256, True, 4, "bf16", True, True),
-        (4, 128, False, 1, "bf16", False, False),
-        (2, 256, False, 1, "bf16", True, True),
-        (1, 64, False, 1, "fp32", False, True),
+    for group, width, decode, segments, dtype, window, softcap, coding in [
+        (4, 128, True, 8, "bf16", False, False, "full"),
+        (3, 96, True, 8, "fp16", True, True, "full"),
+        (2, 256, True, 4, "bf16", True, True, "full"),
+        (4, 128, False, 1, "bf16", False, False, "full"),
+        (2, 256, False, 1, "bf16", True, True, "full"),
+        (1, 64, False, 1, "fp32", False, True, "full"),
+        (4, 128, True, 8, "bf16", False, False, "int8"),
+        (4, 128, True, 8, "bf16", False, False, "int4"),
+        (4, 128, True, 8, "bf16", False, False, "fp8"),
+        (2, 96, False, 1, "fp16", True, True, "int4"),
     ]:
         tile = attention.tile_for(decode=decode, group=group, width=width, element_bytes=TYPES[dtype])
         constants = {
             "GROUPS": 8, "GROUP": group, "WIDTH": width, "BLOCK": 16, "BLOCK_D": triton.next_power_of_2(width),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_Q": tile.m // group, "SEGMENTS": segments, "WINDOW": window,
-            "SOFTCAP": softcap,
+            "SOFTCAP": softcap, "K_CODING": attention.CODINGS[coding], "V_CODING": attention.CODINGS[coding],
+            "BLOCK_H": triton.next_power_of_2(width // 2),
         }  # fmt: skip
-        name = f"attention {'decode' if decode else 'prefill'} {group} x {width} {dtype} segments {segments}"
+        name = f"attention {'decode' if decode else 'prefill'} {group} x {width} {dtype} segments {segments} {coding}"
         out = {"out_ptr": "*fp32"} if segments > 1 else {}
+        out |= dict.fromkeys(("k_ptr", "v_ptr"), CODES[coding]) if coding in CODES else {}
         yield Build(name, attention._attend, dtype, constants, tile.warps, tile.stages, True, out)
 
 
@@ -84,6 +105,10 @@ def others() -> Iterator[Build]:
     merge = {"HEADS": 32, "WIDTH": 96, "BLOCK_D": 128, "SEGMENTS": 16}
     yield Build("merge", attention._merge, "bf16", merge, 4, 2, False, {})
     yield Build("kv_store", kv_store._store, "bf16", {"WIDTH": 1024, "BLOCK": 1024}, 4, 2, False, {})
+    for coding, codes in CODES.items():
+        pointers = {"codes_ptr": codes, "scale_ptr": "*fp32"}
+        store = {"GROUPS": 8, "WIDTH": 96, "CODING": attention.CODINGS[coding], "BLOCK_D": 128, "BLOCK_H": 64}
+        yield Build(f"kv_store {coding}", kv_store._store_codes, "bf16", store, 1, 2, False, pointers)
     one = {"WIDTH": 576, "BLOCK": 1024, "PLUS_ONE": True}
     yield Build("norm", norm._normalise, "bf16", one, 4, 2, False, {})
     turn = {"HEADS": 9, "GROUPS": 3, "WIDTH": 96, "ROTATED": 48, "BLOCK": 128}

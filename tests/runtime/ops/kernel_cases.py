@@ -19,8 +19,11 @@ import torch
 from compress.core.levels import table
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
+from kv_compress._coding import code_dtype, round_trip
+from kv_compress.policy import CODECS
 from runtime.ops.kv_store import store_reference
 from runtime.ops.norm import normalise_reference
+from runtime.ops.pages import Pages
 from runtime.ops.rotary import rotate_reference
 from tests.runtime.ops.paged import dense, make
 
@@ -189,6 +192,58 @@ def kv_store(device: str = "cpu") -> Iterator[Case]:
                 yield name, mine, wanted, 0.0
 
 
+CODED = [  # keys, values, then as PREFILLS and DECODES
+    ("int8", "int8", [(31, 33)], (6, 3, 64, 16), F32, None, {}),
+    ("int8", "int8", [(7, 30), (0, 3), (50, 2)], (4, 2, 24, 16), F16, None, {}),
+    ("int4", "int4", [(31, 33)], (6, 3, 64, 16), F32, None, {}),
+    ("int4", "int4", [(7, 30), (0, 3), (50, 2)], (4, 2, 24, 16), F16, None, {"window": 20}),
+    ("fp8", "fp8", [(31, 33)], (4, 2, 64, 16), F32, None, {}),
+    ("fp8", "fp8", [(7, 30), (50, 2)], (4, 2, 24, 16), F16, None, {"softcap": 2.0}),
+    ("int8", "int8", [(127, 1), (128, 1), (3, 1)], (6, 2, 64, 16), F32, 2, {}),
+    ("int4", "int4", [(127, 1), (128, 1), (3, 1)], (6, 2, 64, 16), F32, 2, {}),
+    ("fp8", "fp8", [(127, 1), (128, 1), (3, 1)], (6, 2, 64, 16), F32, 2, {}),
+    ("int8", "int4", [(90, 1)], (2, 1, 80, 32), F32, 1, {}),
+    ("int4", "full", [(90, 1), (10, 4)], (4, 1, 96, 16), F16, 1, {}),
+    ("full", "fp8", [(90, 1)], (4, 1, 16, 8), F32, 4, {"softcap": 1.0, "window": 40}),
+]
+
+
+def coded(device: str = "cpu", only: torch.dtype | None = None) -> Iterator[Case]:
+    """Codes as the kernel stores them, against those of torch; then attention over them."""
+    from runtime.ops.triton.attention import attend
+    from runtime.ops.triton.kv_store import store
+
+    scale = torch.tensor([0.01, 0.02, 0.5])
+    for keys, values, parts, (heads, groups, width, block), of_case, segments, settings in CODED:
+        dtype = only or of_case
+        name = f"{keys} {values} {parts} {width} {dtype} {settings}"
+        paged = make(parts, heads=heads, groups=groups, width=width, block=block, dtype=dtype, seed=len(name))
+        mine, wanted = ([_empty(paged.k_PBGD, codec, scale, device) for codec in (keys, values)] for _ in range(2))
+        for own, k, v in zip(paged.batch.table_SP.tolist(), paged.keys, paged.values, strict=True):
+            slot = torch.tensor([own[i // block] * block + i % block for i in range(len(k))], device=device)
+            store(k.to(device), v.to(device), *mine, slot)
+            store_reference(k.to(device), v.to(device), *wanted, slot)
+        for a, b, codec in zip(mine, wanted, (keys, values), strict=True):
+            for x, y in zip(a.tensors(), b.tensors(), strict=True):
+                yield f"store {codec} {name}", x.float(), y.float(), 0.0
+        kind = {"scale": width**-0.5, "window": None, "softcap": None, **settings}
+        there = paged.to(device)
+        out = attend(there.q_THD, *mine, there.batch, segments=segments, **kind)
+        paged.keys = [round_trip(keys, x, scale[:groups]) for x in paged.keys]
+        paged.values = [round_trip(values, x, scale[:groups]) for x in paged.values]
+        yield name, out, dense(paged, **kind), 2 * LOOSE[dtype]
+
+
+def _empty(like: torch.Tensor, codec: str, scale: torch.Tensor, device: str) -> Pages:
+    *shape, groups, width = like.shape
+    if codec == "full":
+        return Pages(torch.zeros(like.shape, dtype=like.dtype, device=device))
+    of = CODECS[codec]
+    codes = torch.zeros((*shape, groups, of.code_bytes(width)), dtype=code_dtype(codec), device=device)
+    numbers = torch.zeros((*shape, groups, of.numbers), dtype=F16, device=device) if of.numbers else None
+    return Pages(codes, codec, numbers, None if of.numbers else scale[:groups].to(device))
+
+
 def norm(device: str = "cpu") -> Iterator[Case]:
     from runtime.ops.triton.norm import normalise
 
@@ -303,7 +358,7 @@ def sweep(device: str = "cpu") -> Iterator[Case]:
 
 CASES = {
     "attention": attention, "low_bit": low_bit, "kv_store": kv_store, "norm": norm, "rotary": rotary, "sweep": sweep,
-    "far_pages": far_pages,
+    "far_pages": far_pages, "coded": coded,
 }  # fmt: skip
 
 

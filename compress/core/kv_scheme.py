@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.core.errors import InputError
-from kv_compress.policy import KVPolicy
 
 SCHEME: Mapping[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-_KEY = "kv_cache_scheme"
+KEY = "kv_cache_scheme"
 _WHERE = "config.json: quantization_config"
+_MAY_LACK = ("dynamic", "symmetric", "strategy")
 
 
 def scale_names(block: str) -> tuple[str, str]:
@@ -22,21 +22,27 @@ def scale_names(block: str) -> tuple[str, str]:
     return f"{block}.self_attn.k_scale", f"{block}.self_attn.v_scale"
 
 
+def is_scale(name: str) -> bool:
+    """Whether a tensor is named as one of these scales."""
+    return name.endswith((".self_attn.k_scale", ".self_attn.v_scale"))
+
+
 def scheme_in(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The kv_cache_scheme of a config.json. InputError for one that is not fp8 with a scale for each layer."""
     section = config.get("quantization_config")
-    scheme = section.get(_KEY) if isinstance(section, Mapping) else None
+    scheme = section.get(KEY) if isinstance(section, Mapping) else None
     if not scheme:
         return None
     if not isinstance(scheme, Mapping):
-        raise InputError(f"{_KEY} is {scheme!r:.60}, not a mapping", where=_WHERE)
+        raise InputError(f"{KEY} is {scheme!r:.60}, not a mapping", where=_WHERE)
     for key, wanted in SCHEME.items():
-        if scheme.get(key, wanted if key in ("dynamic", "symmetric", "strategy") else None) != wanted:
-            raise InputError(f"{_KEY} has {key} {scheme.get(key)!r:.60}, only {wanted!r} is read", where=_WHERE)
+        if scheme.get(key, wanted if key in _MAY_LACK else None) != wanted:
+            raise InputError(f"{KEY} has {key} {scheme.get(key)!r:.60}, only {wanted!r} is read", where=_WHERE)
     return scheme
 
 
-def expressible(policy: KVPolicy) -> bool:
-    """Whether the scheme can say what the policy says: fp8 in all layers, one scale each, nothing rotated."""
-    codings = [coding for layer in policy.layers for coding in (layer.keys, layer.values)]
-    return all(coding.codec == "fp8" and len(coding.scale) == 1 and not coding.rotate for coding in codings)
+def with_scheme(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says of keys and values that they are fp8, whatever it says of weights."""
+    alone = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "ignore": []}
+    section = config.get("quantization_config") or alone | {"quantization_status": "compressed"}
+    return {**config, "quantization_config": {**section, KEY: dict(SCHEME)}}

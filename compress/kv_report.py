@@ -1,0 +1,95 @@
+"""What keys and values of a model take: by layer, by codec and by the share that is kept, and what fits into a memory.
+
+Plain arithmetic over the shapes of the weights: the very bytes that the runtime allocates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.core.checkpoint import Checkpoint
+from compress.core.errors import UsageError
+from kv_compress._ranges import head_sizes, query_heads
+from kv_compress.policy import CODECS, FULL, KVPolicy, policy_in
+
+SHARES = (1.0, 0.5, 0.25, 0.125)
+OWN = "as the artifact says"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """One layer: its heads, their width, and the bytes of a token under the model's own policy and in full."""
+
+    index: int
+    heads: int
+    kv_heads: int
+    width: int
+    keys: str
+    values: str
+    bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fits:
+    """One way to keep keys and values: bytes of a token and of a page, and what the memory holds of them if this share
+    of the tokens is kept. Pages are whole."""
+
+    name: str
+    share: float
+    token_bytes: int
+    page_bytes: int
+    tokens: int
+    sequences: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class KVReport:
+    """`ungrouped_bytes`: of a token in full if every query head had a key and a value of its own."""
+
+    layers: tuple[LayerBytes, ...]
+    full_bytes: int
+    ungrouped_bytes: int
+    ways: tuple[Fits, ...]
+
+
+def kv_report(
+    folder: str | Path | Checkpoint,
+    *,
+    memory_bytes: int,
+    context: int,
+    itemsize: int,
+    block_size: int = 16,
+    shares: Sequence[float] = SHARES,
+) -> KVReport:
+    """Of a model folder. `itemsize`: bytes of a number that is kept in full; `context`: tokens of a sequence."""
+    if min(context, block_size, memory_bytes) < 1:
+        raise UsageError("memory, context and pages must be at least 1")
+    checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint.open(folder)
+    sizes, queries = head_sizes(checkpoint), query_heads(checkpoint)
+    own = policy_in(checkpoint.config)
+    full = KVPolicy.uniform(FULL, len(sizes))
+    policies = {FULL: full} | {name: KVPolicy.uniform(name, len(sizes)) for name in CODECS}
+    if own is not None:
+        policies[OWN] = own
+    kept = own or full
+    layers = tuple(
+        LayerBytes(index, query, heads, width, of.keys.codec, of.values.codec,
+                   of.token_bytes(heads, width, itemsize), plain.token_bytes(heads, width, itemsize))
+        for index, (query, (heads, width), of, plain) in enumerate(
+            zip(queries, sizes, kept.layers, full.layers, strict=True)
+        )
+    )  # fmt: skip
+    ways = []
+    for name, policy in policies.items():
+        size = sum(of.token_bytes(*each, itemsize) for of, each in zip(policy.layers, sizes, strict=True))
+        pages = memory_bytes // (size * block_size)
+        for share in shares:
+            needed = -(-max(1, int(context * share)) // block_size)
+            longest = int(pages * block_size / share)
+            ways.append(Fits(name, share, size, size * block_size, pages * block_size, pages // needed, longest))
+    ungrouped = sum(2 * query * width * itemsize for query, (_, width) in zip(queries, sizes, strict=True))
+    return KVReport(layers, sum(layer.full_bytes for layer in layers), ungrouped, tuple(ways))

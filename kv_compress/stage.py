@@ -1,0 +1,141 @@
+"""The stage for keys and values: chooses how every layer keeps them, and writes that beside the weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from compress.core.errors import InputError, UsageError
+from compress.core.passes import Job, Pass, Plan
+from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy
+
+if TYPE_CHECKING:
+    from compress.core.calibration import Tokens
+    from compress.core.checkpoint import Checkpoint
+
+Precision = Literal["full", "int8", "int4", "fp8"]
+_RANGES = re.compile(r"\s*-?\d+(\s*-\s*\d+)?\s*(,\s*-?\d+(\s*-\s*\d+)?\s*)*")
+
+
+def _ranges(text: str) -> str:
+    if not _RANGES.fullmatch(text):
+        raise ValueError(f"layers are numbers and ranges such as 0, 3-5 or -1, not {text!r}")
+    return text
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class KeysAndValues(_Settings):
+    """Keys kept otherwise than values."""
+
+    keys: Precision = Field(description="of keys, which suffer more from few bits")
+    values: Precision = Field(description="of values")
+
+
+class Override(_Settings):
+    """Layers that are kept otherwise than the rest."""
+
+    layers: Annotated[str, AfterValidator(_ranges)] = Field(
+        description="numbers and ranges, negative ones from the end: '0, 3-5, -1'"
+    )
+    precision: Precision | KeysAndValues = Field(description="of these layers")
+    rotate: bool | None = Field(None, description="of these layers; default: as all others")
+
+
+class KVCache(Pass):
+    """Weights stay as they are. The policy goes into config.json and the manifest, and the bundled runtime obeys it;
+    fp8 in all layers is written as vLLM reads it, too."""
+
+    kind: ClassVar = "kv_cache"
+    takes: ClassVar = frozenset({"dense", "masked", "quantized"})
+    gives: ClassVar = None
+    paper: ClassVar = (
+        "Liu et al., 2024, arXiv:2402.02750 (int4); Micikevicius et al., 2022, arXiv:2209.05433 (fp8); "
+        "Ashkboos et al., 2024, arXiv:2404.00456 (rotate)"
+    )
+    needs_calibration: ClassVar = False
+
+    precision: Precision | KeysAndValues = Field(
+        "int8", description="int8, int4, fp8 or full, the model's own dtype; or {keys: int8, values: int4}"
+    )
+    rotate: bool = Field(
+        False, description="turn keys and values by a Hadamard matrix before they are coded, which spreads outliers"
+    )
+    per_head: bool = Field(False, description="of fp8: a scale for each head; vLLM reads one for each layer")
+    overrides: tuple[Override, ...] = Field((), description="layers that are kept otherwise; the last that fits counts")
+
+    @property
+    def calibrated(self) -> bool:
+        every = [self.precision, *(override.precision for override in self.overrides)]
+        return any("fp8" in _pair(precision) for precision in every)
+
+    def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
+        from compress.core.memory import reading_cost
+        from kv_compress._ranges import head_sizes
+
+        policy = self.policy(checkpoint)
+        sizes = head_sizes(checkpoint)
+        itemsize = checkpoint.dtype.itemsize
+        full = KVPolicy.uniform(FULL, len(sizes))
+        before, after = (
+            sum(layer.token_bytes(*size, itemsize) for layer, size in zip(of.layers, sizes, strict=True))
+            for of in (full, policy)
+        )
+        bytes_out = sum(info.bytes for info in checkpoint.tensors.values())
+        looked_at = calibration if self.calibrated else None
+        cost = reading_cost(checkpoint, looked_at, blocks=checkpoint.num_blocks, heads=0, beside_bytes=0)
+        said = f"keys and values of a token take {after:,} bytes instead of {before:,}"
+        return Plan((), bytes_out, cost.memory_bytes, bytes_out + cost.spill_bytes, cost.minutes, (said,))
+
+    def run(self, job: Job) -> None:
+        from kv_compress._ranges import scaled, write
+
+        policy = self.policy(job.checkpoint)
+        if self.calibrated:
+            policy = KVPolicy.parse(job.remember("kv_cache", lambda: scaled(policy, job, self.per_head).to_json()))
+        for _ in job.walk(calibrate=False):
+            pass
+        write(policy, job)
+
+    def policy(self, checkpoint: Checkpoint) -> KVPolicy:
+        """The policy for a model, scales of fp8 left open (1). UsageError for layers that it lacks or heads that do not
+        fit."""
+        from kv_compress._ranges import head_sizes
+
+        layers = [_layer(self.precision, self.rotate)] * checkpoint.num_blocks
+        for number, override in enumerate(self.overrides):
+            rotate = self.rotate if override.rotate is None else override.rotate
+            for index in _numbers(override.layers, len(layers), f"kv_cache.overrides[{number}].layers"):
+                layers[index] = _layer(override.precision, rotate)
+        policy = KVPolicy(tuple(layers))
+        try:
+            policy.require_fits(head_sizes(checkpoint))
+        except InputError as error:
+            raise UsageError(error.message, where="kv_cache") from None
+        return policy
+
+
+def _pair(precision: Precision | KeysAndValues) -> tuple[Precision, Precision]:
+    return (precision, precision) if isinstance(precision, str) else (precision.keys, precision.values)
+
+
+def _layer(precision: Precision | KeysAndValues, rotate: bool) -> LayerPolicy:
+    keys, values = (
+        Coding(codec, rotate and codec != FULL, (1.0,) if codec == "fp8" else ()) for codec in _pair(precision)
+    )
+    return LayerPolicy(keys, values)
+
+
+def _numbers(text: str, count: int, where: str) -> Iterator[int]:
+    for part in text.replace(" ", "").split(","):
+        first, _, last = part.rpartition("-") if part.lstrip("-").count("-") else (part, "", part)
+        numbers = range(int(first), int(last) + 1)
+        for number in numbers:
+            if not -count <= number < count:
+                raise UsageError(f"there is no layer {number}: the model has {count}", where=where)
+            yield number % count

@@ -1,0 +1,125 @@
+"""The kv_cache stage: what it writes, that the runtime obeys it, that verify sees when files disagree."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.core.checkpoint import Checkpoint
+from compress.core.errors import RecipeError, UsageError
+from compress.core.recipe import parse_recipe
+from compress.core.verify import verify
+from compress.pipeline import RunOptions, run
+from kv_compress.stage import KVCache
+from runtime.llm import LLM
+from runtime.loader import load
+from tests.conftest import TinyModel
+from tests.contracts.shelf import Shelf, tokens_for
+from tests.contracts.shelf import run as on_shelf
+
+STORY = "A small boat sailed to the island and a bird sat on its mast all day. "
+
+
+def made(place: Path, *stages: dict[str, Any]) -> Path:
+    (place / "text.txt").write_text(STORY * 4)
+    calibration = {"dataset": "text.txt", "samples": 4, "length": 16}
+    recipe = parse_recipe({"model": "model", "calibration": calibration, "stages": list(stages)}, base_folder=place)
+    return run(recipe, RunOptions(output=place / "out")).artifact
+
+
+def cached(folder: Path, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys, rotated, and values [B, G, T, D] of each layer, as transformers caches them."""
+    model = Checkpoint.open(folder).build_model(torch.float32)
+    with torch.inference_mode():
+        found = model(ids, use_cache=True).past_key_values
+    return [(layer.keys, layer.values) for layer in found.layers]
+
+
+def test_fp8_is_written_for_the_runtime_and_for_vllm(tiny_model: TinyModel, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("llama", dtype="bfloat16"), tmp_path / "model")
+    out = made(tmp_path, {"kv_cache": {"precision": "fp8"}})
+    config, manifest = (json.loads((out / name).read_text()) for name in ("config.json", "compress.json"))
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    assert config["quantization_config"]["kv_cache_scheme"] == scheme
+    assert config["quantization_config"]["config_groups"] == {}
+    assert manifest["kv_cache"] == config["compress_kv_cache"]
+    tensors = {name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
+    for index, layer in enumerate(manifest["kv_cache"]["layers"]):
+        for part, name in (("keys", "k_scale"), ("values", "v_scale")):
+            assert tensors[f"model.layers.{index}.self_attn.{name}"].tolist() == layer[part]["scale"]
+    checkpoint = Checkpoint.open(out)
+    assert checkpoint.kind == "dense"
+    assert verify(out, source=tmp_path / "model").ok
+    llm = LLM(out, max_length=64, device="cpu", kv_bytes=1 << 20)
+    assert llm.engine.scheduler.pool.page.name == "fp8"
+    assert llm.engine.scheduler.pool.page.bytes == 16 * 3 * 2 * 2 * 16
+    assert LLM(out, max_length=64, device="cpu", kv_cache="int8").engine.scheduler.pool.page.name == "int8"
+    assert len(llm.generate([[1, 2, 3]], max_tokens=4, ignore_eos=True)[0].token_ids) == 4
+
+    del config["compress_kv_cache"]  # another tool's artifact: the scheme alone
+    (out / "config.json").write_text(json.dumps(config))
+    policy = load(out, numerics="fast").kv_policy
+    assert policy is not None
+    assert policy.to_json() == manifest["kv_cache"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "qwen2"])
+def test_scales_clip_nothing_that_transformers_caches(tiny_model: TinyModel, family: str) -> None:
+    folder = tiny_model(family)
+    checkpoint = Checkpoint.open(folder)
+    tokens, settings = tokens_for(checkpoint), KVCache(precision="fp8", per_head=True)
+    shelf = on_shelf(folder, settings, Shelf(), tokens)
+    layers = shelf.describe({})["compress_kv_cache"]["layers"]
+    assert shelf.added == {}  # no scheme says one scale for each head
+    for layer, (keys, values) in zip(layers, cached(folder, tokens.ids), strict=True):
+        largest = [x.abs().amax((0, 2, 3)).tolist() for x in (keys, values)]
+        assert layer["values"]["scale"] == [2.0 ** math.ceil(math.log2(number / 448)) for number in largest[1]]
+        for scale, number in zip(layer["keys"]["scale"], largest[0], strict=True):
+            assert number <= 448 * scale < 8 * number
+
+
+def test_layers_are_overridden_by_number_and_range(tiny_model: TinyModel) -> None:
+    checkpoint = Checkpoint.open(tiny_model("llama"))
+    settings = KVCache.model_validate_json(
+        '{"precision": {"keys": "int8", "values": "int4"}, "rotate": true,'
+        ' "overrides": [{"layers": "0-1", "precision": "int8"}, {"layers": "-1, 1", "precision": "full"}]}'
+    )
+    found = [(of.keys.codec, of.values.codec, of.keys.rotate) for of in settings.policy(checkpoint).layers]
+    assert found == [("int8", "int8", True), ("full", "full", False), ("full", "full", False)]
+    assert settings.plan(checkpoint, None).notices == (
+        "keys and values of a token take 584 bytes instead of 768",  # 72 + 2 * 256
+    )
+    with pytest.raises(UsageError, match="no layer 3"):
+        KVCache.model_validate_json('{"overrides": [{"layers": "2-3", "precision": "full"}]}').policy(checkpoint)
+    with pytest.raises(UsageError, match="no power of two"):
+        KVCache(rotate=True).policy(Checkpoint.open(tiny_model("llama", odd=True)))
+
+
+def test_verify_sees_what_disagrees(tiny_model: TinyModel, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("llama", dtype="bfloat16"), tmp_path / "model")
+    out = made(tmp_path, {"quantize": {"method": "rtn", "group_size": 16}}, {"kv_cache": {"precision": "int8"}})
+    assert verify(out).ok
+    assert "w4a16" in {scheme.name for scheme in Checkpoint.open(out).schemes.values()}
+    config = json.loads((out / "config.json").read_text())
+    config["compress_kv_cache"]["layers"][1]["keys"]["codec"] = "int4"
+    (out / "config.json").write_text(json.dumps(config))
+    failed = {check.name: check.detail for check in verify(out).checks if not check.ok}
+    assert "is not the policy of config.json" in failed["kv_cache"]
+
+
+def test_kv_cache_stands_last_and_needs_text_for_fp8_alone() -> None:
+    quantize, kv = {"quantize": {"method": "rtn"}}, {"kv_cache": {}}
+    with pytest.raises(RecipeError, match="comes once and last"):
+        parse_recipe({"model": "m", "stages": [kv, quantize]})
+    with pytest.raises(RecipeError, match="needs calibration data"):
+        parse_recipe({"model": "m", "stages": [{"kv_cache": {"precision": "fp8"}}]})
+    recipe = parse_recipe({"model": "m", "stages": [quantize, kv]})
+    assert recipe.stages[1].settings == KVCache(precision="int8")
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
