@@ -77,7 +77,7 @@ def _evaluation(
     events: Listener,
 ) -> dict[str, Any] | None:
     asked = inputs.located.evaluate
-    if asked is None or not options.evaluate or (asked.perplexity is None and not asked.tasks):
+    if asked is None or not options.evaluate or not asked.measures_quality:
         return None
     done = journal.last("evaluation")
     if done is not None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compress.cli import kv_check
 from compress.cli import options as opt
 from compress.cli.console import Output, speak
 from compress.cli.run import DryRun, Fresh, KeepStages, OutputFolder, execute
@@ -35,7 +36,7 @@ def kv(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Keys and values: run only the kv_cache stages of a recipe (--recipe), or say what they take (report)."""
+    """Keys and values: run only the kv_cache stages of a recipe (--recipe), or look at them (report, check)."""
     if recipe is None or context.invoked_subcommand is not None:
         opt.help_without_command(context)
         return
@@ -111,4 +112,5 @@ def _show(found: "KVReport", memory_bytes: int, context: int, dtype: str, output
 
 def register(app: typer.Typer) -> None:
     """Add the group of this file."""
+    kv_check.register(group)
     app.add_typer(group, name="kv")

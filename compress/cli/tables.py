@@ -89,6 +89,17 @@ def quality_rows(evaluation: Mapping[str, Any]) -> Iterator[Row]:
             yield "refused by one alone", NOTHING, percent(refusals["changed"]["share"]), ""
     for name, metrics in (evaluation.get("tasks") or {}).items():
         yield from _task_rows(name, metrics)
+    yield from _long_context_rows(evaluation.get("long_context") or {})
+
+
+def _long_context_rows(found: Mapping[str, Any]) -> Iterator[Row]:
+    for task, lengths in (found.get("tasks") or {}).items():
+        for length, figures in lengths.items():
+            moved = change(figures["difference"], figures["interval"], "pt")
+            yield f"{task}, {length} tokens", percent(figures["original"]), percent(figures["artifact"]), moved
+    for length, figures in (found.get("perplexity") or {}).items():
+        increase = change(figures["increase"], figures["interval"])
+        yield f"perplexity, {length} tokens", figure(figures["original"]), figure(figures["artifact"]), increase
 
 
 def _task_rows(name: str, metrics: Mapping[str, Any]) -> Iterator[Row]:

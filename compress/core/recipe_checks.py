@@ -136,8 +136,10 @@ def evaluation_problem(recipe: "Recipe") -> Problem | None:
     evaluate = recipe.evaluate
     if evaluate is None:
         return None
-    if not (evaluate.perplexity or evaluate.tasks or evaluate.speed or evaluate.refusals):
+    if not evaluate.measures_quality and evaluate.speed is None:
         return Problem(("evaluate",), "measures nothing", "add perplexity: {dataset: …} or tasks: […]", at_key=True)
+    if evaluate.long_context is not None and evaluate.through == "transformers":
+        return Problem(("evaluate", "long_context"), "is answered through the runtime alone", at_key=True)
     if evaluate.stages and evaluate.perplexity is None:
         return Problem(("evaluate", "stages"), "needs a text", "add perplexity: {dataset: …}")
     text = evaluate.perplexity

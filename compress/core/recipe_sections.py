@@ -94,6 +94,28 @@ class Perplexity(Section):
     documents: bool = Field(False, description="score each document by itself; false: end to end")
 
 
+LongTask = Literal["passkey", "needle", "multi_key", "table"]
+
+
+class LongContext(Section):
+    """Recall of facts from long contexts, answered through the runtime, and perplexity over long text."""
+
+    tasks: Annotated[tuple[LongTask, ...], Field(min_length=1)] = Field(
+        ("passkey", "needle", "multi_key", "table"),
+        description="a pass key in plain filler; a fact, one of four facts, a row of a table in the dataset's text",
+    )
+    lengths: Annotated[tuple[Annotated[int, Field(ge=256)], ...], Field(min_length=1, max_length=16)] = Field(
+        (4096,), description="tokens of a prompt and its answer"
+    )
+    samples: Positive = Field(20, description="questions of each task at each length, the fact ever farther down")
+    dataset: Text | None = Field(None, description=f"texts around the facts: {_DATASET}; filler of our own, if none")
+    field: Text = Field("text", description="where the text is in a row")
+    split: Text = Field("test", description="split of a hub data set")
+    prefix: str = Field("", description="text before each prompt")
+    special_tokens: SpecialTokens = Field("auto", description=_SPECIAL)
+    perplexity: bool = Field(True, description="over the dataset's text, in windows of each length")
+
+
 class Speed(Section):
     """Tokens a second through the runtime, the original and the artifact in turns. Of this machine: for the report."""
 
@@ -124,6 +146,7 @@ class Evaluation(Section):
     limit: Positive | None = Field(None, description="documents of each task; all, unless given")
     chat_template: bool = Field(False, description="ask with the model's chat template")
     through: Literal["runtime", "transformers"] = Field("runtime", description="what runs the models")
+    long_context: LongContext | None = Field(None, description="recall of facts from long contexts")
     speed: Speed | None = Field(None, description="tokens a second of both in the runtime, for the report")
     refusals: Refusals | None = Field(None, description="which of some harmful and harmless prompts are refused")
     numerics: Literal["fast", "exact"] = Field(
@@ -145,7 +168,15 @@ class Evaluation(Section):
         if self.refusals and self.refusals.prompts:
             prompts = locate(self.refusals.prompts, "evaluation", base_folder)
             update["refusals"] = self.refusals.model_copy(update={"prompts": prompts})
+        if self.long_context and self.long_context.dataset:
+            dataset = locate(self.long_context.dataset, "evaluation", base_folder)
+            update["long_context"] = self.long_context.model_copy(update={"dataset": dataset})
         return self.model_copy(update=update)
+
+    @property
+    def measures_quality(self) -> bool:
+        """Whether anything is asked that the artifact's evaluation.json keeps."""
+        return any((self.perplexity, self.tasks, self.refusals, self.long_context))
 
 
 class Gate(Section):

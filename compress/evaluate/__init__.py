@@ -46,9 +46,9 @@ def evaluate(
 
     Returns protocol, perplexity {original, artifact, increase, interval}, bits_per_byte, kl {mean, p99, interval} in
     nats, flips {share, interval}, refusals {harmful, harmless, changed {share, interval}}, tasks {name: {metric:
-    {original, artifact, difference, interval, n}}} and notices.
-    What was not measured is None. Text figures need one block of memory at a time (activations over 256 MB go to
-    unnamed files in `spill_folder`), tasks the whole model.
+    {original, artifact, difference, interval, n}}}, long_context as compress.evaluate.long_context gives it, and
+    notices. What was not measured is None. Text figures need one block of memory at a time (activations over 256 MB go
+    to unnamed files in `spill_folder`), the rest the whole model.
     Raises UsageError or InputError for what cannot be evaluated.
     """
     from compress.evaluate.scorers import make_scorer
@@ -67,6 +67,7 @@ def evaluate(
         "flips": None,
         "refusals": None,
         "tasks": {},
+        "long_context": None,
         "notices": [],
     }
     if evaluation.perplexity is not None:
@@ -89,6 +90,14 @@ def evaluate(
 
         figures, protocol = measure_refusals(scorers, evaluation.refusals, evaluation, events=events)
         result["refusals"], result["protocol"]["refusals"] = figures, protocol
+    if evaluation.long_context is not None:
+        from compress.evaluate.long_context import measure_long_context
+
+        figures, protocol, notices = measure_long_context(
+            *scorers, evaluation, base_folder=base_folder, offline=offline, events=events
+        )
+        result["long_context"], result["protocol"]["long_context"] = figures, protocol
+        result["notices"] += notices
     return rounded(result, result["notices"])
 
 

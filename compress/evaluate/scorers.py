@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
     from compress.core.recipe import Evaluation
     from kv_compress.policy import KVPolicy
+    from runtime.llm import LLM
 
 BLOCK_SIZE = 16
 
@@ -169,6 +170,27 @@ class RuntimeScorer:
         )
         try:
             yield RuntimeLM(llm, load_tokenizer(self.checkpoint.folder), stage, events)
+        finally:
+            del llm
+            gc.collect()
+
+    @contextmanager
+    def llm(self, longest: int) -> Iterator[LLM]:
+        """The engine for prompts and answers of up to `longest` tokens; UsageError where the model takes fewer."""
+        from runtime.llm import LLM
+
+        llm = LLM(
+            self.checkpoint.folder,
+            numerics=self.numerics,
+            device=self.device,
+            dtype=self._dtype,
+            seed=0,
+            kv_cache=self.kv_cache,
+            max_sequences=16,
+            max_length=longest,
+        )
+        try:
+            yield llm
         finally:
             del llm
             gc.collect()

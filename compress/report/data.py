@@ -40,6 +40,7 @@ class ReportData:
     plan: Sequence[tuple[str, str, str, str]]
     stages: Sequence[tuple[str, str, str, str]]
     worth: Sequence[tuple[str, str, str]]
+    regressions: Sequence[tuple[str, str, str, str, str]]
     fallbacks: Sequence[tuple[str, str]]
     more_fallbacks: int
     notices: Sequence[str]
@@ -69,6 +70,7 @@ def report_data(run: Mapping[str, Any]) -> ReportData:
         plan=_plan(run),
         stages=_stages(run),
         worth=[(_stage_words(stage), *found) for stage, found in judged_stages(run)],
+        regressions=_regressions(run),
         fallbacks=fallbacks[:MOST_LINES],
         more_fallbacks=max(0, len(fallbacks) - MOST_LINES),
         notices=[*map(str, run.get("notices") or []), *run_notes(run)],
@@ -79,6 +81,21 @@ def report_data(run: Mapping[str, Any]) -> ReportData:
         lineage=_lineage(run),
         files=_files(run),
     )
+
+
+def _regressions(run: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Questions of long contexts that only the original has right: what, where the fact stands, and the answers."""
+    found = ((run.get("evaluation") or {}).get("long_context") or {}).get("regressions") or []
+    return [
+        (
+            f"{each['task'].replace('_', ' ')} {each['sample'] + 1}",
+            f"{each['length']:,}",
+            words.percent(each["depth"]),
+            each["answer"],
+            each["artifact"],
+        )
+        for each in found
+    ]
 
 
 def model_name(run: Mapping[str, Any]) -> str:

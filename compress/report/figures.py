@@ -29,7 +29,12 @@ class Row:
 def headline(run: Mapping[str, Any]) -> list[Row]:
     """All figures of a run that fit one table."""
     evaluation = run.get("evaluation") or {}
-    quality = [*_text_rows(evaluation), *refusal_rows(evaluation), *_task_rows(run)]
+    quality = [
+        *_text_rows(evaluation),
+        *refusal_rows(evaluation),
+        *_task_rows(run),
+        *long_context_rows(evaluation),
+    ]
     return [*_size_rows(run), *quality, *_speed_rows(run), *_cost_rows(run)]
 
 
@@ -128,6 +133,39 @@ def _task_rows(run: Mapping[str, Any]) -> list[Row]:
         for name, metrics in tasks.items()
         for metric, figures in metrics.items()
     ]
+
+
+def long_context_rows(evaluation: Mapping[str, Any]) -> list[Row]:
+    """Facts found in long contexts, what the answers came to, and perplexity over long text, length by length."""
+    found = evaluation.get("long_context") or {}
+    rows, cells = [], []
+    for task, lengths in (found.get("tasks") or {}).items():
+        for length, figures in lengths.items():
+            cells.append(figures)
+            name = f"{task.replace('_', ' ')}, {int(length):,} tokens (n = {figures['n']:,})"
+            moved, interval = words.change(figures["difference"]), words.between(figures["interval"], words.change)
+            tone = _tone(figures["interval"], lower_is_better=False)
+            rows.append(Row(name, _share(figures["original"]), _share(figures["artifact"]), moved, interval, tone))
+    if cells and cells[0]["regressed"] is not None:
+        regressed, gained = (sum(cell[key] for cell in cells) for key in ("regressed", "gained"))
+        rows.append(Row("answers: right before, wrong now", words.NONE, f"{regressed:,}"))
+        rows.append(Row("answers: wrong before, right now", words.NONE, f"{gained:,}"))
+    if cells:
+        sides = [[cell["output_tokens"][side] for cell in cells] for side in ("original", "artifact")]
+        means = [words.NONE if None in side else words.number(sum(side) / len(side)) for side in sides]
+        rows.append(Row("tokens of an answer, mean", *means))
+    for length, figures in (found.get("perplexity") or {}).items():
+        before = words.NONE if figures["original"] is None else words.number(figures["original"])
+        moved = words.signed_percent(figures["increase"])
+        interval = words.between(figures["interval"], words.signed_percent)
+        tone = _tone(figures["interval"], lower_is_better=True)
+        name = f"perplexity, windows of {int(length):,} tokens"
+        rows.append(Row(name, before, words.number(figures["artifact"]), moved, interval, tone))
+    return rows
+
+
+def _share(share: float | None) -> str:
+    return words.NONE if share is None else words.percent(share)
 
 
 def _with_error(value: float | None, error: float | None) -> str:

@@ -32,6 +32,8 @@ OPTIONS = {
     ),
     "report": "output json quiet",
     "compare": "output json quiet",
+    "kv report": "memory context device dtype offline json quiet",
+    "kv check": ("text samples length prefix budget max-increase output device dtype offline json quiet verbose"),
     "doctor": "json quiet verbose",
     "recipes list": "json quiet",
     "recipes show": "resolved set model json",
