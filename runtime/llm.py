@@ -101,6 +101,8 @@ class LLM:
         _require_places(path=folder, record=record)
         if record is not None:
             require_place(Path(record))
+        if eviction is not None and not isinstance(eviction, EvictionSettings):
+            raise UsageError(f"eviction is a policy (kv_compress.eviction.EvictionSettings), not {eviction!r}")
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise UsageError(f"dtype is one of torch's, such as torch.float32, not {dtype!r}")
         folder = Path(folder)

@@ -10,8 +10,10 @@ import sys
 from itertools import product
 
 from kv_compress.eviction import Budget, EvictionSettings
+from runtime.blocks import BlockPool, PageType
 from runtime.policies import POLICIES
-from runtime.scheduler import SchedulerSettings
+from runtime.scheduler import SchedulerSettings, Step
+from runtime.simulator import Arrival, Simulator, StepTime
 from tests.runtime.bench import Bench
 from tests.runtime.test_random_schedules import STEMS, drive
 
@@ -92,6 +94,32 @@ def test_tokens_do_not_depend_on_how_they_are_scheduled() -> None:
             assert bench.pool.available == pages
         assert all(outcome == outcomes[0] for outcome in outcomes)
     assert preempted > 20 and hits > 20
+
+
+def most(prompts: list[int], pages: int, eviction: EvictionSettings | None) -> tuple[int, int]:
+    """The most sequences that run at a time, and the most pages they own, on virtual time."""
+    pool = BlockPool(pages, PageType("float32", 16 * 512, 16), prefix_cache=False)
+    running, owned = [], []
+
+    def watch(simulator: Simulator, step: Step) -> None:
+        running.append(len(simulator.scheduler.running))
+        owned.append(pool.statistics.owned)
+
+    points = None if eviction is None else eviction.points(512)
+    simulator = Simulator(pool, SchedulerSettings(), StepTime(1.0), max_length=1 << 20, points=points, watch=watch)
+    simulator.run([Arrival(0, prompt, 64) for prompt in prompts])
+    return max(running), max(owned)
+
+
+def test_a_pool_holds_three_times_the_sequences_at_a_quarter() -> None:
+    quarter = EvictionSettings(budget=Budget(tokens=112), every=16)
+    assert most([448] * 48, 8 * 32, None)[0] == 8
+    assert most([448] * 48, 8 * 32, quarter)[0] >= 24
+
+
+def test_long_prompts_own_budget_and_chunk() -> None:
+    eviction = EvictionSettings(method="keydiff", budget=Budget(tokens=512), every=512, when=EVERYWHERE)
+    assert {most([length], 70, eviction)[1] for length in (2048, 16384, 65536)} == {(512 + 512) // 16}
 
 
 if __name__ == "__main__":
