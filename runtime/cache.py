@@ -36,7 +36,10 @@ class KVCache:
         self.policy = policy_for(config, policy)
         try:
             self._layers = [
-                tuple(_pages(coding, layer, pages, block_size, dtype, device) for coding in (of.keys, of.values))
+                (
+                    _pages(of.keys, layer, pages, block_size, dtype, device),
+                    _pages(of.values, layer, pages, block_size, dtype, device),
+                )
                 for layer, of in zip(config.layers, self.policy.layers, strict=True)
             ]
         except (torch.OutOfMemoryError, RuntimeError) as error:
