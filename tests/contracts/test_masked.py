@@ -14,7 +14,7 @@ from compress.core.model_files import MASKED_KEY
 from prune._masks import keep
 from tests.conftest import TinyModel
 from tests.contracts.shelf import Shelf, run
-from tests.contracts.test_passes import BLOCKS_ONLY, CHANNELS_ONLY, QUANTIZERS, settings_of
+from tests.contracts.test_passes import OWN_SCHEMES, QUANTIZERS, settings_of
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def masked(tiny_model: TinyModel, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("method", QUANTIZERS)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_zeros_stay_zeros(masked: Path, method: str, symmetric: bool) -> None:
-    asked = {} if method in (*CHANNELS_ONLY, *BLOCKS_ONLY) else {"scheme": "w3a16", "symmetric": symmetric}
+    asked = {} if method in OWN_SCHEMES else {"scheme": "w3a16", "symmetric": symmetric}
     settings = settings_of(method, group_size=16, **asked)
     checkpoint = Checkpoint.open(masked)
     assert checkpoint.kind == "masked" and settings.refusal("masked") is None

@@ -26,20 +26,20 @@ QUANTIZERS = [method for kind, method in METHODS if kind == "quantize"]
 methods = pytest.mark.parametrize("method", QUANTIZERS)
 CHANNELS_ONLY = ("fp8",)
 BLOCKS_ONLY = ("nf4",)
-integer_methods = pytest.mark.parametrize("method", [name for name in QUANTIZERS if name not in BLOCKS_ONLY])
+OWN_SCHEMES = (*CHANNELS_ONLY, *BLOCKS_ONLY)
+INTEGER_METHODS = [name for name in QUANTIZERS if name not in OWN_SCHEMES]
+integer_methods = pytest.mark.parametrize("method", INTEGER_METHODS)
 QUICK: dict[str, dict[str, object]] = {"autoround": {"steps": 3, "tokens_per_step": 96}, "awq": {"steps": 3}}
 
 
 def settings_of(method: str, **asked: object) -> Pass:
-    """A quantizer's settings as asked, without the repetitions that only make it better. A scheme that the method has
-    of itself may know no groups, or be the only one."""
+    """A quantizer's settings as asked, without the repetitions that only make it better; without scheme and groups where
+    it has its own."""
     settings = QUICK.get(method, {}) | asked
     if method == "mixed":  # one choice: what it does with several is in tests/quantize/test_mixed.py
         settings |= {"choices": [settings.get("scheme", "w4a16")]}
-    if method in BLOCKS_ONLY:
+    if method in OWN_SCHEMES:
         settings = {name: value for name, value in settings.items() if name not in ("scheme", "group_size")}
-    if method in CHANNELS_ONLY and "scheme" not in asked:
-        settings.pop("group_size", None)
     return find_pass("quantize", method).model_validate_json(json.dumps(settings))
 
 
@@ -154,7 +154,7 @@ def test_a_resumed_run_gives_the_same_bits(tiny_model: TinyModel, method: str, f
     assert whole.records == resumed.records
 
 
-@pytest.mark.parametrize("method", [name for name in QUANTIZERS if name not in (*CHANNELS_ONLY, *BLOCKS_ONLY)])
+@pytest.mark.parametrize("method", INTEGER_METHODS)
 def test_a_group_that_does_not_divide_is_refused_or_handled(tiny_model: TinyModel, method: str) -> None:
     folder = tiny_model("llama", odd=True)
     checkpoint = Checkpoint.open(folder)
