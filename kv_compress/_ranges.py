@@ -60,7 +60,7 @@ def scaled(policy: KVPolicy, job: Job, per_head: bool) -> KVPolicy:
             for coding, kind in ((layer.keys, "keys"), (layer.values, "values"))
         ]
         layers.append(LayerPolicy(*codings))
-    return KVPolicy(tuple(layers))
+    return replace(policy, layers=tuple(layers))
 
 
 def write(policy: KVPolicy, job: Job) -> None:

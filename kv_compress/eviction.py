@@ -6,11 +6,12 @@ import hashlib
 import importlib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compress.core.errors import UsageError
+from compress.core.errors import InputError, UsageError
 from compress.core.quantities import parse_size
 from kv_compress._budget import Points
+from kv_compress.policy import KVPolicy
 
 Method = Literal["streaming", "key_norm", "keydiff", "random", "tova", "snapkv", "expected_attention"]
 Time = Literal["prefill_chunk", "prefill_end", "decode"]
@@ -92,3 +93,15 @@ class EvictionSettings(BaseModel):
             seeded=self.method == "random",
             salt=hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest(),
         )
+
+
+def eviction_of(policy: KVPolicy | None) -> EvictionSettings | None:
+    """The eviction that a policy asks for. InputError for settings that make no sense."""
+    if policy is None or policy.eviction is None:
+        return None
+    try:
+        return EvictionSettings.model_validate(policy.eviction)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, ("eviction", *problem["loc"])))
+        raise InputError(f"{field}: {problem['msg'].removeprefix('Value error, ')}", where="the policy") from None

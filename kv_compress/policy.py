@@ -51,9 +51,11 @@ class LayerPolicy:
 
 @dataclass(frozen=True)
 class KVPolicy:
-    """How every layer of a model keeps its keys and values."""
+    """How every layer of a model keeps its keys and values, and which of them are dropped: `eviction` has the settings
+    of kv_compress.eviction as plain data, None where all stay."""
 
     layers: tuple[LayerPolicy, ...]
+    eviction: Mapping[str, Any] | None = None
 
     @classmethod
     def uniform(cls, precision: str, count: int, *, rotate: bool = False) -> KVPolicy:
@@ -94,14 +96,16 @@ class KVPolicy:
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest and config.json."""
         layers = [{"keys": layer.keys.to_json(), "values": layer.values.to_json()} for layer in self.layers]
-        return {"layers": layers}
+        return {"layers": layers} | ({} if self.eviction is None else {"eviction": dict(self.eviction)})
 
     @classmethod
     def parse(cls, data: object, where: str = "") -> KVPolicy:
         """From `to_json`. InputError for anything else."""
         match data:
-            case {"layers": list(layers), **rest} if not rest and 0 < len(layers) <= LARGEST_POLICY:
-                return cls(tuple(_layer(layer, where) for layer in layers))
+            case {"layers": list(layers), **rest} if rest.keys() <= {"eviction"} and 0 < len(layers) <= LARGEST_POLICY:
+                eviction = rest.get("eviction")
+                if eviction is None or isinstance(eviction, Mapping):
+                    return cls(tuple(_layer(layer, where) for layer in layers), eviction)
         raise InputError(f"is no policy for keys and values: {data!r:.80}", where=where)
 
     def _codings(self) -> Iterable[Coding]:

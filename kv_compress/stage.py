@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from compress.core.errors import InputError, UsageError
 from compress.core.passes import Job, Pass, Plan
+from kv_compress.eviction import EvictionSettings
 from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy
 
 if TYPE_CHECKING:
@@ -67,7 +68,11 @@ class KVCache(Pass):
         False, description="turn keys and values by a Hadamard matrix before they are coded, which spreads outliers"
     )
     per_head: bool = Field(False, description="of fp8: a scale for each head; vLLM reads one for each layer")
-    overrides: tuple[Override, ...] = Field((), description="layers that are kept otherwise; the last that fits counts")
+    overrides: tuple[Override, ...] = Field((), description="layers that are kept otherwise; the last match counts")
+    eviction: EvictionSettings | None = Field(
+        None,
+        description="which keys and values are dropped, so that their pages go back: {method, budget: {tokens: …}}",
+    )
 
     @property
     def calibrated(self) -> bool:
@@ -89,8 +94,11 @@ class KVCache(Pass):
         bytes_out = sum(info.bytes for info in checkpoint.tensors.values())
         looked_at = calibration if self.calibrated else None
         cost = reading_cost(checkpoint, looked_at, blocks=checkpoint.num_blocks, heads=0, beside_bytes=0)
-        said = f"keys and values of a token take {after:,} bytes instead of {before:,}"
-        return Plan((), bytes_out, cost.memory_bytes, bytes_out + cost.spill_bytes, cost.minutes, (said,))
+        said = [f"keys and values of a token take {after:,} bytes instead of {before:,}"]
+        if self.eviction is not None:
+            self.eviction.points(after)
+            said.append(f"{self.eviction.method} drops some of them in the bundled runtime; other engines keep all")
+        return Plan((), bytes_out, cost.memory_bytes, bytes_out + cost.spill_bytes, cost.minutes, tuple(said))
 
     def run(self, job: Job) -> None:
         from kv_compress._ranges import scaled, write
@@ -112,7 +120,8 @@ class KVCache(Pass):
             rotate = self.rotate if override.rotate is None else override.rotate
             for index in _numbers(override.layers, len(layers), f"kv_cache.overrides[{number}].layers"):
                 layers[index] = _layer(override.precision, rotate)
-        policy = KVPolicy(tuple(layers))
+        eviction = None if self.eviction is None else self.eviction.model_dump(mode="json", exclude_defaults=True)
+        policy = KVPolicy(tuple(layers), eviction)
         try:
             policy.require_fits(head_sizes(checkpoint))
         except InputError as error:

@@ -21,7 +21,7 @@ import torch
 from compress.core._model_folder import TOKENIZER_FILES, read_json
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import EnvironmentRefused, InputError, UsageError
-from kv_compress.eviction import EvictionSettings
+from kv_compress.eviction import EvictionSettings, eviction_of
 from kv_compress.policy import KVPolicy
 from runtime.compaction import Compactor
 from runtime.completion import Completion, Drafts
@@ -68,7 +68,7 @@ class LLM:
     every step for replay (see runtime.trace); close() completes it. seed: for requests that bring none. sparse: "auto"
     packs layers of a pruned model whose zeros make them faster here, "off" leaves them dense. kv_cache: how keys and
     values are kept: "full", "int8", "int4", "fp8" or a KVPolicy; by default as the artifact says. eviction: which of
-    them are dropped (see kv_compress.eviction); their pages go back to the pool.
+    them are dropped (see kv_compress.eviction); their pages go back to the pool; by default as the policy says.
     The other keywords are those of SchedulerSettings.
 
     Raises InputError for a folder that cannot be loaded, ResourceError where memory does not suffice.
@@ -119,6 +119,7 @@ class LLM:
         if cuda_graphs and model.capturable and cache.pages > pool.pages:
             whole = DecodeGraphs.of(model, cache, pool.pages_for(self.max_length), settings.max_sequences)
         self.ledger = replace(ledger, graphs_bytes=0 if whole is None else whole.bytes)
+        eviction = eviction or eviction_of(model.kv_policy)
         compactor = None if eviction is None else Compactor.of(model, cache, eviction)
         runner = Runner(model, cache, device, whole=whole, compactor=compactor)
         self._recorder = None if record is None else Recorder(Path(record))

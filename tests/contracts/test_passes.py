@@ -33,8 +33,8 @@ QUICK: dict[str, dict[str, object]] = {"autoround": {"steps": 3, "tokens_per_ste
 
 
 def settings_of(method: str, **asked: object) -> Pass:
-    """A quantizer's settings as asked, without the repetitions that only make it better; without scheme and groups where
-    it has its own."""
+    """A quantizer's settings as asked, without the repetitions that only make it better; without scheme and groups
+    where it has its own."""
     settings = QUICK.get(method, {}) | asked
     if method == "mixed":  # one choice: what it does with several is in tests/quantize/test_mixed.py
         settings |= {"choices": [settings.get("scheme", "w4a16")]}

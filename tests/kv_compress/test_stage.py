@@ -13,13 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from compress.core.checkpoint import Checkpoint
-from compress.core.errors import RecipeError, UsageError
+from compress.core.errors import InputError, RecipeError, UsageError
 from compress.core.recipe import parse_recipe
 from compress.core.verify import verify
 from compress.pipeline import RunOptions, run
+from kv_compress.eviction import EvictionSettings
+from kv_compress.policy import KVPolicy
 from kv_compress.stage import KVCache
 from runtime.llm import LLM
 from runtime.loader import load
+from runtime.params import SamplingParams
 from tests.conftest import TinyModel
 from tests.contracts.shelf import Shelf, tokens_for
 from tests.contracts.shelf import run as on_shelf
@@ -68,6 +71,37 @@ def test_fp8_is_written_for_the_runtime_and_for_vllm(tiny_model: TinyModel, tmp_
     policy = load(out, numerics="fast").kv_policy
     assert policy is not None
     assert policy.to_json() == manifest["kv_cache"]
+
+
+def test_eviction_travels_with_the_artifact(tiny_model: TinyModel, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    eviction = {"method": "snapkv", "budget": {"tokens": 16}, "recent": 8, "sinks": 2, "when": ["prefill_end"]}
+    out = made(tmp_path, {"kv_cache": {"precision": "int8", "eviction": eviction}})
+    manifest, config = (json.loads((out / name).read_text()) for name in ("compress.json", "config.json"))
+    assert manifest["kv_cache"] == config["compress_kv_cache"] and manifest["kv_cache"]["eviction"]["recent"] == 8
+    assert verify(out, source=tmp_path / "model").ok
+
+    prompt = [token % 50 + 3 for token in range(48)]
+    keywords = {"max_length": 64, "device": "cpu", "kv_bytes": 1 << 20, "numerics": "exact", "prefix_cache": False}
+
+    def pages_of(llm: LLM) -> tuple[list[int], int]:
+        """What is answered, and the most pages that are held behind the prompt."""
+        llm.add(prompt, SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True))
+        held, answer = 0, []
+        while llm.has_work:
+            for update in llm.step():
+                answer += update.token_ids
+            held = max(held, llm.stats().pages.owned)
+        return answer, held
+
+    obeyed = pages_of(LLM(out, **keywords))
+    asked = EvictionSettings.model_validate(eviction)
+    assert obeyed == pages_of(LLM(tmp_path / "model", kv_cache="int8", eviction=asked, **keywords))
+    assert (obeyed[1], pages_of(LLM(out, kv_cache="int8", **keywords))[1]) == (2, 4)
+
+    manifest["kv_cache"]["eviction"]["recent"] = 0
+    with pytest.raises(InputError, match="eviction.recent: .*greater than or equal to 1"):
+        LLM(tmp_path / "model", kv_cache=KVPolicy.parse(manifest["kv_cache"]), **keywords)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "qwen2"])
