@@ -86,6 +86,7 @@ def test_the_committed_schema_is_current() -> None:
 WRONG_SETTINGS = {
     "quantize": ({"group_sise": 3}, {"group_size": "big"}, {"clip": "mes"}),
     "prune": ({"sparcity": 0.5}, {"sparsity": "much"}, {"allocation": "owls"}),
+    "kv_cache": ({"precision": "int9"}, {"overrides": [{"layers": 3}]}, {"eviction": {"method": "snap", "budget": {}}}),
     "steps": ({"count": 0.5}, {"counts": 3}, {"stages": [{"steps": {"count": 2, "stages": []}}]}),
 }
 
