@@ -83,7 +83,7 @@ def test_a_cache_of_all_tokens_trains_as_the_teacher_does(
     tiny_model: TinyModel, tmp_path: Path, small_shards: None, temperature: float
 ) -> None:
     heard = []
-    for name, cache in (("online", None), ("cached", {"codec": "topk", "k": 1000})):
+    for name, cache in (("online", None), ("cached", {"codec": "topk", "k": 320})):
         heard.append(Ear())
         asked = {"temperature": temperature, "cross_entropy": 0.25, "rows_at_once": 2}
         recipe = recipe_of(tmp_path, tiny_model(), cache, **asked)
