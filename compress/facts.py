@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.core.passes import LayerPlan
-from compress.core.sizes import sizes_of, widths_of
+from compress.core.sizes import EXAMPLES_NOTICE, UNEVEN_NOTICE, sizes_of, widths_of
 from compress.planning import RunPlan
 
 if TYPE_CHECKING:
@@ -91,10 +91,16 @@ def artifact_facts(inputs: Inputs, artifact: Checkpoint, journal: Journal) -> di
             for number, stage in enumerate(recipe.stages)
         ],
         "evaluation": evaluation,
-        "notices": [*plan.notices, *((evaluation or {}).get("notices") or [])],
+        "notices": [*_still_true(plan.notices, artifact), *((evaluation or {}).get("notices") or [])],
         "fallbacks": list(_fallbacks(block for stage in blocks for block in stage)),
         "lineage": origin,
     }
+
+
+def _still_true(notices: Iterable[str], artifact: Checkpoint) -> Iterator[str]:
+    """What the plan said, without what was true of its examples alone."""
+    past = {EXAMPLES_NOTICE} | ({UNEVEN_NOTICE} if widths_of(artifact.config) is None else set())
+    return (notice for notice in notices if notice not in past)
 
 
 def _parameters(checkpoint: Checkpoint) -> int:

@@ -117,9 +117,12 @@ class StructuredPruning(Pass):
             raise UsageError(
                 f"ratio {ratio:g} of {total} {self.what} would remove {fate}" + self._in_steps(step),
                 where=self._where("ratio"),
-                hint=f"choose {least} {limit:.3g}" if 0 < limit < 1 else "this model has too few of them",
+                hint=f"choose {least} {limit:.3g}" if 0 < limit < 1 else self._too_few(step),
             )
         return count
+
+    def _too_few(self, step: int) -> str:
+        return "lower multiple" if step > 1 and hasattr(self, "multiple") else "this model has too few of them"
 
     def _kept(self, keep: int, total: int, step: int) -> int:
         if keep > total:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from compress.core.errors import InputError
 from compress.core.passes import Job
-from compress.core.sizes import PER_LAYER_KEY, sizes_of, width_entries, with_defaults
+from compress.core.sizes import EXAMPLES_NOTICE, PER_LAYER_KEY, sizes_of, width_entries, with_defaults
 from prune._settings_width import WidthPruning
 
 if TYPE_CHECKING:
@@ -118,8 +118,7 @@ class Channels(WidthPruning):
     def notices(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         if self.widths == "uniform":
             return super().notices(checkpoint)
-        own = "the widths of single blocks are found out by the run: those shown are examples of as many bytes in all"
-        return (*super().notices(checkpoint), own)
+        return (*super().notices(checkpoint), EXAMPLES_NOTICE)
 
     def run(self, job: Job) -> None:
         from prune._width import prune_channels

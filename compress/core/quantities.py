@@ -30,9 +30,8 @@ def parse_fraction(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"should be a percentage such as 2%, not {value!r}")
     if not 0 <= value <= 1:
-        raise ValueError(
-            f"{value} is neither a percentage nor a fraction between 0 and 1: write {value}% or {value / 100}"
-        )
+        meant = f": write {value}% or {value / 100}" if value > 1 else ""
+        raise ValueError(f"{value} is neither a percentage nor a fraction between 0 and 1{meant}")
     return float(value)
 
 

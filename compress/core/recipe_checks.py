@@ -97,7 +97,8 @@ def composition_problem(recipe: "Recipe", places: Sequence[NodePath]) -> Problem
             return Problem(path, message, at_key=True)
         refusal = settings.refusal(state)
         if refusal:
-            return Problem(path, f"{stage.method} {refusal}, but {left_by} are {state}", at_key=True)
+            hint = "put this stage before that one" if stage.kind == "prune" and number else None
+            return Problem(path, f"{stage.method} {refusal}, but {left_by} are {state}", hint, at_key=True)
         if settings.calibrated and recipe.calibration is None:
             message = f"{stage.method} needs calibration data"
             return Problem(path, message, "add calibration: {dataset: …}", at_key=True)

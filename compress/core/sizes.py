@@ -10,6 +10,7 @@ from compress.core.errors import InputError
 PER_LAYER_KEY = "per_layer_config"
 """In config.json: sizes of single layers that are not those of all, by layer number, as transformers writes them."""
 
+EXAMPLES_NOTICE = "the widths of single blocks are found out by the run: those shown are examples as large in all"
 UNEVEN_NOTICE = "layers differ in width: only the bundled runtime opens it, others once `compress level` padded it"
 
 _LARGEST = 1 << 40

@@ -9,6 +9,7 @@ from typing import Any
 from compress.core.quantities import format_bytes
 from compress.evaluate.gate import accuracy
 from compress.report import words
+from compress.report.layers import zeros_of
 
 _TO_95_PERCENT = 1.96  # standard errors, as many as make the level of the intervals of changes
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score")
@@ -43,6 +44,7 @@ def _size_rows(run: Mapping[str, Any]) -> list[Row]:
     was, now = source["parameters"], artifact.get("parameters", source["parameters"])
     fewer = [Row("parameters", f"{was:,}", f"{now:,}", words.signed_percent(now / was - 1))] if was != now else []
     fewer += _shape_rows(source.get("sizes") or {}, artifact.get("sizes") or {})
+    zeros = zeros_of(run)
     bits_before = 8 * source["bytes"] / was
     return [
         Row(
@@ -53,6 +55,7 @@ def _size_rows(run: Mapping[str, Any]) -> list[Row]:
         ),
         *fewer,
         Row("bits per weight", words.number(bits_before), words.number(artifact["bits_per_weight"])),
+        *([] if zeros is None else [Row("zeros in the pruned layers", "–", words.percent(zeros))]),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -82,6 +83,26 @@ def _what_was_done(record: Mapping[str, Any]) -> str:
 
 def _sites(stage: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(str(site["name"]), site) for block in stage.get("blocks") or [] for site in block.get("sites") or []]
+
+
+def zeros_of(run: Mapping[str, Any]) -> float | None:
+    """The share of zeros among the weights of pruned layers, as the last stage that made any left it."""
+    stages = [
+        stage
+        for stage in run.get("stages") or []
+        if any(layer.get("sparsity") is not None for layer in stage.get("layers") or [])
+    ]
+    if not stages:
+        return None
+    records = dict(_sites(stages[-1]))
+    zeros = weights = 0.0
+    for layer in stages[-1]["layers"]:
+        if layer.get("sparsity") is not None:
+            found = records.get(layer["name"], {}).get("sparsity")
+            size = math.prod(layer["shape"])
+            zeros += size * (layer["sparsity"] if found is None else found)
+            weights += size
+    return zeros / weights
 
 
 def layer_plots(run: Mapping[str, Any]) -> list[Plot]:

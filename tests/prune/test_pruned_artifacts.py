@@ -110,6 +110,7 @@ def test_what_is_told_of_it(place: Path) -> None:
     assert "zeros are stored like other weights" in card
     report = (result.report_folder / "report.html").read_text()
     assert "50.0 % zeros" in report
+    assert "| zeros in the pruned layers | – | 50" in (result.report_folder / "report.md").read_text()
 
 
 def test_a_masked_model_may_be_the_source(place: Path) -> None:
