@@ -1,6 +1,6 @@
 """What distillation wins back of what pruning lost, beside plain fine-tuning on as many tokens.
 
-    python benchmarks/distillation.py --data DIR [--models stories-7m demo] [--tokens 2000000] [--threads 2]
+    python benchmarks/distillation.py --data DIR [--models stories-7m demo] [--tokens 1600000] [--threads 2]
     python benchmarks/distillation.py --table       # print the table of what results/distillation.json holds
 
 A quarter of the feed-forward channels go (OSSCAR), then the rest is trained: towards the original (forward KL), or on
@@ -28,7 +28,7 @@ LENGTH = 250
 TEXTS = ("tinystories-a.txt", "tinystories-c.txt")
 PIECE = 1000  # characters of a text without separators that are encoded at once
 PRUNE = {"prune": {"method": "channels", "ratio": 0.25}}
-TRAINING = {"method": "logits", "batch": 16, "learning_rate": 1e-4, "save_every": 1000}
+TRAINING = {"method": "logits", "batch": 4, "learning_rate": 1.5e-4, "save_every": 1000}
 CASES = {
     "pruned": [PRUNE],
     "fine-tuned": [PRUNE, {"distill": {**TRAINING, "cross_entropy": 1.0}}],
@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="the folder with models/ and text/")
     parser.add_argument("--models", nargs="+", default=["stories-7m", "demo"])
-    parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--tokens", type=int, default=1_600_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=tools.REPOSITORY / ".bench" / "distillation")
     parser.add_argument("--out", type=Path, default=tools.HERE / "results" / "distillation.json")
