@@ -66,9 +66,9 @@ class KVCache:
 
     def read_slots(self, layer: int, slot_S: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 keys and values [S, G, D] of slots (page * B + offset), as attention sees them."""
-        k_SGD, v_SGD = (pages.read(slot_S).float() for pages in self._layers[layer])
-        k_pages, v_pages = self._layers[layer]
-        return turned(k_SGD) if k_pages.rotate else k_SGD, turned(v_SGD) if v_pages.rotate else v_SGD
+        read = [(pages.read(slot_S).float(), pages.rotate) for pages in self._layers[layer]]
+        k_SGD, v_SGD = (turned(x_SGD) if rotated else x_SGD for x_SGD, rotated in read)
+        return k_SGD, v_SGD
 
     def move_slots(self, layer: int, source_NG: Tensor, target_N: Tensor) -> None:
         """Move each head's keys and values, codes as they are, from its slots to the slots `target_N`; all are read

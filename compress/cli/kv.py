@@ -23,6 +23,7 @@ def kv(
         typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped one.", show_default=False),
     ] = None,
     model: opt.Model = None,
+    adapter: opt.Adapter = None,
     output: OutputFolder = None,
     set_: opt.Set = None,
     dry_run: DryRun = False,
@@ -40,7 +41,7 @@ def kv(
     if recipe is None or context.invoked_subcommand is not None:
         opt.help_without_command(context)
         return
-    execute("kv_cache", recipe, model, output, set_ or [], dry_run, fresh, keep_stages, device, dtype, offline,
+    execute("kv_cache", recipe, model, adapter, output, set_ or [], dry_run, fresh, keep_stages, device, dtype, offline,
             tuple(allow_code or ()), speak(json=json, quiet=quiet, verbose=verbose))  # fmt: skip
 
 
