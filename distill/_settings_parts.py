@@ -43,15 +43,19 @@ class Coded(Training):
         coded = checkpoint.kind == "quantized"
         return [layer for layer in layer_plans(checkpoint, self.layers) if layer.scheme or not coded]
 
+    def taken(self, checkpoint: Checkpoint) -> list[LayerPlan]:
+        """Those of them that are trained."""
+        return [layer for layer in self.layers_of(checkpoint) if layer.reason]
+
     def learned_numbers(self, checkpoint: Checkpoint) -> int:
         """How many numbers are trained."""
-        taken, rank = [layer for layer in self.layers_of(checkpoint) if layer.reason], self.pair_rank(checkpoint)
+        taken, rank = self.taken(checkpoint), self.pair_rank(checkpoint)
         if rank is not None:
             return rank * sum(sum(layer.shape) for layer in taken)
         return sum(math.prod(layer.shape) for layer in taken) + self._rest_numbers(checkpoint)
 
     def weight_bytes(self, checkpoint: Checkpoint) -> int:
-        taken = [math.prod(layer.shape) for layer in self.layers_of(checkpoint) if layer.reason]
+        taken = [math.prod(layer.shape) for layer in self.taken(checkpoint)]
         numbers, held = parameters_of(checkpoint), WEIGHT_BYTES[self.optimizer]
         frozen = 4 * numbers + 4 * sum(taken)  # the model, and what its forward makes of the weights that are trained
         frozen += CAST_BYTES * numbers if self.precision == "bf16" else 0
@@ -87,8 +91,7 @@ class Parts(Coded):
         if not self._is_part(checkpoint):
             return super().planned(checkpoint, calibration, teacher)
         coded = checkpoint.kind == "quantized"
-        layers = self.layers_of(checkpoint)
-        taken = [layer for layer in layers if layer.reason]
+        layers, taken = self.layers_of(checkpoint), self.taken(checkpoint)
         require_layers(taken)
         if coded:
             require_whole_numbers(taken, hint="put this stage before the one that quantizes")

@@ -60,7 +60,7 @@ class Recover(Logits, Coded):
         from distill._memory import parameters_of
 
         layers = self.layers_of(checkpoint)
-        self._require_work(checkpoint, [layer for layer in layers if layer.reason])
+        self._require_work(checkpoint, self.taken(checkpoint))
         learned = self.learned_numbers(checkpoint)
         bytes_out = sum(info.bytes for info in checkpoint.tensors.values())
         adapter_bytes = learned * checkpoint.dtype.itemsize if self.keep == "adapter" else 0
