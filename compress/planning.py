@@ -99,7 +99,7 @@ def _stage_plans(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) 
     plans = []
     for number, stage in enumerate(recipe.stages):
         try:
-            plans.append(stage.settings.located(recipe.base_folder).plan(checkpoint, tokens))
+            plans.append(stage.settings.located(recipe.base_folder).plan(checkpoint, stage.settings.text(tokens)))
             checkpoint = stage.settings.after(checkpoint)
         except UsageError as error:
             raise stage.refused(error, number) from error

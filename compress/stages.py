@@ -81,7 +81,9 @@ def _run_stage(
             events(Notice(f"going on behind block {sink.finished()} of {source.num_blocks}", name))
         job = Job(
             checkpoint=source,
-            calibration=calibration_behind(number, source, inputs, journal, offline=options.offline),
+            calibration=stage.settings.text(
+                calibration_behind(number, source, inputs, journal, offline=options.offline)
+            ),
             sink=sink,
             original=inputs.original,
             seed=inputs.recipe.calibration.seed if inputs.recipe.calibration else 0,

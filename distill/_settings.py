@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -15,6 +15,8 @@ from compress.core.processes import launched, launched_here
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
+
+MOST_READINGS = 8  # of the same text that a plan says nothing about
 
 
 class Training(Pass):
@@ -54,6 +56,10 @@ class Training(Pass):
     @abstractmethod
     def trained_tokens(self, tokens: Tokens | None) -> int:
         """How many tokens are read in all steps together, at most; of an unknown text, what can be known."""
+
+    def text_tokens(self, tokens: Tokens) -> int:
+        """How many tokens there are to train on before any is read again."""
+        return tokens.count
 
     def longest(self, tokens: Tokens) -> int:
         """Tokens of the longest row of a step."""
@@ -96,15 +102,26 @@ class Training(Pass):
         processes = launched() if self.joins else 1
         here = launched_here() if self.joins and not torch.cuda.is_available() else 1  # each GPU has its own memory
         rows = self.batch if calibration is None else len(calibration.ids)
-        again = f"a step of {self.batch} rows takes some of the text's {rows} several times"
+        times = 0 if calibration is None else trained / self.text_tokens(calibration)
         return Plan(
-            notices=(again,) if self.batch > rows else (),
+            notices=tuple(_readings(times, self.batch, rows)),
             layers=tuple(layer_plans(checkpoint)),
             bytes_out=sum(info.bytes for info in checkpoint.tensors.values()),
             peak_memory_bytes=here * training_bytes(self, checkpoint, beside, length),
             disk_bytes=(4 + 2 * 12) * numbers,  # the result in fp32, and two saves
             minutes=minutes / processes,
             leaner=tuple((words, here * size) for words, size in leaner(self, checkpoint, beside, length)),
+        )
+
+
+def _readings(times: float, batch: int, rows: int) -> Iterator[str]:
+    """What is worth knowing of a text that is short for the training."""
+    if batch > rows:
+        yield f"a step of {batch} rows takes some of the text's {rows} several times"
+    if times > MOST_READINGS:
+        yield (
+            f"training reads the {rows} rows of calibration text {times:.0f} times over, and will learn them by heart: "
+            "give more samples of text, or train on fewer tokens"
         )
 
 

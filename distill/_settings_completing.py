@@ -34,6 +34,9 @@ class Completing(Led):
         """Prompt and completion together."""
         return self.prompt_tokens + self.new_tokens
 
+    def text_tokens(self, tokens: Tokens) -> int:
+        return len(tokens.ids) * self.completed_tokens
+
     def sampling(self, at_once: int) -> Sampling:
         """The settings in the runtime's terms."""
         return Sampling(self.prompt_tokens, self.new_tokens, self.sampling_temperature, self.top_p, at_once)

@@ -18,12 +18,13 @@ from compress import planning
 from compress.core import verify
 from compress.core.artifact import open_artifact
 from compress.core.checkpoint import Checkpoint
-from compress.core.errors import ArtifactError, InputError, LockError, ResourceError, UsageError
+from compress.core.errors import ArtifactError, InputError, LockError, RecipeError, ResourceError, UsageError
 from compress.core.events import Event, Finished, Notice, Progress, Started
 from compress.core.files import sha256_file
 from compress.core.lock import FolderLock
 from compress.core.manifest import Manifest
-from compress.core.recipe import Evaluation, Gate, Perplexity, Recipe, Stage, parse_recipe
+from compress.core.recipe import Evaluation, Gate, Perplexity, Recipe, Stage, load_recipe, parse_recipe
+from compress.core.recipe_text import recipe_yaml
 from compress.evaluate import evaluate_folder
 from compress.pipeline import RunOptions, plan, run
 from compress.workspace import Workspace
@@ -55,6 +56,26 @@ def gptq(place: Path, **settings: Any) -> Recipe:
     stage = {"quantize": {"method": "gptq", "group_size": 16, **settings}}
     calibration = {"dataset": "text.txt", "samples": 4, "length": 16}
     return parse_recipe({"model": "model", "calibration": calibration, "stages": [stage]}, base_folder=place)
+
+
+def test_a_stage_looks_at_the_first_rows_of_the_text_if_asked(place: Path) -> None:
+    def weights(name: str, rows: int, **settings: int) -> list[str]:
+        asked = [f"calibration.samples={rows}", *(f"stages[0].quantize.{key}={n}" for key, n in settings.items())]
+        text = recipe_yaml(gptq(place))
+        (place / "recipe.yaml").write_text(text)
+        artifact = run(load_recipe(place / "recipe.yaml", asked), RunOptions(place / name)).artifact
+        return [sha256_file(path) for path in sorted(artifact.glob("*.safetensors"))]
+
+    all_rows, some = weights("all", 4), weights("some", 4, samples=2)
+    assert some == weights("fewer", 2)
+    assert some != all_rows
+    assert all_rows == weights("more", 4, samples=9)
+
+
+def test_a_stage_that_looks_at_no_text_has_no_rows_of_it(place: Path) -> None:
+    settings = {"method": "rtn", "group_size": 16, "samples": 2}
+    with pytest.raises(RecipeError, match="rtn looks at no calibration text"):
+        parse_recipe({"model": "model", "stages": [{"quantize": settings}]}, base_folder=place)
 
 
 def shrink(place: Path, **settings: Any) -> Recipe:

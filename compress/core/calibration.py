@@ -200,13 +200,10 @@ def check_vocabulary(tokens: Tokens, checkpoint: Checkpoint, where: str) -> None
 
 
 def _take(tokens: Tokens, calibration: Calibration, path: Path) -> Tokens:
-    """The first `samples` × `length` of a token file; settings left at their default take what is there, if less."""
+    """The first `samples` × `length` of a token file; all that there is where the recipe leaves it open."""
     rows, width = tokens.ids.shape
-    default = type(calibration).model_fields
-    samples = (
-        min(rows, calibration.samples) if calibration.samples == default["samples"].default else calibration.samples
-    )
-    length = min(width, calibration.length) if calibration.length == default["length"].default else calibration.length
+    samples = calibration.samples if "samples" in calibration.model_fields_set else rows
+    length = calibration.length if "length" in calibration.model_fields_set else width
     if samples > rows or length > width:
         raise InputError(
             f"the file holds {rows} samples of {width} tokens, but {samples} of {length} are asked for", where=str(path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from compress.core.events import Listener, silent
 from compress.core.memory import SPILL_ABOVE_BYTES
@@ -179,6 +179,14 @@ class Pass(BaseModel, ABC):
     renumbers_blocks: ClassVar[bool] = False
     """Whether blocks have other numbers after it. It remembers as "kept" which of the old ones stay, ascending."""
     formats: ClassVar[tuple[str, ...]] = ("compressed-tensors", "gptq", "awq")
+
+    samples: int | None = Field(
+        None, ge=1, description="look at so many rows of the calibration text at most, the first; at all, unless given"
+    )
+
+    def text(self, calibration: Tokens | None) -> Tokens | None:
+        """The part of the recipe's calibration text that is for this pass."""
+        return calibration if calibration is None or self.samples is None else calibration.rows(self.samples)
 
     def refusal(self, kind: WeightKind) -> str | None:
         """Why these settings cannot work on weights of `kind`, as what follows the method's name; None if they can."""

@@ -102,6 +102,9 @@ def composition_problem(recipe: "Recipe", places: Sequence[NodePath]) -> Problem
         if settings.calibrated and recipe.calibration is None:
             message = f"{stage.method} needs calibration data"
             return Problem(path, message, "add calibration: {dataset: …}", at_key=True)
+        if settings.samples is not None and not settings.calibrated:
+            message = f"{stage.method} looks at no calibration text"
+            return Problem((*path, "samples"), message, "leave it out", at_key=True)
         if settings.gives is not None:
             state, left_by = settings.gives, f"those that {dotted(path[:-1])} leaves"
     return None

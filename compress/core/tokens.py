@@ -72,8 +72,11 @@ class Tokens:
 
     def first(self, tokens: int) -> Tokens:
         """The first rows, about so many tokens of them: at least one row."""
-        rows = max(1, tokens // self.ids.shape[1])
-        return Tokens.of(self.ids[:rows], None if self.lengths is None else self.lengths[:rows])
+        return self.rows(max(1, tokens // self.ids.shape[1]))
+
+    def rows(self, count: int) -> Tokens:
+        """The first rows, `count` of them or all that there are."""
+        return Tokens.of(self.ids[:count], None if self.lengths is None else self.lengths[:count], self.source)
 
 
 def _hash(ids_ST: torch.Tensor, lengths_S: torch.Tensor | None) -> str:

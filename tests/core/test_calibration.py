@@ -120,7 +120,8 @@ def test_chat_template_renders_message_lists_and_wraps_plain_text(tmp_path, chec
 
 
 def test_token_file_round_trip_and_defaults_take_all_of_it(tmp_path, checkpoint):
-    made = Tokens.of(torch.arange(4, 10).repeat(3, 2), torch.tensor([12, 5, 1]), "made")
+    lengths = torch.tensor([12, 5, *[1] * 148])  # more rows than are taken of a text by default
+    made = Tokens.of(torch.arange(4, 10).repeat(150, 2), lengths, "made")
     save_tokens(tmp_path / "t.safetensors", made, tokenizer_sha256=tokenizer_sha256(checkpoint.folder))
     everything = load_tokens(Calibration(dataset="t.safetensors"), checkpoint, tmp_path)
     assert everything.sha256 == made.sha256

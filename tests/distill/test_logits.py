@@ -91,6 +91,16 @@ def test_every_family_learns(tiny_model: TinyModel, tmp_path: Path, family: str,
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_the_plan_says_if_the_text_is_short(tiny_model: TinyModel, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_model("llama", False, "bfloat16"), lessons(15))  # 15 steps of 4 rows, and 6 rows
+    assert any(
+        "reads the 6 rows of calibration text 10 times over" in said
+        for said in plan(recipe, RunOptions(tmp_path / "out")).notices
+    )
+    enough = recipe_of(tmp_path, tiny_model("llama", False, "bfloat16"), lessons(9))
+    assert not any("times over" in said for said in plan(enough, RunOptions(tmp_path / "out")).notices)
+
+
 @pytest.mark.parametrize("stop_behind", [1, 4, 6, 9])
 def test_a_stopped_run_ends_with_the_same_losses_and_bytes(
     tiny_model: TinyModel, tmp_path: Path, stop_behind: int
