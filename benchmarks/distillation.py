@@ -18,42 +18,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import tools
-from make_tokens import encode, stories
 from quality import Workplace, score_original
-from safetensors.numpy import save_file
+from training_text import LOOKED_AT, training_text
 
-LENGTH = 250
-TEXTS = ("tinystories-a.txt", "tinystories-c.txt")
-PIECE = 1000  # characters of a text without separators that are encoded at once
-PRUNE = {"prune": {"method": "channels", "ratio": 0.25}}
+PRUNE = {"prune": {"method": "channels", "ratio": 0.25, "samples": LOOKED_AT}}
 TRAINING = {"method": "logits", "batch": 4, "learning_rate": 1.5e-4, "save_every": 1000}
 CASES = {
     "pruned": [PRUNE],
     "fine-tuned": [PRUNE, {"distill": {**TRAINING, "cross_entropy": 1.0}}],
     "distilled": [PRUNE, {"distill": TRAINING}],
 }
-
-
-def text(place: Workplace, model: str) -> Path:
-    path = place.root / model / "training.safetensors"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"input_ids": packed_rows(place, model)}, path)
-    return path
-
-
-def packed_rows(place: Workplace, model: str) -> np.ndarray:
-    """All there is of the training texts, packed into rows, in a random order."""
-    pieces: list[str] = []
-    for name in TEXTS:
-        path = place.data / "text" / name
-        whole = path.read_text(encoding="utf-8")
-        pieces += stories(path) or [whole[start : start + PIECE] for start in range(0, len(whole), PIECE)]
-    ids = [token for encoded in encode(place.model(model), pieces) for token in encoded]
-    rows = np.array(ids[: len(ids) // LENGTH * LENGTH], dtype=np.int64).reshape(-1, LENGTH)
-    return np.random.default_rng(0).permutation(rows)
 
 
 def stages(case: str, tokens: int) -> Iterator[dict[str, object]]:
@@ -69,7 +44,7 @@ def measure(model: str, case: str, place: Workplace, tokens: int) -> dict[str, o
         shutil.rmtree(leftover, ignore_errors=True)
     recipe = {
         "model": str(place.model(model)),
-        "calibration": {"dataset": str(text(place, model))},
+        "calibration": {"dataset": str(training_text(place, model))},
         "stages": list(stages(case, tokens)),
     }
     written = Path(f"{output}.json")
