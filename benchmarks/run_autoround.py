@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 VARIANTS = ("default",)
-STEPS, BATCH = 200, 8
+BATCH = 8
 IMPORTED_S = runner.process_age_s()
 
 
@@ -41,7 +41,7 @@ def quantize(job: runner.Job) -> None:
         bits=job.bits,
         group_size=job.group_size,
         sym=True,
-        iters=STEPS,
+        iters=job.steps,
         nsamples=samples,
         seqlen=length,
         batch_size=BATCH,

@@ -40,6 +40,7 @@ class Job:
     offload: bool = True  # GPTQModel alone: finished modules go to disk, its default
     scheme: str = "weights"  # one of SCHEMES: codes for weights, 8 bits for weights and inputs, or weights set to zero
     sparsity: float = 0.0  # share of the weights that become zero
+    steps: int = 200  # of AutoRound in each block; its default and ours
     pattern: str = "unstructured"  # where zeros may lie, or N:M, or the structures that go
 
 
@@ -71,6 +72,7 @@ def parse_jobs(variants: tuple[str, ...]) -> list[Job]:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--scheme", choices=SCHEMES, default="weights")
     parser.add_argument("--sparsity", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pattern", default="unstructured")
     parser.add_argument("--no-offload", dest="offload", action="store_false")
     options = vars(parser.parse_args())

@@ -38,7 +38,7 @@ METHODS = {  # what is written, and who has the method
     "gptq": ("weights", 4, 64, CONTESTANTS[:3]),
     "awq": ("weights", 4, 64, CONTESTANTS[:2]),
     "smoothquant": ("w8a8", 8, -1, CONTESTANTS[:2]),
-    "autoround": ("weights", 4, 64, ("compress/auto", "autoround/float32")),
+    "autoround": ("weights", 4, 64, ("compress/auto", "autoround/float32", "autoround/auto")),
 }
 BARE = "import torch, transformers"
 OUR_IMPORTS = "import torch, transformers, compress.cli, compress.pipeline; from transformers import LlamaForCausalLM"
@@ -80,7 +80,14 @@ def run_once(contestant: str, inputs: Inputs, work: Path, asked: argparse.Namesp
     output = work / "artifacts" / f"{inputs.shape}-{name}"
     record = work / f"{inputs.shape}-{name}.json"
     scheme, bits, group_size, _ = METHODS[inputs.method]
-    what = {"method": inputs.method, "scheme": scheme, "bits": bits, "group_size": group_size, "dtype": dtype}
+    what = {
+        "method": inputs.method,
+        "scheme": scheme,
+        "bits": bits,
+        "group_size": group_size,
+        "dtype": dtype,
+        "steps": asked.steps,
+    }
     job = Job(str(inputs.model), str(inputs.tokens), str(output), str(record), **what)
     for leftover in (output, Path(f"{output}.report"), Path(f"{output}.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -143,6 +150,7 @@ def render(results: dict[str, object]) -> str:
     method = results["method"]
     scheme, bits, group_size, _ = METHODS[method]
     what = f"W{bits} g{group_size}" if scheme == "weights" else scheme.upper()
+    what += f" with {results['steps']} steps" if results.get("steps", 200) != 200 else ""
     for shape, summary in results["summary"].items():
         contestants = [run["contestant"] for run in results["runs"] if run["shape"] == shape]
         count = " / ".join(str(contestants.count(name)) for name in summary["medians"])
@@ -177,6 +185,7 @@ def run(asked: argparse.Namespace) -> None:
                     "environment": tools.describe_machine() | {"threads": asked.threads},
                     "protocol": " ".join(__doc__.split("\n\n")[2].split()),
                     "method": asked.method,
+                    "steps": asked.steps,
                     "summary": summarize(runs),
                     "runs": runs,
                 }
@@ -190,6 +199,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, default="gptq")
     parser.add_argument("--shapes", nargs="+", default=["135m"], choices=SHAPES)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="those that have the method")
+    parser.add_argument("--steps", type=int, default=200, help="of autoround in each block")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=tools.REPOSITORY / ".bench" / "speed")

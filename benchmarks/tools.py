@@ -93,8 +93,9 @@ def our_stage(job: Job) -> dict[str, object]:
         return {"method": "gptq", "scheme": job.scheme, "prepare": [{"smoothquant": {}}]}
     if job.scheme == "w8a8":
         return {"method": job.method, "scheme": "w8a8"}
-    symmetry = {"symmetric": False} if job.variant == "asymmetric" else {}
-    return {"method": job.method, "scheme": f"w{job.bits}a16", "group_size": job.group_size} | symmetry
+    more = {"symmetric": False} if job.variant == "asymmetric" else {}
+    more |= {"steps": job.steps} if job.method == "autoround" else {}
+    return {"method": job.method, "scheme": f"w{job.bits}a16", "group_size": job.group_size} | more
 
 
 def our_command(job: Job, recipe: Path) -> list[str]:
