@@ -348,9 +348,7 @@ class BlockPool:
         sequence.registered = 0
         self.register(sequence, done.kept)
 
-    def _seat(
-        self, sequence: Sequence, done: Compression, counts: tuple[int, ...] | None, groups: GroupPool
-    ) -> None:
+    def _seat(self, sequence: Sequence, done: Compression, counts: tuple[int, ...] | None, groups: GroupPool) -> None:
         """From now on the sequence lies in the tables of its seat alone."""
         point = _point_of(sequence)
         counts_N = groups.counts_of(done.seat, done.slots, done.budgets, counts)

@@ -142,7 +142,9 @@ class GroupPool:
         """Slots that each layer stores, the mean of its heads (a whole number, as budgets are)."""
         return (self.lengths[seat].reshape(self.layers, self.heads).sum(1) // self.heads).tolist()
 
-    def counts_of(self, seat: int, slots: int, kept_by_layer: Sequence[int], counts: Iterable[int] | None) -> np.ndarray:
+    def counts_of(
+        self, seat: int, slots: int, kept_by_layer: Sequence[int], counts: Iterable[int] | None
+    ) -> np.ndarray:
         """What an eviction left in each layer and head [N], as told, or equal in all heads of a layer (where there is
         no model). RuntimeError for what cannot be. `slots`: what was there, of a sequence that had no tables."""
         budget_N = np.repeat(np.array(kept_by_layer), self.heads)

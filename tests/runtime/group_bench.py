@@ -142,4 +142,3 @@ class GroupBench(Bench):
         owned.update(self.groups.subpages.pages)
         assert counts.free + counts.cached + counts.owned == self.pool.pages
         assert counts.owned == len(owned)
-
