@@ -7,10 +7,13 @@ before anything is computed, and comes out the same however a prompt was cut int
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
+
+from kv_compress.pyramidkv import budgets
 
 _WITHOUT_END = 1 << 62
 
@@ -32,6 +35,10 @@ class Points:
     `prompt_end`: whether the prompt's end is a point. `tokens` stay at a point, or `ratio` of the tokens so far;
     `least` in any case. `window`: queries observed at points of the prompt, of decodes the last one is (0: none are).
     `seeded`: scores are drawn by lot from the tokens. `salt` names the policy: what it leaves is like no other's.
+
+    `layers` and `heads` above 0: each layer and head keeps a number of slots of its own, of which all told here is the
+    mean; `beta`: how budgets fall over layers (0: not at all). `spread`: slots that the pages of unequal counts may
+    waste, a page less one; the scheduler fills it in.
     """
 
     prompt_every: int
@@ -43,6 +50,10 @@ class Points:
     window: int
     seeded: bool
     salt: str
+    layers: int = 0
+    heads: int = 0
+    beta: float = 0.0
+    spread: int = 0
 
     def after(self, slots: int, position: int, prompt: int, end: int = _WITHOUT_END) -> Point | None:
         """The first point behind `position`, and no later than `end`, at which anything is evicted, if `slots` slots
@@ -63,8 +74,13 @@ class Points:
 
     def peak(self, slots: int, position: int, prompt: int, end: int) -> int:
         """The most slots taken at any time from the last point, after which `slots` slots hold what was before
-        `position`, until all tokens before `end` are stored (a point at `end` comes after that)."""
+        `position`, until all tokens before `end` are stored (a point at `end` comes after that). Behind a point what
+        unequal counts may waste is part of it."""
         return _peak(self, slots, position, prompt, end)
+
+    def budgets(self, kept: int, stored: Sequence[int]) -> tuple[int, ...]:
+        """Slots that stay in each head of each layer, in the mean of its heads, if `stored` are there."""
+        return budgets(kept, self.least, stored, self.beta) if self.beta else (kept,) * len(stored)
 
     def _next(self, position: int, prompt: int) -> int | None:
         if position < prompt:
@@ -81,8 +97,8 @@ class Points:
 
 @lru_cache(maxsize=4096)
 def _peak(points: Points, slots: int, position: int, prompt: int, end: int) -> int:
-    most = 0
+    most, waste = 0, points.spread if slots < position else 0
     while (point := points.after(slots, position, prompt, end)) is not None:
-        most = max(most, point.slots)
-        slots, position = point.kept, point.position
-    return max(most, slots + end - position)
+        most = max(most, point.slots + waste)
+        slots, position, waste = point.kept, point.position, points.spread
+    return max(most, slots + end - position + waste)

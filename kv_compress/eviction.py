@@ -13,7 +13,10 @@ from compress.core.quantities import parse_size
 from kv_compress._budget import Points
 from kv_compress.policy import KVPolicy
 
-Method = Literal["streaming", "key_norm", "keydiff", "random", "tova", "snapkv", "expected_attention"]
+Method = Literal[
+    "streaming", "key_norm", "keydiff", "random", "tova", "snapkv", "expected_attention", "pyramidkv", "adakv"
+]
+UNEQUAL = frozenset({"pyramidkv", "adakv"})  # keep more in some layers or heads than in others
 Time = Literal["prefill_chunk", "prefill_end", "decode"]
 
 
@@ -52,6 +55,9 @@ class EvictionSettings(BaseModel):
         "generated tokens",
     )
 
+    beta: float = Field(20.0, ge=1, description="of pyramidkv: the last layer gets 1 / beta of the mean")
+    alpha_safeguard: float = Field(0.2, ge=0, le=1, description="of adakv: share of the budget that each head gets")
+
     @model_validator(mode="after")
     def _sound(self) -> EvictionSettings:
         if not self.when or len(set(self.when)) < len(self.when):
@@ -68,8 +74,14 @@ class EvictionSettings(BaseModel):
         """Slots that stay in any case."""
         return self.sinks + self.recent
 
-    def points(self, token_bytes: int) -> Points:
-        """Where evictions happen, if a token takes `token_bytes` bytes over all layers. UsageError if the bytes of the
+    @property
+    def is_unequal(self) -> bool:
+        """Whether layers and heads keep unequal numbers of slots: each then has pages of its own."""
+        return self.method in UNEQUAL
+
+    def points(self, token_bytes: int, layers: int = 1, heads: int = 1) -> Points:
+        """Where evictions happen, if a token takes `token_bytes` bytes over all of `layers` layers with `heads`
+        key-value heads each (which matters to methods that keep unequal numbers). UsageError if the bytes of the
         budget are fewer than what always stays takes."""
         tokens = self.budget.tokens
         if self.budget.bytes is not None:
@@ -92,6 +104,9 @@ class EvictionSettings(BaseModel):
             window={"none": 0, "last": 1, "recent": self.recent}[queries],
             seeded=self.method == "random",
             salt=hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest(),
+            layers=layers if self.is_unequal else 0,
+            heads=heads if self.is_unequal else 0,
+            beta=self.beta if self.method == "pyramidkv" else 0.0,
         )
 
 

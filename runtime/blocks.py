@@ -11,11 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from compress.core.errors import ResourceError, UsageError
 from kv_compress._budget import Point, Points
+from runtime.groups import GroupPool
 from runtime.prefixes import PrefixIndex, Stretch, key_of, stretches_of
 from runtime.sequence import Sequence
-from runtime.step import Compression
+from runtime.step import Compression, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class BlockPool:
         self.page = page
         self.prefix_cache = prefix_cache
         self.points: Points | None = None
+        self.groups: GroupPool | None = None  # where layers and heads keep unequal numbers of slots
+        self.memory_pages = pages  # that the memory of each layer has
         self._free = list(range(pages - 1, -1, -1))  # a stack: what was used last is used next
         self._references = [0] * pages
         self._owned = 0
@@ -103,6 +108,10 @@ class BlockPool:
         return PoolStatistics(
             len(self._free), len(self._idle), self._owned, self._hits, self._misses, hit_tokens, self._evictions
         )
+
+    def cut_for(self, layers: int, heads: int) -> None:
+        """From the first eviction on, sequences have tables for each of so many layers and heads."""
+        self.groups = GroupPool(self, layers, heads)
 
     def pages_for(self, slots: int) -> int:
         """Pages that `slots` slots take."""
@@ -162,6 +171,8 @@ class BlockPool:
     def fork(self, parent: Sequence, child: Sequence, computed: int) -> bool:
         """Let `child`, which must hold no pages, share the pages of the parent's first `computed` positions. False, and
         nothing is done, if the parent has evicted from them or evicts at other points than the child would."""
+        if parent.seat >= 0:
+            return False
         stretches, index = stretches_of(child, self.points), parent.stretch
         stretch = stretches_of(parent, self.points)[index]
         if index:
@@ -177,7 +188,7 @@ class BlockPool:
     def register(self, sequence: Sequence, slots: int) -> None:
         """Offer the full pages among the first `slots` slots to the prefix cache."""
         full = slots // self._page_tokens
-        if full <= sequence.registered or not self.prefix_cache:
+        if full <= sequence.registered or not self.prefix_cache or sequence.is_seated:
             return
         if not sequence.stretches:
             stretches_of(sequence, self.points)
@@ -201,6 +212,11 @@ class BlockPool:
         """
         page_tokens, references, known = self._page_tokens, self._references, self._known
         found = []
+        if self.groups is not None:
+            sequences = list(sequences)
+            seats = [sequence.seat for sequence in sequences if sequence.is_seated]
+            if seats and self.groups.grow(seats):
+                sequences = [sequence for sequence in sequences if not sequence.is_seated]
         for sequence in sequences:
             table = sequence.table[0]
             index = sequence.kv_len[0] // page_tokens
@@ -214,6 +230,8 @@ class BlockPool:
         Returns the page copies (from, to) that must be done before anything is written, or None, with nothing changed,
         if there are too few pages.
         """
+        if self.groups is not None and sequence.is_seated:
+            return () if self.groups.extend(sequence.seat, slots - sequence.kv_len[0]) else None
         table = sequence.table[0]
         missing = -(-slots // self._page_tokens) - len(table)
         written = sequence.kv_len[0] // self._page_tokens  # only this page can be somebody else's too
@@ -224,17 +242,22 @@ class BlockPool:
             return None
         copies = ()
         if copied:
-            old, new = table[written], self._take()
+            old, new = table[written], self.take()
             table = (*table[:written], new, *table[written + 1 :])
             copies = ((old, new),)
-            self._drop(old)
-        sequence.table[0] = table + tuple(self._take() for _ in range(missing))
+            self.drop(old)
+        sequence.table[0] = table + tuple(self.take() for _ in range(missing))
         return copies
 
     def can_evict(self, sequence: Sequence) -> bool:
         """Whether there are pages for what `prepare_eviction` does: shared ones are never written."""
+        if sequence.is_seated:  # each table keeps some of its own pages
+            return True
         point = _point_of(sequence)
         own = sum(1 for page in sequence.table[0] if self._references[page] == 1)
+        if self.groups is not None:
+            short = self._subpages_behind(sequence, point) - self.groups.subpages.free
+            return (own + self.available) * self.groups.columns >= short
         return own + self.available >= self._pages_behind(sequence, point)
 
     def prepare_eviction(self, sequence: Sequence) -> Compression:
@@ -243,43 +266,109 @@ class BlockPool:
         Its target is taken here: pages of the sequence's own that nobody else can read, new ones, and, where there are
         too few, such as only the prefix cache knew, which forgets them.
         """
+        if self.groups is not None:
+            return self._prepare_seat(sequence, self.groups)
         table, point = sequence.table[0], _point_of(sequence)
-        wanted = self._pages_behind(sequence, point)
+        target, taken = self._target(table, self._pages_behind(sequence, point))
+        sequence.table[0] = table + taken
+        source = table[: self.pages_for(point.slots)]
+        seed = self._seed(sequence)
+        return Compression(sequence.id, point.slots, point.kept, source, (*target, *taken), point.queries, seed)
+
+    def _target(self, table: tuple[int, ...], wanted: int) -> tuple[list[int], tuple[int, ...]]:
+        """So many pages to write to: own ones, forgotten if need be, and new ones."""
         own = [page for page in table if self._references[page] == 1]
         target = [page for page in own if page not in self._known][:wanted]
         fresh = min(wanted - len(target), self.available)
         known = [page for page in own if page in self._known][: wanted - len(target) - fresh]
         for page in known:
             self._prefixes.remove(page)
-        taken = tuple(self._take() for _ in range(fresh))
-        sequence.table[0] = table + taken
-        seed = int.from_bytes(stretches_of(sequence, self.points)[sequence.stretch + 1].root[:7], "little")
-        source = table[: self.pages_for(point.slots)]
-        return Compression(sequence.id, point.slots, point.kept, source, (*target, *known, *taken), point.queries, seed)
+        return [*target, *known], tuple(self.take() for _ in range(fresh))
+
+    def _prepare_seat(self, sequence: Sequence, groups: GroupPool) -> Compression:
+        """The same where counts are unequal: what stays moves into sub-pages, of which as many are taken as there may
+        be need for. Pages of the sequence's own are cut, but are its alone until the eviction is done."""
+        table, point = sequence.table[0], _point_of(sequence)
+        seed, stored, source = self._seed(sequence), [point.slots] * groups.layers, ()
+        if sequence.is_seated:
+            more = point.slots - sequence.kv_len[0]
+            stored = [slots + more for slots in groups.stored_by_layer(sequence.seat)]
+        else:
+            source = table[: self.pages_for(point.slots)]
+            wanted = self._subpages_behind(sequence, point)
+            pages = -(-max(wanted - groups.subpages.free, 0) // groups.columns)
+            target, taken = self._target(table, pages)
+            free = groups.subpages.take(min(wanted, groups.subpages.free))
+            sequence.seat = groups.open(np.concatenate([free, groups.subpages.cut([*target, *taken])]))
+            for page in taken:
+                self.drop(page)  # is held by its sub-pages now
+        budgets = self._points.budgets(point.kept, stored)
+        return Compression(
+            sequence.id, point.slots, point.kept, source, (), point.queries, seed, sequence.seat, budgets
+        )
+
+    def _seed(self, sequence: Sequence) -> int:
+        return int.from_bytes(stretches_of(sequence, self.points)[sequence.stretch + 1].root[:7], "little")
 
     def _pages_behind(self, sequence: Sequence, point: Point) -> int:
         """Pages that the sequence needs after a point, until all its tokens so far are stored."""
+        return self.pages_for(self._slots_behind(sequence, point))
+
+    def _slots_behind(self, sequence: Sequence, point: Point) -> int:
+        return self._points.peak(point.kept, point.position, len(sequence.prompt), len(sequence.tokens))
+
+    def _subpages_behind(self, sequence: Sequence, point: Point) -> int:
+        return 0 if self.groups is None else self.groups.bound(self._slots_behind(sequence, point))
+
+    @property
+    def _points(self) -> Points:
         if self.points is None:
             raise RuntimeError("this pool has no points of eviction")
-        return self.pages_for(self.points.peak(point.kept, point.position, len(sequence.prompt), len(sequence.tokens)))
+        return self.points
 
-    def evict(self, sequence: Sequence, done: Compression) -> None:
-        """The eviction is done: the sequence keeps the target alone, the other pages are given back."""
+    def stored(self, rows: Iterable[Row]) -> None:
+        """The rows of a step are stored, as far as tables of each layer and head go."""
+        seats = [(row.seat, len(row.tokens)) for row in rows if row.seat >= 0]
+        if self.groups is not None and seats:
+            self.groups.stored(*zip(*seats, strict=True))
+
+    def evict(self, sequence: Sequence, done: Compression, counts: tuple[int, ...] | None = None) -> None:
+        """The eviction is done: the sequence keeps the target alone, the other pages are given back. `counts`: slots
+        that each layer and head kept, where they are unequal."""
+        if self.groups is not None:
+            self._seat(sequence, done, counts, self.groups)
+            return
         kept = set(done.target)
         for page in reversed(sequence.table[0]):
             if page not in kept:
-                self._drop(page)
+                self.drop(page)
         sequence.table[0] = done.target
         sequence.kv_len[0] = done.kept
         sequence.stretch += 1
         sequence.registered = 0
         self.register(sequence, done.kept)
 
+    def _seat(self, sequence: Sequence, done: Compression, counts: tuple[int, ...] | None, groups: GroupPool) -> None:
+        """From now on the sequence lies in the tables of its seat alone."""
+        point = _point_of(sequence)
+        counts_N = groups.counts_of(done.seat, done.slots, done.budgets, counts)
+        more = point.position < len(sequence.tokens)  # else nothing has to be kept for them
+        groups.evict(done.seat, counts_N, self._subpages_behind(sequence, point) if more else 0)
+        for page in reversed(sequence.table[0]):
+            self.drop(page)
+        sequence.table[0] = ()
+        sequence.kv_len[0] = done.kept
+        sequence.stretch += 1
+        sequence.registered = 0
+
     def release(self, sequence: Sequence) -> None:
         """Give back all that the sequence holds, the only way to do so. Doing it twice is harmless."""
+        if self.groups is not None and sequence.seat >= 0:
+            self.groups.close(sequence.seat)
+            sequence.seat = -1
         for group, table in enumerate(sequence.table):
             for page in reversed(table):  # the end of a prefix is of use to fewer, so it is evicted first
-                self._drop(page)
+                self.drop(page)
             sequence.table[group] = ()
             sequence.kv_len[group] = 0
         sequence.computed = sequence.registered = sequence.stretch = 0
@@ -287,9 +376,13 @@ class BlockPool:
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """RuntimeError with what is wrong, unless pages, counts, tables (of all sequences alive) and cache agree."""
         holders: Counter[int] = Counter()
-        for sequence in sequences:
+        alive = list(sequences)
+        for sequence in alive:
             self._check_table(sequence)
             holders.update(sequence.table[0])
+        if self.groups is not None:
+            self.groups.check_integrity(sequence.seat for sequence in alive if sequence.seat >= 0)
+            holders.update(self.groups.subpages.pages)
         if list(map(holders.__getitem__, range(self.pages))) != self._references:
             raise RuntimeError(f"reference counts {self._references} but the tables hold {sorted(holders.items())}")
         free, idle = set(self._free), set(self._idle)
@@ -304,12 +397,13 @@ class BlockPool:
 
     def _check_table(self, sequence: Sequence) -> None:
         table, stored = sequence.table[0], sequence.kv_len[0]
-        if len(set(table)) != len(table) or max(sequence.registered, self.pages_for(stored)) > len(table):
+        pages = 0 if sequence.is_seated else max(sequence.registered, self.pages_for(stored))
+        if len(set(table)) != len(table) or pages > len(table):
             raise RuntimeError(f"sequence {sequence.id} stores {stored} slots in pages {table}")
         if sequence.computed > len(sequence.tokens):
             raise RuntimeError(f"sequence {sequence.id} computed more positions than it has tokens")
         stretch = stretches_of(sequence, self.points)[sequence.stretch]
-        if table and stored != stretch.slots_at(sequence.computed):
+        if (table or sequence.is_seated) and stored != stretch.slots_at(sequence.computed):
             raise RuntimeError(f"sequence {sequence.id} stores {stored} slots for {sequence.computed} positions")
         for index, page in enumerate(table[: sequence.registered]):
             content = self._known.get(page)
@@ -330,7 +424,8 @@ class BlockPool:
         sequence.kv_len[0] = sequence.stretches[stretch].slots_at(computed)
         sequence.registered = sequence.kv_len[0] // self.page.tokens
 
-    def _take(self) -> int:
+    def take(self) -> int:
+        """A page, which must be available."""
         if self._free:
             page = self._free.pop()
         else:
@@ -341,7 +436,12 @@ class BlockPool:
         self._owned += 1
         return page
 
-    def _drop(self, page: int) -> None:
+    def hold(self, page: int) -> None:
+        """One more holder of a page that is held."""
+        self._references[page] += 1
+
+    def drop(self, page: int) -> None:
+        """One holder less."""
         if self._references[page] < 1:
             raise RuntimeError(f"page {page} is given back but nobody holds it")
         self._references[page] -= 1

@@ -11,16 +11,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from compress.core.errors import ResourceError
+from compress.core.errors import ResourceError, UsageError
 from kv_compress._coding import code_dtype
 from kv_compress.policy import CODECS, FULL, Coding, KVPolicy
 from runtime.models.config import LayerConfig, ModelConfig
+from runtime.ops.head_pages import split_layers
 from runtime.ops.pages import Pages, turned
 
 
 class KVCache:
     """`k[layer]`, `v[layer]`: [P, B, G, C]; what belongs to codes is in `layers()`. Keys are stored rotated; slots that
-    were never written hold zeros. `policy`: how each layer keeps them; None: as they are, in `dtype`."""
+    were never written hold zeros. `policy`: how each layer keeps them; None: as they are, in `dtype`. `by_head`: layers
+    lie one after another, so that any layer and head can use any piece of a page; UsageError where they differ."""
 
     def __init__(
         self,
@@ -30,18 +32,23 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         policy: KVPolicy | None = None,
+        *,
+        by_head: bool = False,
     ) -> None:
         self.pages = pages
         self.block_size = block_size
         self.policy = policy_for(config, policy)
         try:
-            self._layers = [
-                (
-                    _pages(of.keys, layer, pages, block_size, dtype, device),
-                    _pages(of.values, layer, pages, block_size, dtype, device),
-                )
-                for layer, of in zip(config.layers, self.policy.layers, strict=True)
-            ]
+            if by_head:
+                self._layers = _layers_by_head(config, self.policy, pages, block_size, dtype, device)
+            else:
+                self._layers = [
+                    (
+                        _pages(of.keys, layer, pages, block_size, dtype, device),
+                        _pages(of.values, layer, pages, block_size, dtype, device),
+                    )
+                    for layer, of in zip(config.layers, self.policy.layers, strict=True)
+                ]
         except (torch.OutOfMemoryError, RuntimeError) as error:
             wanted = pages * page_bytes(config, block_size, dtype, policy)
             raise ResourceError(
@@ -83,6 +90,10 @@ class KVCache:
         """Keys and values of each layer."""
         return iter(self._layers)
 
+    def of_layer(self, layer: int) -> tuple[Pages, Pages]:
+        """Keys and values of one."""
+        return self._layers[layer]
+
     def _tensors(self) -> Iterator[Tensor]:
         for k, v in self._layers:
             yield from k.tensors()
@@ -117,6 +128,31 @@ def _pages(coding: Coding, layer: LayerConfig, pages: int, block_size: int, dtyp
     codec = CODECS[coding.codec]
     codes = torch.zeros((*shape, codec.code_bytes(layer.head_dim)), dtype=code_dtype(codec.name), device=device)
     numbers = torch.zeros((*shape, codec.numbers), dtype=torch.float16, device=device) if codec.numbers else None
+    return Pages(codes, codec.name, numbers, _scale(coding, layer, device), coding.rotate)
+
+
+def _scale(coding: Coding, layer: LayerConfig, device: str) -> Tensor | None:
     scale = torch.tensor(coding.scale, dtype=torch.float32, device=device)
-    scale_G = scale.expand(layer.kv_heads).contiguous() if coding.scale else None
-    return Pages(codes, codec.name, numbers, scale_G, coding.rotate)
+    return scale.expand(layer.kv_heads).contiguous() if coding.scale else None
+
+
+def _layers_by_head(
+    config: ModelConfig, policy: KVPolicy, pages: int, block_size: int, dtype: torch.dtype, device: str
+) -> list[tuple[Pages, Pages]]:
+    """Keys and values of all layers in one allocation each."""
+    first, count = config.layers[0], len(config.layers)
+    kinds = {
+        (layer.kv_heads, layer.head_dim, of.keys.codec, of.values.codec)
+        for layer, of in zip(config.layers, policy.layers, strict=True)
+    }
+    if len(kinds) > 1:
+        raise UsageError(
+            "layers cannot keep unequal numbers of keys, since theirs differ in heads, channels or codecs",
+            hint="choose a method of eviction with equal numbers, or one codec for all layers",
+        )
+    both = []
+    for codings in ([of.keys for of in policy.layers], [of.values for of in policy.layers]):
+        whole = _pages(codings[0], first, count * pages, block_size, dtype, device)
+        scales = [_scale(coding, first, device) for coding in codings]
+        both.append(split_layers(whole, count, scales, [coding.rotate for coding in codings]))
+    return list(zip(*both, strict=True))

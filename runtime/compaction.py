@@ -23,6 +23,7 @@ from runtime.step import Compression, Step
 if TYPE_CHECKING:
     from kv_compress.eviction import EvictionSettings
     from runtime.cache import KVCache
+    from runtime.models.config import ModelConfig
     from runtime.models.decoder import Decoder
 
 
@@ -48,6 +49,7 @@ class Compactor:
         scales: Sequence[float],
         softcap: float | None,
     ) -> None:
+        self.counts: dict[int, tuple[int, ...]] = {}  # all alike: none has to be told
         self._cache = cache
         self._score = scorer(method)
         self._protected = protected
@@ -59,13 +61,7 @@ class Compactor:
     def of(cls, model: Decoder, cache: KVCache, settings: EvictionSettings) -> Compactor:
         """For a model. UsageError where a layer's sliding window is longer than the recent tokens that always stay: it
         would no longer hold consecutive positions."""
-        windows = [layer.window for layer in model.config.layers if layer.window is not None]
-        if windows and max(windows) > settings.recent:
-            raise UsageError(
-                f"the model has layers with a sliding window of {max(windows)} tokens, of which eviction must not drop "
-                f"any, but only {settings.recent} recent ones always stay",
-                hint=f"set recent to {max(windows)} or more",
-            )
+        require_windows(model.config, settings)
         return cls(
             cache,
             settings.method,
@@ -120,3 +116,14 @@ class Compactor:
         )
         kept_GN = keep(self._score(observed), len(work.target_N), self._protected)
         self._cache.move_slots(layer, work.slot_S[kept_GN.T], work.target_N)
+
+
+def require_windows(config: ModelConfig, settings: EvictionSettings) -> None:
+    """UsageError where a layer's sliding window is longer than the recent tokens that always stay."""
+    windows = [layer.window for layer in config.layers if layer.window is not None]
+    if windows and max(windows) > settings.recent:
+        raise UsageError(
+            f"the model has layers with a sliding window of {max(windows)} tokens, of which eviction must not drop "
+            f"any, but only {settings.recent} recent ones always stay",
+            hint=f"set recent to {max(windows)} or more",
+        )

@@ -233,7 +233,7 @@ class Engine:
         ended = {id: choice.reason for id, (choice, *_) in choices.items() if choice.reason}
         tokens = {id: choice.token for id, (choice, *_) in choices.items() if choice.token is not None}
         siblings = {id: sum(choice.token is not None for choice in rest) for id, (_, *rest) in choices.items() if rest}
-        output = StepOutput(tokens, ended | dict.fromkeys(broken, "error"), siblings)
+        output = StepOutput(tokens, ended | dict.fromkeys(broken, "error"), siblings, found.counts)
         for sequence in self.scheduler.postprocess(step, output):
             self._leave(sequence.id, sequence.finish_reason or "length")
         for parent, samples, rest in forks:

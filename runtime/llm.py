@@ -21,14 +21,17 @@ import torch
 from compress.core._model_folder import TOKENIZER_FILES, read_json
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import EnvironmentRefused, InputError, UsageError
+from kv_compress._budget import Points
 from kv_compress.eviction import EvictionSettings, eviction_of
 from kv_compress.policy import KVPolicy
 from runtime.compaction import Compactor
 from runtime.completion import Completion, Drafts
 from runtime.engine import Engine, EngineSettings, EngineStats
 from runtime.graphs import DecodeGraphs
+from runtime.head_compaction import HeadCompactor
 from runtime.loader import load
 from runtime.memory import allocate
+from runtime.models.config import ModelConfig
 from runtime.models.decoder import Decoder
 from runtime.params import SamplingParams, SamplingSettings
 from runtime.runner import Runner
@@ -112,15 +115,16 @@ class LLM:
         self.config = model.config
         self.max_length = _longest(max_length, model.config.max_length)
         self.tokenizer = _tokenizer(folder)
-        cache, pool, ledger = allocate(
-            model, block_size, self.max_length, settings, _bytes("memory", memory), _bytes("kv_bytes", kv_bytes)
-        )
+        eviction = eviction or eviction_of(model.kv_policy)
+        by_head = eviction is not None and eviction.is_unequal
+        sizes = _bytes("memory", memory), _bytes("kv_bytes", kv_bytes)
+        cache, pool, ledger = allocate(model, block_size, self.max_length, settings, *sizes, by_head=by_head)
         whole: DecodeGraphs | SmallSteps | None = SmallSteps.of(model, cache)
         if cuda_graphs and model.capturable and cache.pages > pool.pages:
             whole = DecodeGraphs.of(model, cache, pool.pages_for(self.max_length), settings.max_sequences)
         self.ledger = replace(ledger, graphs_bytes=0 if whole is None else whole.bytes)
-        eviction = eviction or eviction_of(model.kv_policy)
-        compactor = None if eviction is None else Compactor.of(model, cache, eviction)
+        kind = HeadCompactor if by_head else Compactor
+        compactor = None if eviction is None else kind.of(model, cache, eviction)
         runner = Runner(model, cache, device, whole=whole, compactor=compactor)
         self._recorder = None if record is None else Recorder(Path(record))
         self.engine = Engine(
@@ -129,7 +133,7 @@ class LLM:
             self.tokenizer,
             EngineSettings(self.max_length, _end_tokens(folder), seed, settings),
             recorder=self._recorder,
-            points=None if eviction is None else eviction.points(pool.page.bytes // block_size),
+            points=None if eviction is None else _points(eviction, model.config, pool.page.bytes // block_size),
         )
         self._kept: list[Update] = []  # news of requests that nobody asked about yet
         self._turn = threading.RLock()  # threads take turns at the engine: their requests share its steps
@@ -287,6 +291,10 @@ class LLM:
             for request in drafts.unfinished():
                 self.engine.forget(request)
             self._kept = [update for update in self._kept if update.request not in drafts]
+
+
+def _points(eviction: EvictionSettings, config: ModelConfig, token_bytes: int) -> Points:
+    return eviction.points(token_bytes, len(config.layers), config.layers[0].kv_heads)
 
 
 def _require_places(**places: object) -> None:

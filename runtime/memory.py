@@ -45,12 +45,15 @@ def allocate(
     settings: SchedulerSettings,
     memory_bytes: int | None = None,
     kv_bytes: int | None = None,
+    *,
+    by_head: bool = False,
 ) -> tuple[KVCache, BlockPool, Ledger]:
     """The cache, the pool that hands its pages out, and what all takes.
 
     The pool gets `kv_bytes`, or what weights and activations leave of `memory_bytes`, or by default a modest share of
     what is free; but for `kv_bytes`, never more than the most sequences at their longest need. On a GPU the cache has
-    one page more than the pool: captured graphs write their padding there. ResourceError if not one page fits.
+    one page more than the pool: captured graphs write their padding there. `by_head`: see KVCache. ResourceError if
+    not one page fits.
     """
     if block_size < 1:
         raise UsageError(f"block_size must be at least 1, not {block_size}")
@@ -84,8 +87,11 @@ def allocate(
             f"{page.bytes:,}",
             hint=hint,
         )
-    cache = KVCache(model.config, pages + is_gpu, block_size, model.dtype, model.device, model.kv_policy)
+    cache = KVCache(
+        model.config, pages + is_gpu, block_size, model.dtype, model.device, model.kv_policy, by_head=by_head
+    )
     pool = BlockPool(pages, page, prefix_cache=settings.prefix_cache)
+    pool.memory_pages = cache.pages
     return cache, pool, Ledger(weights, cache.bytes, activations)
 
 

@@ -31,7 +31,8 @@ class Plan:
         pages = -(-(kv_len + tokens) // self._page_tokens)
         covering = table if len(table) == pages else table[:pages]
         samples = end == len(sequence.tokens) and sequence.max_tokens > 0
-        self.rows.append(Row(sequence.id, start, tuple(sequence.tokens[start:end]), kv_len, covering, samples))
+        seat = -1 if table else sequence.seat
+        self.rows.append(Row(sequence.id, start, tuple(sequence.tokens[start:end]), kv_len, covering, samples, seat))
         self.left -= tokens
         if tokens > 1:
             self._has_prefill = True
@@ -47,9 +48,8 @@ class Plan:
             start, kv_len, table = sequence.computed, sequence.kv_len[0], sequence.table[0]
             pages = kv_len // page_tokens + 1
             covering = table if len(table) == pages else table[:pages]
-            rows.append(
-                row_of((sequence.id, start, (sequence.tokens[start],), kv_len, covering, sequence.max_tokens > 0))
-            )
+            token, seat = sequence.tokens[start], -1 if table else sequence.seat
+            rows.append(row_of((sequence.id, start, (token,), kv_len, covering, sequence.max_tokens > 0, seat)))
             if not (kv_len + 1) % page_tokens:
                 filling.append(sequence)
         self.left -= len(sequences)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,11 @@ class Scheduler:
         self._orders, self._indices = count(), count()
         self._in_flight: Step | None = None
         self._most_running = min(settings.max_sequences, settings.token_budget)  # each gets a token in every step
-        self.points = pool.points = points
+        self.points = points
+        if points is not None and points.layers:
+            pool.cut_for(points.layers, points.heads)
+            self.points = replace(points, spread=pool.page.tokens - 1)
+        pool.points = self.points
         pool.prefix_cache = pool.prefix_cache and settings.prefix_cache
         if recorder:
             recorder.started(self)
@@ -142,7 +147,8 @@ class Scheduler:
         self.meter.observe(self.policy.tenants())
         if not plan.rows:
             raise RuntimeError(f"{len(self._sequences)} sequences are there but none can run")
-        self._in_flight = Step(next(self._indices), tuple(plan.rows), tuple(plan.copies), tuple(plan.compressions))
+        planned = tuple(plan.rows), tuple(plan.copies), tuple(plan.compressions)
+        self._in_flight = Step(next(self._indices), *planned, self.pool.groups)
         if self.recorder:
             self.recorder.scheduled(self._in_flight)
         return self._in_flight
@@ -160,7 +166,8 @@ class Scheduler:
         generated: dict[str, int] = {}
         known, tokens, ends = self._sequences, output.tokens, output.finished
         evictions = {done.sequence: done for done in step.compressions}
-        for id, _, computed, _, _, samples in step.rows:
+        self.pool.stored(step.rows)
+        for id, _, computed, _, _, samples, _ in step.rows:
             sequence = known.get(id)
             if sequence is None:
                 continue
@@ -168,7 +175,7 @@ class Scheduler:
             sequence.kv_len[0] += len(computed)
             is_computed = sequence.computed == len(sequence.tokens)
             if id in evictions and ends.get(id) != "error":  # pages that hold errors are to be forgotten, all of them
-                self.pool.evict(sequence, evictions[id])
+                self.pool.evict(sequence, evictions[id], output.counts.get(id))
             if samples and id in tokens:
                 sequence.tokens.append(tokens[id])
                 generated[sequence.tenant] = generated.get(sequence.tenant, 0) + 1
@@ -208,7 +215,7 @@ class Scheduler:
             raise RuntimeError(f"{sorted(s.id for s in everybody)} wait or run, known are {sorted(self._sequences)}")
         if any(s.status != "running" for s in self.running) or any(s.status != "waiting" for s in self.policy):
             raise RuntimeError("a sequence is not in the state that its line says")
-        if any(sequence.table[0] for sequence in self.policy):
+        if any(sequence.table[0] or sequence.seat >= 0 for sequence in self.policy):
             raise RuntimeError("a waiting sequence holds pages")
         if len(self.running) > self._most_running:
             raise RuntimeError(f"{len(self.running)} sequences run, more than {self._most_running}")
@@ -319,6 +326,8 @@ class Scheduler:
 
     def _plan_row(self, plan: Plan, sequence: Sequence, tokens: int) -> None:
         """A row of a prefill, and the eviction that follows it; without pages for that it waits for another step."""
+        if sequence.is_seated and self.pool.reserve(sequence, sequence.kv_len[0] + tokens) is None:
+            return
         evicts = self.points is not None and self._comes_to_point(sequence, tokens)
         if evicts:
             planned = {row.sequence for row in plan.rows}
@@ -381,6 +390,6 @@ class Scheduler:
     def _require_tokens(self, step: Step, output: StepOutput) -> None:
         """A row that samples must have got a token or an end; checked before anything is changed."""
         tokens = output.tokens
-        for id, _, _, _, _, samples in step.rows:
+        for id, _, _, _, _, samples, _ in step.rows:
             if samples and id not in tokens and id not in output.finished and id in self._sequences:
                 raise RuntimeError(f"step {step.index} samples for sequence {id}, but its output has no token for it")

@@ -17,7 +17,9 @@ class Sequence:
 
     `computed` counts logical positions whose keys and values are stored; `kv_len[group]` counts the slots that they
     take. They are equal as long as nothing is evicted; Stretch.slots_at tells one from the other. `table[group]` holds
-    the pages, in slot order. There is one table group now: all layers.
+    the pages, in slot order. There is one table group for all layers and heads, until an eviction leaves unequal
+    numbers of slots: then `table` is empty, `seat` says where the tables of each layer and head are (runtime.groups),
+    and `kv_len` is the mean of their slots.
 
     `id` is unique for the life of a scheduler; the samples of one request share `request`. A sequence with
     `max_tokens` 0 is only read (for the log-probabilities of its prompt) and finishes once it is computed.
@@ -47,6 +49,7 @@ class Sequence:
     registered: int = field(init=False, default=0)  # leading pages that were offered to the prefix cache
     stretches: list[Stretch] = field(init=False)  # between evictions, as far as anybody asked
     stretch: int = field(init=False, default=0)  # the one that `computed` lies in
+    seat: int = field(init=False, default=-1)  # has pages there, and if `table` is empty is stored there
 
     def __post_init__(self) -> None:
         self.prompt = list(self.prompt)
@@ -55,6 +58,11 @@ class Sequence:
         self.kv_len = [0]
         self.longest = len(self.prompt) + self.max_tokens
         self.stretches = []
+
+    @property
+    def is_seated(self) -> bool:
+        """Whether its slots lie in tables of each layer and head."""
+        return self.seat >= 0 and not self.table[0]
 
     @property
     def generated(self) -> list[int]:

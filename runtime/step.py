@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from runtime.groups import GroupPool
 
 
 class Row(NamedTuple):
@@ -16,6 +19,7 @@ class Row(NamedTuple):
     kv_len: int  # slots stored before these tokens are written
     table: tuple[int, ...]  # pages that cover `kv_len + len(tokens)` slots
     samples: bool  # whether a token is to be sampled after the last one
+    seat: int = -1  # of tables of each layer and head (runtime.groups); then `table` is empty and `kv_len` a mean
 
 
 class Compression(NamedTuple):
@@ -24,6 +28,10 @@ class Compression(NamedTuple):
     Every layer and head keeps `kept` of the `slots` slots in the pages `source`; what stays moves to the first slots of
     `target`, in order. `target` is the sequence's table from then on, and shares no page with another sequence or the
     prefix cache; it may share pages with `source`, so all that moves is read before any of it is written.
+
+    With a `seat`, `kept` is a mean: the heads of a layer keep `budgets[layer]` slots each in the mean, how many each
+    comes back with the output, and what stays moves into the seat's tables. Such an eviction's source may lie in them,
+    too: then `source` is empty. All layers are read before anything is written.
     """
 
     sequence: int  # its id
@@ -33,6 +41,8 @@ class Compression(NamedTuple):
     target: tuple[int, ...]
     queries: int  # the last ones of the row, by which slots are scored
     seed: int  # for methods that draw by lot
+    seat: int = -1
+    budgets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +51,14 @@ class Step:
 
     First `copies` (from page, to page), in order. Then the rows as one flat batch: a row may read pages that another
     row of the same step fills (a shared prompt), so every layer stores the whole batch before it attends. In the end
-    the `compressions`.
+    the `compressions`. `groups`: the tables of those with a seat, as they are until the step's output is taken in.
     """
 
     index: int
     rows: tuple[Row, ...]
     copies: tuple[tuple[int, int], ...] = ()
     compressions: tuple[Compression, ...] = ()
+    groups: GroupPool | None = field(default=None, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -60,9 +71,11 @@ class StepOutput:
     """What came of a step: the sampled token of each row with `samples`, and who is done (stop, error) by id.
 
     A row that ends in an error needs no token. Lengths are the scheduler's matter. `siblings`: by id, how many further
-    samples of its request got their first token from its row; the tenant pays for those tokens too.
+    samples of its request got their first token from its row; the tenant pays for those tokens too. `counts`: by id,
+    how many slots an eviction left in each layer and head; where they are missing, heads of a layer keep equal numbers.
     """
 
     tokens: Mapping[int, int] = field(default_factory=dict)
     finished: Mapping[int, str] = field(default_factory=dict)
     siblings: Mapping[int, int] = field(default_factory=dict)
+    counts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from runtime.step import Compression, Row, Step, StepOutput
 if TYPE_CHECKING:
     from types import TracebackType
 
-VERSION = 2
+VERSION = 3
 _SEQUENCE_FIELDS = (
     *("id", "request", "prompt", "max_tokens", "tenant", "priority", "arrival", "lookup_limit"),
     "tokens",
@@ -97,6 +97,7 @@ class Recorder:
             tokens=list(output.tokens.items()),
             finished=list(output.finished.items()),
             siblings=list(output.siblings.items()),
+            counts=list(output.counts.items()),
         )
 
     def abandoned(self) -> None:
@@ -148,7 +149,7 @@ def _tell(
     elif kind == "abort":
         scheduler.abort(event["id"])
     elif kind == "output" and step is not None:
-        output = StepOutput(dict(event["tokens"]), dict(event["finished"]), dict(event["siblings"]))
+        output = StepOutput(*(dict(event[name]) for name in ("tokens", "finished", "siblings", "counts")))
         scheduler.postprocess(step, output)
     elif kind == "abandon":
         scheduler.abandon()
@@ -197,11 +198,11 @@ def _sequence(data: dict[str, Any]) -> Sequence:
 def _require_same(event: dict[str, Any], made: Step | None, where: str) -> Step:
     recorded = Step(
         event["index"],
-        tuple(Row(id, start, tuple(tokens), kv_len, tuple(table), samples)
-              for id, start, tokens, kv_len, table, samples in event["rows"]),
+        tuple(Row(id, start, tuple(tokens), kv_len, tuple(table), samples, seat)
+              for id, start, tokens, kv_len, table, samples, seat in event["rows"]),
         tuple((source, target) for source, target in event["copies"]),
-        tuple(Compression(id, slots, kept, tuple(source), tuple(target), queries, seed)
-              for id, slots, kept, source, target, queries, seed in event["compressions"]),
+        tuple(Compression(id, slots, kept, tuple(source), tuple(target), queries, seed, seat, tuple(budgets))
+              for id, slots, kept, source, target, queries, seed, seat, budgets in event["compressions"]),
     )  # fmt: skip
     if made is None or made != recorded:
         raise TraceMismatch(f"the replay differs: {_difference(recorded, made)}", where=where)

@@ -11,6 +11,7 @@ from runtime.layers.merged import Merged
 from runtime.layers.norm import RMSNorm
 from runtime.models.config import LayerConfig
 from runtime.ops.attention import AttentionBatch, paged_attention
+from runtime.ops.attention_by_head import store_and_attend
 from runtime.ops.kv_store import store_kv
 from runtime.ops.pages import Pages, turned
 from runtime.ops.rotary import apply_rotary
@@ -58,17 +59,13 @@ class Attention(nn.Module):
         q_THD, k_TGD = apply_rotary(q_THD, k_TGD, *rotation)
         if k_pages.rotate:
             q_THD, k_TGD = turned(q_THD), turned(k_TGD)
-        store_kv(k_TGD, turned(v_TGD) if v_pages.rotate else v_TGD, k_pages, v_pages, batch.slot_T)
-        y_THD = paged_attention(
-            q_THD,
-            k_pages,
-            v_pages,
-            batch,
-            scale=layer.scale,
-            window=layer.window,
-            softcap=self.softcap,
-            exact=self.exact,
-        )
+        v_TGD = turned(v_TGD) if v_pages.rotate else v_TGD
+        how = {"scale": layer.scale, "window": layer.window, "softcap": self.softcap, "exact": self.exact}
+        if batch.by_head is None:
+            store_kv(k_TGD, v_TGD, k_pages, v_pages, batch.slot_T)
+            y_THD = paged_attention(q_THD, k_pages, v_pages, batch, **how)
+        else:
+            y_THD = store_and_attend(q_THD, k_TGD, v_TGD, k_pages, v_pages, batch.by_head, **how)
         if batch.after_attention is not None:
             batch.after_attention(turned(q_THD) if k_pages.rotate else q_THD)
         if v_pages.rotate:

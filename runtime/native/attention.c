@@ -64,7 +64,7 @@ static void read_tile(const decodes *all, const kv_pages *pages, const int32_t *
         int64_t count, float *room, tile *to) {
     for (int64_t j = 0; j < count; j++) {
         const int64_t slot = at + j;
-        const int64_t row = ((int64_t)table[slot / all->block] * all->block + slot % all->block) * all->groups + g;
+        const int64_t row = table[slot / all->block] * all->page_rows + slot % all->block * all->slot_rows + g;
         to->rows[j] = row_at(pages, row, g, all->width, room + j * all->width, to->scale + j, to->shift + j);
     }
 }

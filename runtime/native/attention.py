@@ -27,7 +27,7 @@ class _Decodes(ctypes.Structure):
         ("v", KVPages),
         *((name, ctypes.c_size_t) for name in ("q", "out", "table", "row", "first", "end")),
         *((name, ctypes.c_int64) for name in ("sequences", "table_stride", "q_stride")),
-        *((name, ctypes.c_int64) for name in ("heads", "groups", "width", "block")),
+        *((name, ctypes.c_int64) for name in ("heads", "groups", "width", "block", "page_rows", "slot_rows")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]
@@ -66,7 +66,8 @@ def decode(
     work = _Decodes(
         described(k), described(v), q_THD.data_ptr(), out_THD.data_ptr(),
         part.table_NP.data_ptr(), part.row_N.data_ptr(), part.first_N.data_ptr(), part.end_N.data_ptr(),
-        len(part.row_N), part.table_NP.shape[1], q_THD.stride(0), heads, groups, width, block, scale, softcap or 0.0,
+        len(part.row_N), part.table_NP.shape[1], q_THD.stride(0), heads, groups, width, block,
+        k.page_rows, k.slot_rows, scale, softcap or 0.0,
     )  # fmt: skip
     if library().loaded.paged_decode(ctypes.byref(work), threads_for(part.slots * groups * width)):
         raise MemoryError(f"no memory for attention of {len(part.row_N)} decodes")

@@ -13,6 +13,7 @@ typedef struct { /* ctypes mirrors it in attention.py */
     const int64_t *row;         /* of each sequence's query in q and out */
     const int32_t *first, *end; /* the slots it sees */
     int64_t sequences, table_stride, q_stride, heads, groups, width, block;
+    int64_t page_rows, slot_rows; /* rows (one token and head) from one page to the next, and from one slot of it */
     float scale, softcap; /* softcap 0: none */
 } decodes;
 

@@ -153,7 +153,8 @@ static int attention(const decoder *model, const layer *l, const step *now, scra
     const decodes all = {
         .q = at->q, .k = l->k, .v = l->v, .out = at->y, .table = now->table, .row = at->row, .first = at->first,
         .end = now->end, .sequences = M, .table_stride = now->table_stride, .q_stride = q_width, .heads = l->heads,
-        .groups = l->groups, .width = l->width, .block = model->page, .scale = l->scale, .softcap = model->softcap,
+        .groups = l->groups, .width = l->width, .block = model->page, .page_rows = model->page * l->groups,
+        .slot_rows = l->groups, .scale = l->scale, .softcap = model->softcap,
     };
     return paged_decode(&all, threads_for(seen * k_width, now)) || product(&l->output, now, at->y, at->normal);
 }

@@ -10,9 +10,13 @@ Shape suffixes: T tokens of the flat batch, S sequences, S1 sequences + 1, P pag
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from runtime.ops.head_batch import HeadBatch
 
 
 @dataclass(eq=False)
@@ -35,6 +39,7 @@ class AttentionBatch:
     kv_len: list[int]
     max_query: int
     max_kv: int
+    by_head: "HeadBatch | None" = None  # where some sequences have tables for each layer and head
     after_attention: Callable[[torch.Tensor], None] | None = None  # given each layer's rotated queries [T, H, D]
     plans: dict[tuple, object] = field(default_factory=dict, repr=False)  # what a CPU route worked out, for all layers
 

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from kv_compress._coding import decode, encode, hadamard
+
+if TYPE_CHECKING:
+    from runtime.ops.head_pages import HeadPages
 
 __all__ = ["Pages", "as_pages", "turned"]
 
@@ -22,13 +26,15 @@ __all__ = ["Pages", "as_pages", "turned"]
 @dataclass(frozen=True, eq=False)
 class Pages:
     """`codes` [P, B, G, C]: numbers themselves under "full", else codes of `codec` with fp16 `numbers` [P, B, G, N], or
-    with the fp32 `scale_G` of fp8. `rotate`: what is stored here was rotated, and queries (outputs) must be, too."""
+    with the fp32 `scale_G` of fp8. `rotate`: what is stored here was rotated, and queries (outputs) must be, too.
+    `heads`: the same memory as pages of single heads, where layers and heads keep unequal numbers of slots."""
 
     codes: Tensor
     codec: str = "full"
     numbers: Tensor | None = None
     scale_G: Tensor | None = None
     rotate: bool = False
+    heads: HeadPages | None = None
 
     @property
     def is_coded(self) -> bool:
@@ -49,6 +55,16 @@ class Pages:
     def width(self) -> int:
         """Channels of a head."""
         return self.codes.shape[3] * (2 if self.codec == "int4" else 1)
+
+    @property
+    def page_rows(self) -> int:
+        """Rows (one token and head) from one page to the next."""
+        return self.block * self.groups
+
+    @property
+    def slot_rows(self) -> int:
+        """Rows from one slot of a page to the next."""
+        return self.groups
 
     def tensors(self) -> Iterator[Tensor]:
         """All that lies in pages: what moves with a slot."""

@@ -49,6 +49,8 @@ def chosen(slots: list, count: int, queries: int) -> list:
 class Bench:
     """Pool, scheduler, memory, and every sequence that ever came."""
 
+    layers = heads = 1
+
     def __init__(
         self,
         pages: int = 16,
@@ -66,7 +68,7 @@ class Bench:
             settings or SchedulerSettings(),
             max_length=max_length,
             clock=lambda: float(len(self.sequences)),
-            points=None if eviction is None else eviction.points(64),
+            points=None if eviction is None else eviction.points(64, self.layers, self.heads),
         )
         self.evictions = 0
         self.seeds: dict[tuple, int] = {}

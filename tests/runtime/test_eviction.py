@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.core.errors import UsageError
-from kv_compress.eviction import Budget, EvictionSettings, Method
+from kv_compress.eviction import UNEQUAL, Budget, EvictionSettings, Method
 from runtime import compaction
 from runtime.llm import LLM
 from runtime.scheduler import RequestTooLong
@@ -21,7 +21,7 @@ from tests.conftest import TinyModel
 from tests.runtime._folders import edited
 from tests.runtime._naive import prompts_of
 
-METHODS = get_args(Method)
+METHODS = sorted(set(get_args(Method)) - UNEQUAL)
 BLOCK = 4
 EVERYWHERE = ("prefill_chunk", "prefill_end", "decode")
 PROMPTS = prompts_of((45, 9, 30, 45), 320, seed=3)

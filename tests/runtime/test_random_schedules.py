@@ -7,6 +7,7 @@ driver; hypothesis drives the same operations to find short failing cases.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from runtime.policies import POLICIES
-from runtime.scheduler import QueueFull, RequestTooLong, SchedulerSettings, Step, StepOutput
+from runtime.scheduler import QueueFull, RequestTooLong, SchedulerSettings, Step
 from tests.runtime.bench import Bench
 
 OPERATIONS = 100_000
@@ -47,7 +48,7 @@ class Driver:
         output = self.bench.compute(self.in_flight)
         stopped = {row.sequence: "stop" for index, row in enumerate(self.in_flight.rows) if index in ends}
         step, self.in_flight = self.in_flight, None
-        ended = self.bench.scheduler.postprocess(step, StepOutput(output.tokens, stopped))
+        ended = self.bench.scheduler.postprocess(step, replace(output, finished=stopped))
         self.counts["finished"] += len(ended)
 
     def abandon(self) -> None:

@@ -130,12 +130,14 @@ def _launch(
         q_THD.stride(0),
         q_THD.stride(1),
         k.codes.stride(0),
-        k.codes.stride(1),
+        k.slot_rows * k.codes.stride(2),
         k.codes.stride(2),
         v.codes.stride(0),
-        v.codes.stride(1),
+        v.slot_rows * v.codes.stride(2),
         v.codes.stride(2),
         GROUPS=groups,
+        PAGE_ROWS=k.page_rows,
+        SLOT_ROWS=k.slot_rows,
         GROUP=group,
         WIDTH=width,
         BLOCK=block,
@@ -215,6 +217,8 @@ def _attend(
     v_stride_b,
     v_stride_g,
     GROUPS: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    SLOT_ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -296,7 +300,7 @@ def _attend(
         page = tl.load(table_ptr + sequence.to(tl.int64) * table_stride + slot // BLOCK, mask=stored, other=0)
         page = page.to(tl.int64)  # a pool of more than 2^31 elements is common
         k_at = page * k_stride_p + (slot % BLOCK) * k_stride_b + g * k_stride_g
-        beside = (page * BLOCK + slot % BLOCK) * GROUPS + g  # of fp16 numbers, which lie close
+        beside = page * PAGE_ROWS + (slot % BLOCK) * SLOT_ROWS + g  # of fp16 numbers, which lie close
         if K_CODING == _INT4:
             k = tl.load(k_ptr + k_at[None, :] + h[:, None], mask=stored[None, :] & real_h[:, None], other=0)
             score = tl.dot(q_low, _numbers(k & 15, K_CODING).to(q.dtype), input_precision="ieee")
