@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 from compress.core.errors import ResourceError, UsageError
 from kv_compress._budget import Point, Points
+from kv_compress._coded_pages import CodingPoints
 from runtime.prefixes import PrefixIndex, Stretch, key_of, stretches_of
+from runtime.recoding import resume, table_after
 from runtime.sequence import Sequence
-from runtime.step import Compression
+from runtime.step import Compression, Recoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class BlockPool:
         self.pages = pages
         self.page = page
         self.prefix_cache = prefix_cache
-        self.points: Points | None = None
+        self.points: Points | CodingPoints | None = None
         self._free = list(range(pages - 1, -1, -1))  # a stack: what was used last is used next
         self._references = [0] * pages
         self._owned = 0
@@ -117,6 +119,9 @@ class BlockPool:
         What an eviction left goes before what was there, since it reaches further.
         """
         stretches = stretches_of(sequence, self.points)
+        if isinstance(self.points, CodingPoints):
+            limit = self._limit(sequence) if self.prefix_cache else 0
+            return Found(*resume(sequence, self.points, limit, self._prefixes))
         for index in range(len(stretches) - 1, 0, -1):
             stretch = stretches[index]
             if (most := self._pages_to_look_up(sequence, stretch)) * self._page_tokens >= stretch.slots:
@@ -140,12 +145,15 @@ class BlockPool:
         """Full pages of a stretch that may be used: before the last token, and the queries that its end wants."""
         if not self.prefix_cache:
             return 0
-        limit = len(sequence.tokens) - 1
-        if sequence.lookup_limit is not None:
-            limit = min(limit, sequence.lookup_limit)
+        limit = self._limit(sequence)
         if stretch.point is not None:
             limit = min(limit, stretch.point.position - max(stretch.point.queries, 1))
         return max(stretch.slots_at(limit), 0) // self.page.tokens if limit >= stretch.position else 0
+
+    def _limit(self, sequence: Sequence) -> int:
+        """Positions that may be taken from the cache: before the last token, and before logits that are wanted."""
+        limit = len(sequence.tokens) - 1
+        return limit if sequence.lookup_limit is None else min(limit, sequence.lookup_limit)
 
     def room_after(self, found: Found, slots: int) -> int:
         """Pages that stay available if `found` are shared and the rest of `slots` slots reserved; negative: too few."""
@@ -233,19 +241,19 @@ class BlockPool:
 
     def can_evict(self, sequence: Sequence) -> bool:
         """Whether there are pages for what `prepare_eviction` does: shared ones are never written."""
-        point = _point_of(sequence)
-        own = sum(1 for page in sequence.table[0] if self._references[page] == 1)
-        return own + self.available >= self._pages_behind(sequence, point)
+        movable, wanted = self._moved(sequence, _point_of(sequence))
+        own = sum(1 for page in movable if self._references[page] == 1)
+        return own + self.available >= wanted
 
-    def prepare_eviction(self, sequence: Sequence) -> Compression:
-        """The eviction at the end of the sequence's stretch, all of which its table must cover.
+    def prepare_eviction(self, sequence: Sequence) -> Compression | Recoding:
+        """The eviction (or recoding) at the end of the sequence's stretch, all of which its table must cover.
 
         Its target is taken here: pages of the sequence's own that nobody else can read, new ones, and, where there are
         too few, such as only the prefix cache knew, which forgets them.
         """
         table, point = sequence.table[0], _point_of(sequence)
-        wanted = self._pages_behind(sequence, point)
-        own = [page for page in table if self._references[page] == 1]
+        movable, wanted = self._moved(sequence, point)
+        own = [page for page in movable if self._references[page] == 1]
         target = [page for page in own if page not in self._known][:wanted]
         fresh = min(wanted - len(target), self.available)
         known = [page for page in own if page in self._known][: wanted - len(target) - fresh]
@@ -253,9 +261,20 @@ class BlockPool:
             self._prefixes.remove(page)
         taken = tuple(self._take() for _ in range(fresh))
         sequence.table[0] = table + taken
-        seed = int.from_bytes(stretches_of(sequence, self.points)[sequence.stretch + 1].root[:7], "little")
+        behind = stretches_of(sequence, self.points)[sequence.stretch + 1]
+        if isinstance(self.points, CodingPoints):
+            return Recoding(sequence.id, movable, (*target, *known, *taken))
+        seed = int.from_bytes(behind.root[:7], "little")
         source = table[: self.pages_for(point.slots)]
         return Compression(sequence.id, point.slots, point.kept, source, (*target, *known, *taken), point.queries, seed)
+
+    def _moved(self, sequence: Sequence, point: Point) -> tuple[tuple[int, ...], int]:
+        """The pages that what happens at a point makes free, and how many others the sequence needs instead."""
+        table, wanted = sequence.table[0], self._pages_behind(sequence, point)
+        if not isinstance(self.points, CodingPoints):
+            return table, wanted
+        entries = self.points.sources(sequence.stretch)
+        return table[entries.start : entries.stop], max(1, wanted - (len(table) - len(entries)))
 
     def _pages_behind(self, sequence: Sequence, point: Point) -> int:
         """Pages that the sequence needs after a point, until all its tokens so far are stored."""
@@ -263,17 +282,20 @@ class BlockPool:
             raise RuntimeError("this pool has no points of eviction")
         return self.pages_for(self.points.peak(point.kept, point.position, len(sequence.prompt), len(sequence.tokens)))
 
-    def evict(self, sequence: Sequence, done: Compression) -> None:
-        """The eviction is done: the sequence keeps the target alone, the other pages are given back."""
-        kept = set(done.target)
+    def evict(self, sequence: Sequence, done: Compression | Recoding) -> None:
+        """The eviction is done: the sequence keeps the target alone (and, of a recoding, what was not its source), the
+        other pages are given back."""
+        slots = _point_of(sequence).kept
+        table = done.target if isinstance(done, Compression) else table_after(sequence.table[0], done)
+        kept = set(table)
         for page in reversed(sequence.table[0]):
             if page not in kept:
                 self._drop(page)
-        sequence.table[0] = done.target
-        sequence.kv_len[0] = done.kept
+        sequence.table[0] = table
+        sequence.kv_len[0] = slots
         sequence.stretch += 1
         sequence.registered = 0
-        self.register(sequence, done.kept)
+        self.register(sequence, slots)
 
     def release(self, sequence: Sequence) -> None:
         """Give back all that the sequence holds, the only way to do so. Doing it twice is harmless."""

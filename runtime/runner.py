@@ -14,7 +14,7 @@ from torch import Tensor
 
 from runtime.compaction import Compactor
 from runtime.ops.batch import AttentionBatch
-from runtime.step import Step
+from runtime.step import Recoding, Step
 
 _PIECE_LOGITS = 1 << 24  # logits of prompts that are there at once: 64 MiB
 
@@ -76,6 +76,7 @@ class Runner:
             [row.table for row in rows],
             block_size=self.cache.block_size,
             device=self.device,
+            frames=self.cache.frames,
         )
         if step.compressions and self.compactor is not None:
             batch.after_attention = self.compactor.begin(step, batch)
@@ -84,10 +85,13 @@ class Runner:
         index_N = torch.tensor([index for _, index in sampling], dtype=torch.int64, device=self.device)
         sampled = tuple(sequence for sequence, _ in sampling)
         if not wanted:
-            return StepLogits(self._logits(ids_T, batch, index_N), sampled)
+            logits_NV = self._logits(ids_T, batch, index_N)
+            self._code_pages(step)
+            return StepLogits(logits_NV, sampled)
         offsets = {row.sequence: start - row.start for row, start in zip(rows, batch.starts, strict=False)}
         prompts = [offsets[sequence] + position for sequence, positions in wanted.items() for position in positions]
         x_TK = self.model.hidden(ids_T, batch, self.cache)
+        self._code_pages(step)
         prompts_NK = x_TK[torch.tensor(prompts, dtype=torch.int64, device=self.device)]
         return StepLogits(self.model.logits(x_TK[index_N]), sampled, prompts_NK)
 
@@ -95,6 +99,12 @@ class Runner:
         """fp32 logits [N, V] of hidden rows, in pieces [n, V] of bounded size: all rows of a prompt would be large."""
         for piece_NK in x_NK.split(max(1, _PIECE_LOGITS // self.vocabulary)):
             yield self.model.logits(piece_NK)
+
+    def _code_pages(self, step: Step) -> None:
+        """When all rows have read what is there in full."""
+        for done in step.compressions:
+            if isinstance(done, Recoding):
+                self.cache.code_page(done.source, done.target[0])
 
     def _logits(self, ids_T: Tensor, batch: AttentionBatch, index_N: Tensor) -> Tensor:
         if self.whole is not None and batch.after_attention is None and self.whole.covers(batch):

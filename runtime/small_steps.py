@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.cache import KVCache
+from runtime.frames import FrameCache
 from runtime.layers.base import LinearLayer
 from runtime.layers.merged import Merged
 from runtime.layers.mlp import MLP
@@ -112,7 +113,7 @@ class SmallSteps:
         )
 
     @classmethod
-    def of(cls, model: Decoder, cache: KVCache) -> SmallSteps | None:
+    def of(cls, model: Decoder, cache: KVCache | FrameCache) -> SmallSteps | None:
         """None where something in the model or on this machine has to go through the layers."""
         plain = model.numerics == "fast" and model.dtype is torch.float32 and uses_native(model.norm.weight_D)
         if not plain or library().loaded is None:

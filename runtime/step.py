@@ -35,19 +35,31 @@ class Compression(NamedTuple):
     seed: int  # for methods that draw by lot
 
 
+class Recoding(NamedTuple):
+    """A block of one sequence that is coded after its row, which ends at the point.
+
+    The full pages `source` become one coded page in the frame target[0], which no other sequence and no prefix reads;
+    it may be one of them, so all are read before it is written. The other targets are room for what comes.
+    """
+
+    sequence: int  # its id
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One pass of the model.
 
     First `copies` (from page, to page), in order. Then the rows as one flat batch: a row may read pages that another
     row of the same step fills (a shared prompt), so every layer stores the whole batch before it attends. In the end
-    the `compressions`.
+    the `compressions`: evictions, layer by layer, or recodings, when all layers are done.
     """
 
     index: int
     rows: tuple[Row, ...]
     copies: tuple[tuple[int, int], ...] = ()
-    compressions: tuple[Compression, ...] = ()
+    compressions: tuple[Compression | Recoding, ...] = ()
 
     @property
     def tokens(self) -> int:

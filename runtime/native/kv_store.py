@@ -31,7 +31,7 @@ class KVPages(ctypes.Structure):
 
 def reads(pages: Pages) -> bool:
     """Whether C reads these pages: contiguous ones on a CPU, of codes or of fp32."""
-    plain = pages.is_coded or pages.codes.dtype == torch.float32
+    plain = pages.coded is None and (pages.is_coded or pages.codes.dtype == torch.float32)
     tensors = [*pages.tensors(), *([] if pages.scale_G is None else [pages.scale_G])]
     return plain and all(x.device.type == "cpu" and x.is_contiguous() for x in tensors)
 

@@ -140,11 +140,10 @@ def _padded(batch: AttentionBatch, together: list[int], ranges: list[tuple[int, 
     index_NK = first_N1 + torch.arange(most, device=device)
     inside_NK = index_NK < end_N1
     index_NK = torch.minimum(index_NK, end_N1 - 1)  # padding repeats the sequence's own last slot: finite, then masked
-    page_NK = batch.table_SP[sequence_N].long().gather(1, index_NK // block)
     even = all(end - first == most for first, end in ranges)
     return _Padded(
         row_N=batch.starts_S1[sequence_N].long(),
-        slot_NK=page_NK * block + index_NK % block,
+        slot_NK=batch.pool_slots(sequence_N, index_NK, block),
         visible_N11K=None if even else inside_NK[:, None, None, :],
     )
 
@@ -153,8 +152,9 @@ def _chunks(batch: AttentionBatch, sequences: list[int], block: int, window: int
     for sequence in sequences:
         start, end = batch.starts[sequence : sequence + 2]
         first, stop = _visible(batch, sequence, window)
-        index_K = torch.arange(first, stop, device=batch.table_SP.device)
-        slot_K = batch.table_SP[sequence].long()[index_K // block] * block + index_K % block
+        device = batch.table_SP.device
+        index_1K = torch.arange(first, stop, device=device)[None]
+        slot_K = batch.pool_slots(torch.tensor([sequence], device=device), index_1K, block)[0]
         yield _Chunk(start, end, batch.indices[start], first, slot_K)
 
 
