@@ -28,8 +28,8 @@ _PER = ("token", "channel")
 @dataclass(frozen=True, slots=True)
 class Coding:
     """Keys, or values, of one layer. `codec`: full (the model's own dtype), int8, int4 or fp8. `rotate`: by a Hadamard
-    matrix before coding. `scale`: of fp8, one for the layer or one for each head. `per`: what shares a scale of int8 and
-    int4, a token's channels or, of keys alone, a channel's tokens in a page."""
+    matrix before coding. `scale`: of fp8, one for the layer or one for each head. `per`: what shares a scale of int8
+    and int4, a token's channels or, of keys alone, a channel's tokens in a page."""
 
     codec: str = FULL
     rotate: bool = False

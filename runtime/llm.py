@@ -260,8 +260,8 @@ class LLM:
 
     @property
     def kv_tokens(self) -> int:
-        """How many tokens the pages of the pool hold, which `ledger.kv_pool_bytes` were allocated for; where whole pages
-        are coded, how many of one sequence."""
+        """How many tokens the pages of the pool hold, which `ledger.kv_pool_bytes` were allocated for; how many of one
+        sequence, where whole pages are coded."""
         pool = self.engine.scheduler.pool
         return pool.points.longest(pool.pages) if isinstance(pool.points, CodingPoints) else pool.slots
 

@@ -91,7 +91,7 @@ def allocate(
 
 
 def _page_name(model: Decoder) -> str:
-    """What pages hold: float32, int8, or int8+int4 where layers differ; "float32 or int4" where whole pages are coded."""
+    """What pages hold: float32, int8, int8+int4 where layers differ, "float32 or int4" where pages are coded whole."""
     codecs = (FULL,) if model.kv_policy is None else model.kv_policy.codecs
     full = str(model.dtype).removeprefix("torch.")
     name = "+".join(full if name == FULL else name for name in codecs)

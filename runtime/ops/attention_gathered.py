@@ -107,12 +107,15 @@ def _compiled_rows(batch: AttentionBatch, direct: list[int], window: int | None)
     if rows:
         first = [0 if window is None else max(0, slot - window + 1) for _, _, slot in rows]
         end = [min(batch.kv_len[s], slot + 1) for s, _, slot in rows]
+        sequence_N = torch.tensor([s for s, _, _ in rows])
         yield native.Decodes(
             row_N=torch.tensor([row for _, row, _ in rows]),
             first_N=torch.tensor(first, dtype=torch.int32),
             end_N=torch.tensor(end, dtype=torch.int32),
-            table_NP=batch.table_SP[torch.tensor([s for s, _, _ in rows])],
+            table_NP=batch.table_SP[sequence_N],
             slots=sum(end) - sum(first),
+            coded_N=None if batch.coded_S is None else batch.coded_S[sequence_N],
+            sinks=0 if batch.frames is None else batch.frames.sinks,
         )
 
 
