@@ -113,26 +113,24 @@ class KVPolicy:
         """Whether whole pages are coded, and the first and last tokens kept in full."""
         return bool(self.sinks or self.recent) or any(coding.per == "channel" for coding in self._codings())
 
-    def page_tokens(self, sizes: Iterable[tuple[int, int]], itemsize: int, block: int) -> int:
-        """Tokens of a coded page: the most full pages of `block` tokens that fit, coded, into the bytes of one.
-        `sizes`: heads and width of each layer. UsageError if that is not even two."""
+    def coding_points(self, sizes: Iterable[tuple[int, int]], itemsize: int, block: int) -> CodingPoints:
+        """Where pages are coded, of a policy for which they are: a coded page has the bytes of `block` tokens in full,
+        and holds as many whole pages as it can; where that is but one, as many halves. `sizes`: heads and width of each
+        layer. UsageError if it holds no more than in full."""
         sizes = list(sizes)
         room = block * sum(2 * heads * width * itemsize for heads, width in sizes)
-        pages = 1
-        while self._coded_bytes((pages + 1) * block, sizes, itemsize) <= room:
-            pages += 1
-        if pages < 2:
+        most = block
+        while self._coded_bytes(most + 1, sizes, itemsize) <= room:
+            most += 1
+        together = 1 if most >= 2 * block else 2
+        tokens = most - most % max(block // together, 1)
+        if tokens <= block or tokens * together % block:
             raise UsageError(
-                f"a page of {block} tokens in full, {room:,} bytes, has no room for twice as many that are coded",
+                f"a page of {block} tokens in full, {room:,} bytes, holds only {most} that are coded",
                 hint="choose larger pages, or codecs of fewer bits in more layers",
             )
-        return pages * block
-
-    def coding_points(self, sizes: Iterable[tuple[int, int]], itemsize: int, block: int) -> CodingPoints:
-        """Where pages are coded, of a policy for which they are."""
-        tokens = self.page_tokens(sizes, itemsize, block)
         salt = hashlib.blake2b(json.dumps(self.to_json()).encode(), digest_size=16).hexdigest()
-        return CodingPoints(block, tokens, -(-self.sinks // block) * block, self.recent, salt)
+        return CodingPoints(block, tokens, -(-self.sinks // block) * block, self.recent, salt, together)
 
     def _coded_bytes(self, tokens: int, sizes: list[tuple[int, int]], itemsize: int) -> int:
         return sum(

@@ -263,7 +263,8 @@ class BlockPool:
         sequence.table[0] = table + taken
         behind = stretches_of(sequence, self.points)[sequence.stretch + 1]
         if isinstance(self.points, CodingPoints):
-            return Recoding(sequence.id, movable, (*target, *known, *taken))
+            frames, coded = (*target, *known, *taken), self.points.together
+            return Recoding(sequence.id, movable, frames[:coded], frames[coded:])
         seed = int.from_bytes(behind.root[:7], "little")
         source = table[: self.pages_for(point.slots)]
         return Compression(sequence.id, point.slots, point.kept, source, (*target, *known, *taken), point.queries, seed)
@@ -274,7 +275,7 @@ class BlockPool:
         if not isinstance(self.points, CodingPoints):
             return table, wanted
         entries = self.points.sources(sequence.stretch)
-        return table[entries.start : entries.stop], max(1, wanted - (len(table) - len(entries)))
+        return table[entries.start : entries.stop], max(self.points.together, wanted - (len(table) - len(entries)))
 
     def _pages_behind(self, sequence: Sequence, point: Point) -> int:
         """Pages that the sequence needs after a point, until all its tokens so far are stored."""

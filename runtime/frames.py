@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import ResourceError
+from kv_compress._coded_pages import CodingPoints
 from kv_compress._coding import code_dtype
 from kv_compress.policy import CODECS, FULL, Coding, KVPolicy
 from runtime.cache import KVCache, policy_for
@@ -70,8 +71,8 @@ class FrameCache:
             sources, targets = torch.tensor(copies, device=self._memory.device).T
             self._memory[targets] = self._memory[sources]
 
-    def code_page(self, sources: Sequence[int], target: int) -> None:
-        """Code the full pages `sources`, in order, as one into the frame `target`, which may be one of them."""
+    def code_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Code the full pages `sources`, in order, into the frames `targets`, which may be some of them."""
         before = self._memory[torch.tensor(sources, device=self._memory.device)]
         begin = 0
         for sides in self._layers:
@@ -79,7 +80,8 @@ class FrameCache:
                 x_NGD = _view(before, begin, pages.codes.shape[1:], pages.codes.dtype).flatten(0, 1)
                 begin += x_NGD.nbytes // len(sources)
                 if pages.coded is not None:
-                    pages.coded.write(x_NGD, target)
+                    for target, part_NGD in zip(targets, x_NGD.split(pages.coded.tokens), strict=True):
+                        pages.coded.write(part_NGD, target)
 
     def layers(self) -> Iterator[tuple[Pages, Pages]]:
         """Keys and values of each layer."""
@@ -123,6 +125,14 @@ def cache_for(
     if policy is None or not policy.is_paged:
         return KVCache(config, pages, block_size, dtype, device, policy)
     return FrameCache(config, pages, block_size, dtype, device, policy_for(config, policy))
+
+
+def points_for(
+    config: ModelConfig, policy: KVPolicy | None, dtype: torch.dtype, block_size: int
+) -> CodingPoints | None:
+    """Where pages are coded, None where they are not."""
+    paged = policy is not None and policy.is_paged
+    return policy.coding_points(sizes_of(config), dtype.itemsize, block_size) if paged else None
 
 
 def sizes_of(config: ModelConfig) -> list[tuple[int, int]]:

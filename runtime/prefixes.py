@@ -8,7 +8,7 @@ tokens. Its pages chain to a digest of the policy, the eviction and the tokens b
 sequences that come to the same eviction of the same tokens.
 
 Where blocks of a sequence are coded as whole pages, a full page has the same name before and after, since the same
-tokens are where they were; a coded page is named after the last full page that went into it.
+tokens are where they were; coded pages are named after the last full page that went into them.
 """
 
 from __future__ import annotations
@@ -77,13 +77,17 @@ def key_of(sequence: Sequence, index: int, page_tokens: int, stretch: Stretch | 
 
 def _coded_key(sequence: Sequence, number: int, coding: CodingPoints) -> PrefixKey:
     """Key of the sequence's coded page `number`, kept with the stretch that it begins."""
-    keys = sequence.stretches[number + 1].keys
+    keys = sequence.stretches[number // coding.together + 1].keys
     if not keys:
-        end = coding.sinks + (number + 1) * coding.page_tokens
-        parent = key_of(sequence, end // coding.block - 1, coding.block, sequence.stretches[0]).digest
-        tokens = tuple(sequence.tokens[end - coding.page_tokens : end])
-        keys.append(PrefixKey(digest(parent, b"coded" + coding.salt.encode()), parent, tokens))
-    return keys[0]
+        first = coding.sinks + number // coding.together * coding.every
+        parent = key_of(
+            sequence, (first + coding.every) // coding.block - 1, coding.block, sequence.stretches[0]
+        ).digest
+        for index in range(coding.together):
+            start = first + index * coding.page_tokens
+            tokens = tuple(sequence.tokens[start : start + coding.page_tokens])
+            keys.append(PrefixKey(digest(parent, f"coded {index} {coding.salt}".encode()), parent, tokens))
+    return keys[number % coding.together]
 
 
 def stretches_of(sequence: Sequence, points: Points | CodingPoints | None) -> list[Stretch]:

@@ -22,8 +22,8 @@ def resume(
     begins further in front, if need be at the start. `limit`: tokens that may be taken.
     """
     stretches = stretches_of(sequence, points)
-    for coded in range(points.coded(limit), -1, -1):
-        stretch = stretches[coded]
+    for passed in range(points.passed(limit), -1, -1):
+        stretch = stretches[passed]
         end = limit if stretch.point is None else min(limit, stretch.point.position - 1)
         pages: list[int] = []
         for index in range(stretch.slots_at(end) // points.block):
@@ -32,14 +32,14 @@ def resume(
                 break
             pages.append(page)
         computed = stretch.position_at(len(pages) * points.block)
-        if coded == 0 or computed >= stretch.position:
-            return tuple(pages), coded, computed
+        if passed == 0 or computed >= stretch.position:
+            return tuple(pages), passed, computed
     raise RuntimeError("a sequence can always begin at its start")
 
 
 def table_after(table: tuple[int, ...], done: Recoding) -> tuple[int, ...]:
-    """The table in which the coded page stands for its sources, and the room for what comes at the end."""
+    """The table in which the coded pages stand for their sources, and the room for what comes at the end."""
     first = table.index(done.source[0])
-    target = set(done.target)
-    behind = tuple(page for page in table[first + len(done.source) :] if page not in target)
-    return (*table[:first], done.target[0], *behind, *done.target[1:])
+    taken = {*done.target, *done.spare}
+    behind = tuple(page for page in table[first + len(done.source) :] if page not in taken)
+    return (*table[:first], *done.target, *behind, *done.spare)

@@ -104,7 +104,7 @@ class Runner:
         """When all rows have read what is there in full."""
         for done in step.compressions:
             if isinstance(done, Recoding):
-                self.cache.code_page(done.source, done.target[0])
+                self.cache.code_pages(done.source, done.target)
 
     def _logits(self, ids_T: Tensor, batch: AttentionBatch, index_N: Tensor) -> Tensor:
         if self.whole is not None and batch.after_attention is None and self.whole.covers(batch):

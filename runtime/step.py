@@ -38,13 +38,14 @@ class Compression(NamedTuple):
 class Recoding(NamedTuple):
     """A block of one sequence that is coded after its row, which ends at the point.
 
-    The full pages `source` become one coded page in the frame target[0], which no other sequence and no prefix reads;
-    it may be one of them, so all are read before it is written. The other targets are room for what comes.
+    The full pages `source` become coded ones in the frames `target`, which no other sequence and no prefix reads; they
+    may be some of them, so all are read before any is written. `spare` is room for what comes.
     """
 
     sequence: int  # its id
     source: tuple[int, ...]
     target: tuple[int, ...]
+    spare: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

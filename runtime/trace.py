@@ -215,8 +215,8 @@ def _require_same(event: dict[str, Any], made: Step | None, where: str) -> Step:
 
 def _compression(fields: list[Any]) -> Compression | Recoding:
     if len(fields) == len(Recoding._fields):
-        id, source, target = fields
-        return Recoding(id, tuple(source), tuple(target))
+        id, *pages = fields
+        return Recoding(id, *map(tuple, pages))
     id, slots, kept, source, target, queries, seed = fields
     return Compression(id, slots, kept, tuple(source), tuple(target), queries, seed)
 

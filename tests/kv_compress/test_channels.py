@@ -66,21 +66,24 @@ def by_hand(points: CodingPoints, tokens: int) -> list[list[tuple[bool, list[int
         if not table or table[-1][0] or len(table[-1][1]) == points.block:
             table.append((False, []))
         table[-1] = (False, [*table[-1][1], position])
-        end = points.sinks + (blocks + 1) * points.page_tokens
+        end = points.sinks + (blocks + 1) * points.page_tokens * points.together
         if position + 1 == end + points.recent:
-            block = list(range(end - points.page_tokens, end))
+            block = list(range(end - points.page_tokens * points.together, end))
             first = next(index for index, (_, held) in enumerate(table) if held[0] == block[0])
-            count = points.page_tokens // points.block
+            count = points.page_tokens * points.together // points.block
             assert [at for _, held in table[first : first + count] for at in held] == block
-            table[first : first + count] = [(True, block)]
+            size = points.page_tokens
+            table[first : first + count] = [(True, block[at : at + size]) for at in range(0, len(block), size)]
             blocks += 1
         found.append(list(table))
     return found
 
 
-@pytest.mark.parametrize("numbers", [(4, 20, 4, 5), (2, 4, 0, 0), (1, 3, 2, 1), (4, 8, 0, 9), (3, 12, 6, 3)])
-def test_tables_are_those_counted_by_hand(numbers: tuple[int, int, int, int]) -> None:
-    points = CodingPoints(*numbers, salt="")
+@pytest.mark.parametrize("numbers", [(4, 20, 4, 5, 1), (2, 4, 0, 0, 1), (1, 3, 2, 1, 1), (4, 8, 0, 9, 1),
+                                     (3, 12, 6, 3, 1), (4, 6, 4, 3, 2), (2, 3, 2, 0, 2)])  # fmt: skip
+def test_tables_are_those_counted_by_hand(numbers: tuple[int, int, int, int, int]) -> None:
+    *plain_numbers, together = numbers
+    points = CodingPoints(*plain_numbers, "", together)
     tables = by_hand(points, 90)
     held = [0]  # pages held at each number of tokens before anything is coded there
     for stored, table in enumerate(tables):
@@ -92,14 +95,16 @@ def test_tables_are_those_counted_by_hand(numbers: tuple[int, int, int, int]) ->
             assert points.entry(index, coded) == (is_coded, (tokens[0] - begin) // size)
         if stored:
             is_due = coded > points.coded(stored - 1)
-            held.append(len(table) + is_due * (points.page_tokens // points.block - 1))
-        slots, last = stored - coded * points.saved, points.position(coded) if coded else 0
-        assert -(-slots // points.block) == len(table)
-        following = points.after(last - coded * points.saved, last, 0)
-        assert following is not None and following.position == points.position(coded + 1)
+            held.append(len(table) + is_due * (points.page_tokens // points.block - 1 if together == 1 else 1))
+        passed = coded // together
+        last = points.position(passed) if passed else 0
+        assert -(-points.slots(stored) // points.block) == len(table)
+        following = points.after(points.slots(last), last, 0)
+        assert following is not None and following.position == points.position(passed + 1)
+        assert following.kept == points.slots(following.position)
     for last in (0, *(at for at in range(1, 91) if points.coded(at) > points.coded(at - 1))):
         for end in range(last, 91, 7):
-            peak = points.peak(last - points.coded(last) * points.saved, last, 0, end)
+            peak = points.peak(points.slots(last), last, 0, end)
             assert -(-peak // points.block) == max([len(tables[last]), *held[last + 1 : end + 1]])
     peaks = [max(held[: stored + 1]) for stored in range(91)]
     for pages in range(1, peaks[-1]):
@@ -111,15 +116,19 @@ def test_a_page_holds_what_fits_into_its_bytes() -> None:
     sizes = [(2, 16)] * 3
     policy = KVPolicy.uniform("int4", 3, keys="channel", sinks=4, recent=9)
     # A token takes 2 · (8 + 8 + 4) bytes of codes and numbers, the channels of a page 2 · 16 · 4: 99 tokens, 6 pages.
-    assert policy.page_tokens(sizes, 4, 16) == 96 and policy.page_tokens(sizes, 2, 16) == 48
-    assert policy.coding_points(sizes, 4, 16).sinks == 16
+    points = policy.coding_points(sizes, 4, 16)
+    assert (points.page_tokens, points.together, points.sinks) == (96, 1, 16)
+    assert policy.coding_points(sizes, 2, 16).page_tokens == 48
     mixed = replace(policy, layers=(*policy.layers[:2], LayerPolicy(Coding("int8", per="channel"), Coding("int8"))))
     # Two layers of 40 bytes and one of 2 · (16 + 18), and 3 · 128: (3 · 4,096 - 384) / 148 = 80.4.
-    assert mixed.page_tokens(sizes, 4, 16) == 80
-    with pytest.raises(UsageError, match="no room for twice as many"):
-        KVPolicy.uniform("full", 3, recent=4).page_tokens(sizes, 4, 16)
-    with pytest.raises(UsageError, match="no room for twice as many"):
-        policy.page_tokens(sizes, 2, 1)
+    assert mixed.coding_points(sizes, 4, 16).page_tokens == 80
+    # 8 bits are a little more than half of 16: 28 tokens fit into 2,048 bytes at 68, 24 are one page and a half.
+    eight = KVPolicy.uniform("int8", 3, keys="channel", recent=8).coding_points(sizes, 2, 16)
+    assert (eight.page_tokens, eight.together, eight.every) == (24, 2, 48)
+    with pytest.raises(UsageError, match="holds only 16 that are coded"):
+        KVPolicy.uniform("full", 3, recent=4).coding_points(sizes, 4, 16)
+    with pytest.raises(UsageError, match="holds only 1 that are coded"):
+        policy.coding_points(sizes, 2, 1)
 
 
 def test_a_policy_travels_and_says_what_cannot_be() -> None:
