@@ -100,7 +100,9 @@ class KVPolicy:
     @property
     def is_scheme(self) -> bool:
         """Whether `kv_cache_scheme` can say it: fp8 in all layers, one scale each, nothing rotated."""
-        return all(of.codec == "fp8" and len(of.scale) == 1 and not of.rotate for of in self._codings())
+        return not self.is_paged and all(
+            of.codec == "fp8" and len(of.scale) == 1 and not of.rotate for of in self._codings()
+        )
 
     @property
     def codecs(self) -> tuple[str, ...]:
@@ -112,6 +114,14 @@ class KVPolicy:
     def is_paged(self) -> bool:
         """Whether whole pages are coded, and the first and last tokens kept in full."""
         return bool(self.sinks or self.recent) or any(coding.per == "channel" for coding in self._codings())
+
+    def token_bytes(self, sizes: Iterable[tuple[int, int]], itemsize: int, block: int) -> int:
+        """Bytes of a token in all layers, rounded up; where pages are coded, of one in a coded page."""
+        sizes = list(sizes)
+        if self.is_paged:
+            room = block * sum(2 * heads * width * itemsize for heads, width in sizes)
+            return -(-room // self.coding_points(sizes, itemsize, block).page_tokens)
+        return sum(layer.token_bytes(*size, itemsize) for layer, size in zip(self.layers, sizes, strict=True))
 
     def coding_points(self, sizes: Iterable[tuple[int, int]], itemsize: int, block: int) -> CodingPoints:
         """Where pages are coded, of a policy for which they are: a coded page has the bytes of `block` tokens in full,

@@ -1,4 +1,4 @@
-"""Whole windows of text through a model at once, with no engine: what their logits are by its policy for keys and values.
+"""Whole windows of text through a model at once, with no engine: logits as its policy for keys and values leaves them.
 
 Shape suffixes: B windows, T tokens of a window, V vocabulary.
 """

@@ -52,9 +52,9 @@ def described(pages: Pages | CodedPages | None) -> KVPages:
     if pages is None:
         return KVPages()
     numbers, scale = (0 if x is None else x.data_ptr() for x in (pages.numbers, pages.scale_G))
-    channels = isinstance(pages, CodedPages) and pages.channels
+    codings = _CHANNELS if isinstance(pages, CodedPages) and pages.channels else _CODINGS
     return KVPages(
-        pages.codes.data_ptr(), numbers, scale, (_CHANNELS if channels else _CODINGS)[pages.codec], pages.codes.shape[1],
+        pages.codes.data_ptr(), numbers, scale, codings[pages.codec], pages.codes.shape[1],
         pages.codes.stride(0) * pages.codes.itemsize, 0 if pages.numbers is None else pages.numbers.stride(0),
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Pages that are coded as a whole, of keys or of values of one layer, and where in a pool a sequence's tokens lie.
 
-Shape suffixes: P pages, N tokens of a coded page, B of a full one, G key-value heads, D channels of a head, C numbers or
-bytes of codes of a head, X numbers beside them, S slots, K tokens of a sequence.
+Shape suffixes: P pages, N tokens of a coded page, B of a full one, G key-value heads, D channels of a head, C numbers
+or bytes of codes of a head, X numbers beside them, S slots, K tokens of a sequence.
 """
 
 from __future__ import annotations

@@ -100,7 +100,9 @@ def walk(rounds: int) -> dict[str, int]:
             "pool evictions": counts.evictions, "copies": sum(len(step.copies) for step in bench.steps),
             "recodings": bench.recodings,
             "coded hits": sum(row.start > points.position(1) for row in firsts.values()),
-            "in place": sum(not {*done.source}.isdisjoint(done.target) for step in bench.steps for done in step.compressions),
+            "in place": sum(
+                not {*done.source}.isdisjoint(done.target) for step in bench.steps for done in step.compressions
+            ),
         }  # fmt: skip
         totals = {name: totals.get(name, 0) + number for name, number in found.items()}
     return totals

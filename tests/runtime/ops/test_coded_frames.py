@@ -1,5 +1,5 @@
-"""Attention over full and coded pages in one table, on every route of a CPU, against dense attention over what the codes
-mean."""
+"""Attention over full and coded pages in one table, on every route of a CPU, against dense attention over what the
+codes mean."""
 
 from __future__ import annotations
 
