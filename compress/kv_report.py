@@ -12,9 +12,11 @@ from pathlib import Path
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import UsageError
 from kv_compress._ranges import head_sizes, query_heads
-from kv_compress.policy import CODECS, FULL, KVPolicy, policy_in
+from kv_compress.policy import CODECS, FULL, Coding, KVPolicy, policy_in
+from kv_compress.stage import RECENT, SINKS
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
+PER_CHANNEL = "int4, keys per channel"
 OWN = "as the artifact says"
 
 
@@ -73,11 +75,12 @@ def kv_report(
     own = policy_in(checkpoint.config)
     full = KVPolicy.uniform(FULL, len(sizes))
     policies = {FULL: full} | {name: KVPolicy.uniform(name, len(sizes)) for name in CODECS}
+    policies[PER_CHANNEL] = KVPolicy.uniform("int4", len(sizes), keys="channel", sinks=SINKS, recent=RECENT)
     if own is not None:
         policies[OWN] = own
     kept = own or full
     layers = tuple(
-        LayerBytes(index, query, heads, width, of.keys.codec, of.values.codec,
+        LayerBytes(index, query, heads, width, _said(of.keys), _said(of.values),
                    of.token_bytes(heads, width, itemsize), plain.token_bytes(heads, width, itemsize))
         for index, (query, (heads, width), of, plain) in enumerate(
             zip(queries, sizes, kept.layers, full.layers, strict=True)
@@ -85,7 +88,10 @@ def kv_report(
     )  # fmt: skip
     ways = []
     for name, policy in policies.items():
-        size = sum(of.token_bytes(*each, itemsize) for of, each in zip(policy.layers, sizes, strict=True))
+        if policy.is_paged:
+            ways += _paged(name, policy, sizes, memory_bytes, context, itemsize, block_size)
+            continue
+        size = policy.token_bytes(sizes, itemsize, block_size)
         pages = memory_bytes // (size * block_size)
         for share in shares:
             needed = -(-max(1, int(context * share)) // block_size)
@@ -93,3 +99,30 @@ def kv_report(
             ways.append(Fits(name, share, size, size * block_size, pages * block_size, pages // needed, longest))
     ungrouped = sum(2 * query * width * itemsize for query, (_, width) in zip(queries, sizes, strict=True))
     return KVReport(layers, sum(layer.full_bytes for layer in layers), ungrouped, tuple(ways))
+
+
+def _said(coding: Coding) -> str:
+    return coding.codec if coding.per == "token" else f"{coding.codec} per channel"
+
+
+def _paged(
+    name: str,
+    policy: KVPolicy,
+    sizes: list[tuple[int, int]],
+    memory_bytes: int,
+    context: int,
+    itemsize: int,
+    block_size: int,
+) -> list[Fits]:
+    """Where pages are coded: a page has the bytes that it has in full, and a sequence takes some full ones and some
+    coded ones. None where a coded page would hold no more than a full one."""
+    try:
+        points = policy.coding_points(sizes, itemsize, block_size)
+    except UsageError:
+        return []
+    page_bytes = block_size * KVPolicy.uniform(FULL, len(sizes)).token_bytes(sizes, itemsize, block_size)
+    pages = memory_bytes // page_bytes
+    longest = points.longest(pages)
+    needed = -(-points.peak(0, 0, context, context) // block_size)
+    size = policy.token_bytes(sizes, itemsize, block_size)
+    return [Fits(name, 1.0, size, page_bytes, longest, pages // needed, longest)]

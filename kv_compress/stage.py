@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -11,11 +12,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from compress.core.errors import InputError, UsageError
 from compress.core.passes import Job, Pass, Plan
 from kv_compress.eviction import EvictionSettings
-from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy
+from kv_compress.policy import FULL, LARGEST_WINDOW, Coding, KVPolicy, LayerPolicy
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
+
+SINKS, RECENT = 4, 64  # tokens kept in full where keys are coded per channel, unless a recipe says otherwise
+BLOCK = 16  # tokens of a page in the runtime, unless it is told otherwise
 
 Precision = Literal["full", "int8", "int4", "fp8"]
 _RANGES = re.compile(r"\s*-?\d+(\s*-\s*\d+)?\s*(,\s*-?\d+(\s*-\s*\d+)?\s*)*")
@@ -67,6 +71,20 @@ class KVCache(Pass):
     rotate: bool = Field(
         False, description="turn keys and values by a Hadamard matrix before they are coded, which spreads outliers"
     )
+    keys: Literal["token", "channel"] = Field(
+        "token",
+        description="what shares a scale of int8 or int4 keys: a token's channels, or a channel's tokens in a page, which "
+        "huge channels do not harm; pages are then coded whole",
+    )
+    sinks: int | None = Field(
+        None,
+        ge=0,
+        le=LARGEST_WINDOW,
+        description="first tokens kept in full, whole pages; default: 4 if keys: channel",
+    )
+    recent: int | None = Field(
+        None, ge=0, le=LARGEST_WINDOW, description="latest tokens kept in full, at least; default: 64 if keys: channel"
+    )
     per_head: bool = Field(False, description="of fp8: a scale for each head; vLLM reads one for each layer")
     overrides: tuple[Override, ...] = Field((), description="layers that are kept otherwise; the last match counts")
     eviction: EvictionSettings | None = Field(
@@ -87,14 +105,17 @@ class KVCache(Pass):
         sizes = head_sizes(checkpoint)
         itemsize = checkpoint.dtype.itemsize
         full = KVPolicy.uniform(FULL, len(sizes))
-        before, after = (
-            sum(layer.token_bytes(*size, itemsize) for layer, size in zip(of.layers, sizes, strict=True))
-            for of in (full, policy)
-        )
+        before, after = (of.token_bytes(sizes, itemsize, BLOCK) for of in (full, policy))
         bytes_out = sum(info.bytes for info in checkpoint.tensors.values())
         looked_at = calibration if self.calibrated else None
         cost = reading_cost(checkpoint, looked_at, blocks=checkpoint.num_blocks, heads=0, beside_bytes=0)
         said = [f"keys and values of a token take {after:,} bytes instead of {before:,}"]
+        if policy.is_paged:
+            points = policy.coding_points(sizes, itemsize, BLOCK)
+            said[0] += (
+                f", {points.page_tokens} in a page; the first {points.sinks} and the last {points.recent} to "
+                f"{points.recent + points.every - 1} are kept in full"
+            )
         if self.eviction is not None:
             self.eviction.points(after)
             said.append(f"{self.eviction.method} drops some of them in the bundled runtime; other engines keep all")
@@ -115,15 +136,21 @@ class KVCache(Pass):
         fit."""
         from kv_compress._ranges import head_sizes
 
-        layers = [_layer(self.precision, self.rotate)] * checkpoint.num_blocks
+        layers = [_layer(self.precision, self.rotate, self.keys)] * checkpoint.num_blocks
         for number, override in enumerate(self.overrides):
             rotate = self.rotate if override.rotate is None else override.rotate
             for index in _numbers(override.layers, len(layers), f"kv_cache.overrides[{number}].layers"):
-                layers[index] = _layer(override.precision, rotate)
+                layers[index] = _layer(override.precision, rotate, self.keys)
         eviction = None if self.eviction is None else self.eviction.model_dump(mode="json", exclude_defaults=True)
-        policy = KVPolicy(tuple(layers), eviction)
+        sinks, recent = (
+            usual * (self.keys == "channel") if asked is None else asked
+            for asked, usual in ((self.sinks, SINKS), (self.recent, RECENT))
+        )
+        policy = KVPolicy(tuple(layers), eviction, sinks, recent)
         try:
             policy.require_fits(head_sizes(checkpoint))
+            if policy.is_paged:
+                policy.coding_points(head_sizes(checkpoint), checkpoint.dtype.itemsize, BLOCK)
         except InputError as error:
             raise UsageError(error.message, where="kv_cache") from None
         return policy
@@ -133,11 +160,11 @@ def _pair(precision: Precision | KeysAndValues) -> tuple[Precision, Precision]:
     return (precision, precision) if isinstance(precision, str) else (precision.keys, precision.values)
 
 
-def _layer(precision: Precision | KeysAndValues, rotate: bool) -> LayerPolicy:
+def _layer(precision: Precision | KeysAndValues, rotate: bool, per: str) -> LayerPolicy:
     keys, values = (
         Coding(codec, rotate and codec != FULL, (1.0,) if codec == "fp8" else ()) for codec in _pair(precision)
     )
-    return LayerPolicy(keys, values)
+    return LayerPolicy(replace(keys, per=per) if keys.codec in ("int8", "int4") else keys, values)
 
 
 def _numbers(text: str, count: int, where: str) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compress.core.errors import ResourceError, UsageError
+from kv_compress._coded_pages import CodingPoints
 from runtime.blocks import BlockPool
 from runtime.sequence import Sequence
 
@@ -44,11 +45,14 @@ def _require_points_fit(sequence: Sequence, pool: BlockPool) -> None:
     """The same where evictions bound what is stored at any one time."""
     prompt, end = len(sequence.prompt), sequence.longest - (sequence.max_tokens > 0)
     slots = 0 if pool.points is None else pool.points.peak(0, 0, prompt, end)
+    how = "where pages are coded" if isinstance(pool.points, CodingPoints) else "with evictions"
     if pool.pages_for(slots) > pool.pages:
         raise RequestTooLong(
             f"a prompt of {prompt:,} tokens and max_tokens {sequence.max_tokens:,} take {slots:,} slots at once, even "
-            f"with evictions, more than the {pool.slots:,} that the memory for keys and values has",
-            hint="evict within the prompt (when: prefill_chunk) or with a smaller budget, or shorten the prompt",
+            f"{how}, more than the {pool.slots:,} that the memory for keys and values has",
+            hint="shorten the prompt, or give keys and values more memory"
+            if isinstance(pool.points, CodingPoints)
+            else "evict within the prompt (when: prefill_chunk) or with a smaller budget, or shorten the prompt",
         )
 
 

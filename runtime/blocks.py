@@ -15,10 +15,12 @@ import numpy as np
 
 from compress.core.errors import ResourceError, UsageError
 from kv_compress._budget import Point, Points
+from kv_compress._coded_pages import CodingPoints
 from runtime.groups import GroupPool
 from runtime.prefixes import PrefixIndex, Stretch, key_of, stretches_of
+from runtime.recoding import resume, table_after
 from runtime.sequence import Sequence
-from runtime.step import Compression, Row
+from runtime.step import Compression, Recoding, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class BlockPool:
         self.pages = pages
         self.page = page
         self.prefix_cache = prefix_cache
-        self.points: Points | None = None
+        self.points: Points | CodingPoints | None = None
         self.groups: GroupPool | None = None  # where layers and heads keep unequal numbers of slots
         self.memory_pages = pages  # that the memory of each layer has
         self._free = list(range(pages - 1, -1, -1))  # a stack: what was used last is used next
@@ -126,6 +128,9 @@ class BlockPool:
         What an eviction left goes before what was there, since it reaches further.
         """
         stretches = stretches_of(sequence, self.points)
+        if isinstance(self.points, CodingPoints):
+            limit = self._limit(sequence) if self.prefix_cache else 0
+            return Found(*resume(sequence, self.points, limit, self._prefixes))
         for index in range(len(stretches) - 1, 0, -1):
             stretch = stretches[index]
             if (most := self._pages_to_look_up(sequence, stretch)) * self._page_tokens >= stretch.slots:
@@ -149,12 +154,15 @@ class BlockPool:
         """Full pages of a stretch that may be used: before the last token, and the queries that its end wants."""
         if not self.prefix_cache:
             return 0
-        limit = len(sequence.tokens) - 1
-        if sequence.lookup_limit is not None:
-            limit = min(limit, sequence.lookup_limit)
+        limit = self._limit(sequence)
         if stretch.point is not None:
             limit = min(limit, stretch.point.position - max(stretch.point.queries, 1))
         return max(stretch.slots_at(limit), 0) // self.page.tokens if limit >= stretch.position else 0
+
+    def _limit(self, sequence: Sequence) -> int:
+        """Positions that may be taken from the cache: before the last token, and before logits that are wanted."""
+        limit = len(sequence.tokens) - 1
+        return limit if sequence.lookup_limit is None else min(limit, sequence.lookup_limit)
 
     def room_after(self, found: Found, slots: int) -> int:
         """Pages that stay available if `found` are shared and the rest of `slots` slots reserved; negative: too few."""
@@ -254,14 +262,15 @@ class BlockPool:
         if sequence.is_seated:  # each table keeps some of its own pages
             return True
         point = _point_of(sequence)
-        own = sum(1 for page in sequence.table[0] if self._references[page] == 1)
+        movable, wanted = self._moved(sequence, point)
+        own = sum(1 for page in movable if self._references[page] == 1)
         if self.groups is not None:
             short = self._subpages_behind(sequence, point) - self.groups.subpages.free
             return (own + self.available) * self.groups.columns >= short
-        return own + self.available >= self._pages_behind(sequence, point)
+        return own + self.available >= wanted
 
-    def prepare_eviction(self, sequence: Sequence) -> Compression:
-        """The eviction at the end of the sequence's stretch, all of which its table must cover.
+    def prepare_eviction(self, sequence: Sequence) -> Compression | Recoding:
+        """The eviction (or recoding) at the end of the sequence's stretch, all of which its table must cover.
 
         Its target is taken here: pages of the sequence's own that nobody else can read, new ones, and, where there are
         too few, such as only the prefix cache knew, which forgets them.
@@ -269,11 +278,14 @@ class BlockPool:
         if self.groups is not None:
             return self._prepare_seat(sequence, self.groups)
         table, point = sequence.table[0], _point_of(sequence)
-        target, taken = self._target(table, self._pages_behind(sequence, point))
+        movable, wanted = self._moved(sequence, point)
+        target, taken = self._target(movable, wanted)
         sequence.table[0] = table + taken
+        frames, seed = (*target, *taken), self._seed(sequence)
+        if isinstance(self.points, CodingPoints):
+            return Recoding(sequence.id, movable, frames[: self.points.together], frames[self.points.together :])
         source = table[: self.pages_for(point.slots)]
-        seed = self._seed(sequence)
-        return Compression(sequence.id, point.slots, point.kept, source, (*target, *taken), point.queries, seed)
+        return Compression(sequence.id, point.slots, point.kept, source, frames, point.queries, seed)
 
     def _target(self, table: tuple[int, ...], wanted: int) -> tuple[list[int], tuple[int, ...]]:
         """So many pages to write to: own ones, forgotten if need be, and new ones."""
@@ -310,6 +322,14 @@ class BlockPool:
     def _seed(self, sequence: Sequence) -> int:
         return int.from_bytes(stretches_of(sequence, self.points)[sequence.stretch + 1].root[:7], "little")
 
+    def _moved(self, sequence: Sequence, point: Point) -> tuple[tuple[int, ...], int]:
+        """The pages that what happens at a point makes free, and how many others the sequence needs instead."""
+        table, wanted = sequence.table[0], self._pages_behind(sequence, point)
+        if not isinstance(self.points, CodingPoints):
+            return table, wanted
+        entries = self.points.sources(sequence.stretch)
+        return table[entries.start : entries.stop], max(self.points.together, wanted - (len(table) - len(entries)))
+
     def _pages_behind(self, sequence: Sequence, point: Point) -> int:
         """Pages that the sequence needs after a point, until all its tokens so far are stored."""
         return self.pages_for(self._slots_behind(sequence, point))
@@ -321,7 +341,7 @@ class BlockPool:
         return 0 if self.groups is None else self.groups.bound(self._slots_behind(sequence, point))
 
     @property
-    def _points(self) -> Points:
+    def _points(self) -> Points | CodingPoints:
         if self.points is None:
             raise RuntimeError("this pool has no points of eviction")
         return self.points
@@ -332,21 +352,23 @@ class BlockPool:
         if self.groups is not None and seats:
             self.groups.stored(*zip(*seats, strict=True))
 
-    def evict(self, sequence: Sequence, done: Compression, counts: tuple[int, ...] | None = None) -> None:
-        """The eviction is done: the sequence keeps the target alone, the other pages are given back. `counts`: slots
-        that each layer and head kept, where they are unequal."""
-        if self.groups is not None:
+    def evict(self, sequence: Sequence, done: Compression | Recoding, counts: tuple[int, ...] | None = None) -> None:
+        """The eviction is done: the sequence keeps the target alone (and, of a recoding, what was not its source), the
+        other pages are given back. `counts`: slots that each layer and head kept, where they are unequal."""
+        if self.groups is not None and isinstance(done, Compression):
             self._seat(sequence, done, counts, self.groups)
             return
-        kept = set(done.target)
+        slots = _point_of(sequence).kept
+        table = done.target if isinstance(done, Compression) else table_after(sequence.table[0], done)
+        kept = set(table)
         for page in reversed(sequence.table[0]):
             if page not in kept:
                 self.drop(page)
-        sequence.table[0] = done.target
-        sequence.kv_len[0] = done.kept
+        sequence.table[0] = table
+        sequence.kv_len[0] = slots
         sequence.stretch += 1
         sequence.registered = 0
-        self.register(sequence, done.kept)
+        self.register(sequence, slots)
 
     def _seat(self, sequence: Sequence, done: Compression, counts: tuple[int, ...] | None, groups: GroupPool) -> None:
         """From now on the sequence lies in the tables of its seat alone."""

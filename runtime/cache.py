@@ -54,6 +54,7 @@ class KVCache:
             raise ResourceError(
                 f"{wanted} bytes for {pages} pages of keys and values cannot be had", hint="give the cache less memory"
             ) from error
+        self.frames = self.points = None  # all pages hold equally many tokens
         self.k = [k.codes for k, _ in self._layers]
         self.v = [v.codes for _, v in self._layers]
 
@@ -116,7 +117,8 @@ def token_bytes(config: ModelConfig, dtype: torch.dtype, policy: KVPolicy | None
 
 
 def page_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, policy: KVPolicy | None = None) -> int:
-    """Bytes of one page over all layers."""
+    """Bytes of one page over all layers; of a policy that codes whole pages, those of a page in full."""
+    policy = None if policy is not None and policy.is_paged else policy
     return block_size * sum(token_bytes(config, dtype, policy))
 
 

@@ -28,6 +28,7 @@ from runtime.sequence import Sequence
 
 if TYPE_CHECKING:
     from kv_compress._budget import Points
+    from kv_compress._coded_pages import CodingPoints
     from runtime.trace import Recorder
 
 
@@ -67,7 +68,7 @@ class Engine:
         *,
         clock: Callable[[], float] = time.monotonic,
         recorder: Recorder | None = None,
-        points: Points | None = None,
+        points: Points | CodingPoints | None = None,
     ) -> None:
         self.runner = runner
         self.settings = settings

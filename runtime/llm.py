@@ -22,6 +22,7 @@ from compress.core._model_folder import TOKENIZER_FILES, read_json
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import EnvironmentRefused, InputError, UsageError
 from kv_compress._budget import Points
+from kv_compress._coded_pages import CodingPoints
 from kv_compress.eviction import EvictionSettings, eviction_of
 from kv_compress.policy import KVPolicy
 from runtime.compaction import Compactor
@@ -120,9 +121,12 @@ class LLM:
         sizes = _bytes("memory", memory), _bytes("kv_bytes", kv_bytes)
         cache, pool, ledger = allocate(model, block_size, self.max_length, settings, *sizes, by_head=by_head)
         whole: DecodeGraphs | SmallSteps | None = SmallSteps.of(model, cache)
-        if cuda_graphs and model.capturable and cache.pages > pool.pages:
+        if cuda_graphs and model.capturable and cache.frames is None and cache.pages > pool.pages:
             whole = DecodeGraphs.of(model, cache, pool.pages_for(self.max_length), settings.max_sequences)
         self.ledger = replace(ledger, graphs_bytes=0 if whole is None else whole.bytes)
+        if eviction is not None and cache.frames is not None:
+            raise UsageError("whole pages are coded, of which eviction cannot drop single tokens",
+                             hint="use codes of single tokens with eviction, such as kv_cache='int4'")  # fmt: skip
         kind = HeadCompactor if by_head else Compactor
         compactor = None if eviction is None else kind.of(model, cache, eviction)
         runner = Runner(model, cache, device, whole=whole, compactor=compactor)
@@ -133,7 +137,7 @@ class LLM:
             self.tokenizer,
             EngineSettings(self.max_length, _end_tokens(folder), seed, settings),
             recorder=self._recorder,
-            points=None if eviction is None else _points(eviction, model.config, pool.page.bytes // block_size),
+            points=cache.points if eviction is None else _points(eviction, model.config, pool.page.bytes // block_size),
         )
         self._kept: list[Update] = []  # news of requests that nobody asked about yet
         self._turn = threading.RLock()  # threads take turns at the engine: their requests share its steps
@@ -260,9 +264,10 @@ class LLM:
 
     @property
     def kv_tokens(self) -> int:
-        """How many tokens the pages of the pool hold, which `ledger.kv_pool_bytes` were allocated for."""
+        """How many tokens the pages of the pool hold, which `ledger.kv_pool_bytes` were allocated for; how many of one
+        sequence, where whole pages are coded."""
         pool = self.engine.scheduler.pool
-        return pool.pages * pool.page.tokens
+        return pool.points.longest(pool.pages) if isinstance(pool.points, CodingPoints) else pool.slots
 
     def stats(self) -> EngineStats:
         """Counts of steps, tokens, pages and requests."""

@@ -14,6 +14,7 @@ from compress.core.errors import ResourceError, UsageError
 from kv_compress.policy import FULL
 from runtime.blocks import BlockPool, PageType
 from runtime.cache import KVCache, page_bytes
+from runtime.frames import FrameCache, cache_for
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import Decoder
 from runtime.scheduler import SchedulerSettings
@@ -47,7 +48,7 @@ def allocate(
     kv_bytes: int | None = None,
     *,
     by_head: bool = False,
-) -> tuple[KVCache, BlockPool, Ledger]:
+) -> tuple[KVCache | FrameCache, BlockPool, Ledger]:
     """The cache, the pool that hands its pages out, and what all takes.
 
     The pool gets `kv_bytes`, or what weights and activations leave of `memory_bytes`, or by default a modest share of
@@ -87,7 +88,7 @@ def allocate(
             f"{page.bytes:,}",
             hint=hint,
         )
-    cache = KVCache(
+    cache = cache_for(
         model.config, pages + is_gpu, block_size, model.dtype, model.device, model.kv_policy, by_head=by_head
     )
     pool = BlockPool(pages, page, prefix_cache=settings.prefix_cache)
@@ -96,9 +97,11 @@ def allocate(
 
 
 def _page_name(model: Decoder) -> str:
-    """What pages hold: float32, int8, or int8+int4 where layers differ."""
+    """What pages hold: float32, int8, int8+int4 where layers differ, "float32 or int4" where pages are coded whole."""
     codecs = (FULL,) if model.kv_policy is None else model.kv_policy.codecs
-    return "+".join(str(model.dtype).removeprefix("torch.") if name == FULL else name for name in codecs)
+    full = str(model.dtype).removeprefix("torch.")
+    name = "+".join(full if name == FULL else name for name in codecs)
+    return f"{full} or {name}" if model.kv_policy is not None and model.kv_policy.is_paged else name
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.sequence import Sequence
-from runtime.step import Compression, Row
+from runtime.step import Compression, Recoding, Row
 
 
 class Plan:
@@ -13,7 +13,7 @@ class Plan:
         self.left = token_budget
         self.rows: list[Row] = []
         self.copies: list[tuple[int, int]] = []
-        self.compressions: list[Compression] = []
+        self.compressions: list[Compression | Recoding] = []
         self._page_tokens = page_tokens
         self._chunked = chunked
         self._has_prefill = False

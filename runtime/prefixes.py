@@ -6,6 +6,9 @@ tenant, so that tenants never share. The digest finds a page, equal tokens decid
 An eviction begins a new stretch: the first slots hold what it left of all tokens before, those after them further
 tokens. Its pages chain to a digest of the policy, the eviction and the tokens before it, so that they are found only by
 sequences that come to the same eviction of the same tokens.
+
+Where blocks of a sequence are coded as whole pages, a full page has the same name before and after, since the same
+tokens are where they were; coded pages are named after the last full page that went into them.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from array import array
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
+
+from kv_compress._coded_pages import CodingPoints
 
 if TYPE_CHECKING:
     from kv_compress._budget import Point, Points
@@ -39,6 +44,7 @@ class Stretch:
     slots: int
     position: int
     point: Point | None
+    coding: CodingPoints | None = None
     keys: list[PrefixKey] = field(default_factory=list)
 
     def slots_at(self, position: int) -> int:
@@ -54,6 +60,11 @@ def key_of(sequence: Sequence, index: int, page_tokens: int, stretch: Stretch | 
     """Key of the sequence's full page `index`, now or in another stretch. Tokens never change once they are there, so
     keys are kept."""
     stretch = stretch or sequence.stretches[sequence.stretch]
+    if stretch.coding is not None and stretch.position:
+        is_coded, index = stretch.coding.entry(index, stretch.coding.coded(stretch.position))
+        if is_coded:
+            return _coded_key(sequence, index, stretch.coding)
+        stretch = sequence.stretches[0]
     keys = stretch.keys
     while len(keys) <= index:
         start = max(len(keys) * page_tokens, stretch.slots)  # slots before hold what an eviction left
@@ -64,19 +75,35 @@ def key_of(sequence: Sequence, index: int, page_tokens: int, stretch: Stretch | 
     return keys[index]
 
 
-def stretches_of(sequence: Sequence, points: Points | None) -> list[Stretch]:
+def _coded_key(sequence: Sequence, number: int, coding: CodingPoints) -> PrefixKey:
+    """Key of the sequence's coded page `number`, kept with the stretch that it begins."""
+    keys = sequence.stretches[number // coding.together + 1].keys
+    if not keys:
+        first = coding.sinks + number // coding.together * coding.every
+        parent = key_of(
+            sequence, (first + coding.every) // coding.block - 1, coding.block, sequence.stretches[0]
+        ).digest
+        for index in range(coding.together):
+            start = first + index * coding.page_tokens
+            tokens = tuple(sequence.tokens[start : start + coding.page_tokens])
+            keys.append(PrefixKey(digest(parent, f"coded {index} {coding.salt}".encode()), parent, tokens))
+    return keys[number % coding.together]
+
+
+def stretches_of(sequence: Sequence, points: Points | CodingPoints | None) -> list[Stretch]:
     """All stretches of the sequence that its tokens reach so far, from its beginning on; they are kept with it."""
     known = sequence.stretches
+    coding = points if isinstance(points, CodingPoints) else None
     if not known:
         root = digest(b"tenant", sequence.tenant.encode())
         first = None if points is None else points.after(0, 0, len(sequence.prompt), sequence.longest)
-        known.append(Stretch(root, 0, 0, first))
+        known.append(Stretch(root, 0, 0, first, coding))
     while points is not None and (point := known[-1].point) is not None and point.position <= len(sequence.tokens):
         last = known[-1]
         tokens = array("q", [*point, *sequence.tokens[last.position : point.position]])
         root = digest(last.root, points.salt.encode() + tokens.tobytes())
         after = points.after(point.kept, point.position, len(sequence.prompt), sequence.longest)
-        known.append(Stretch(root, point.kept, point.position, after))
+        known.append(Stretch(root, point.kept, point.position, after, coding))
     return known
 
 

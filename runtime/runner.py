@@ -16,7 +16,7 @@ from runtime.compaction import Compactor
 from runtime.head_compaction import HeadCompactor
 from runtime.ops.batch import AttentionBatch
 from runtime.ops.head_batch import FEW_QUERIES, HeadBatch
-from runtime.step import Step
+from runtime.step import Recoding, Step
 
 _PIECE_LOGITS = 1 << 24  # logits of prompts that are there at once: 64 MiB
 
@@ -83,10 +83,13 @@ class Runner:
         index_N = torch.tensor([index for _, index in sampling], dtype=torch.int64, device=self.device)
         sampled = tuple(sequence for sequence, _ in sampling)
         if not wanted:
-            return StepLogits(self._logits(ids_T, batch, index_N), sampled, counts=counts)
+            logits_NV = self._logits(ids_T, batch, index_N)
+            self._code_pages(step)
+            return StepLogits(logits_NV, sampled, counts=counts)
         offsets = {row.sequence: start - row.start for row, start in zip(rows, batch.starts, strict=False)}
         prompts = [offsets[sequence] + position for sequence, positions in wanted.items() for position in positions]
         x_TK = self.model.hidden(ids_T, batch, self.cache)
+        self._code_pages(step)
         prompts_NK = x_TK[torch.tensor(prompts, dtype=torch.int64, device=self.device)]
         return StepLogits(self.model.logits(x_TK[index_N]), sampled, prompts_NK, counts)
 
@@ -112,6 +115,12 @@ class Runner:
             few = FEW_QUERIES if torch.device(self.device).type == "cpu" else 1
             batch.by_head = HeadBatch.build(rows, step.groups, block_size=block, device=self.device, few_queries=few)
         return batch
+
+    def _code_pages(self, step: Step) -> None:
+        """When all rows have read what is there in full."""
+        for done in step.compressions:
+            if isinstance(done, Recoding):
+                self.cache.code_pages(done.source, done.target)
 
     def _logits(self, ids_T: Tensor, batch: AttentionBatch, index_N: Tensor) -> Tensor:
         if self.whole is not None and _is_plain(batch) and self.whole.covers(batch):

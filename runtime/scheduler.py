@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from compress.core.errors import UsageError
 from kv_compress._budget import Points
+from kv_compress._coded_pages import CodingPoints
 from runtime.admission import QueueFull, RequestTooLong, require_fit, require_place
 from runtime.blocks import BlockPool, Found
 from runtime.fairness import ServiceMeter
@@ -50,7 +51,7 @@ class Scheduler:
         max_length: int,
         clock: Callable[[], float] = time.monotonic,
         recorder: Recorder | None = None,
-        points: Points | None = None,
+        points: Points | CodingPoints | None = None,
     ) -> None:
         if max_length < 1:
             raise UsageError(f"max_length must be at least 1, not {max_length}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kv_compress._budget import Points
+from kv_compress._coded_pages import CodingPoints
 from runtime.blocks import BlockPool
 from runtime.scheduler import Scheduler, SchedulerSettings, Step, StepOutput
 from runtime.sequence import Sequence
@@ -81,7 +82,7 @@ class Simulator:
         *,
         max_length: int,
         watch: Callable[[Simulator, Step], None] | None = None,
-        points: Points | None = None,
+        points: Points | CodingPoints | None = None,
     ) -> None:
         self.now = 0.0
         self.steps = 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.cache import KVCache
+from runtime.frames import FrameCache
 from runtime.layers.base import LinearLayer
 from runtime.layers.merged import Merged
 from runtime.layers.mlp import MLP
@@ -42,6 +43,8 @@ class _Layer(ctypes.Structure):
         *((name, c_size_t) for name in ("q_norm", "k_norm")),
         ("k", KVPages),
         ("v", KVPages),
+        ("k_coded", KVPages),
+        ("v_coded", KVPages),
         *((name, c_int64) for name in ("heads", "groups", "width", "inner", "window", "rope")),
         ("scale", c_float),
     ]
@@ -57,7 +60,7 @@ class _Decoder(ctypes.Structure):
         ("ropes", POINTER(_Rope)),
         ("norm", c_size_t),
         ("head", _Linear),
-        *((name, c_int64) for name in ("layer_count", "rope_count", "hidden", "page")),
+        *((name, c_int64) for name in ("layer_count", "rope_count", "hidden", "sinks")),
         *((name, c_float) for name in ("eps", "added", "softcap")),
         ("activation", c_int32),
     ]
@@ -66,6 +69,7 @@ class _Decoder(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = [
         *((name, c_size_t) for name in ("x", "logits", "position", "slot", "end", "table", "wanted")),
+        ("coded", c_size_t),
         *((name, c_int64) for name in ("rows", "table_stride", "wanted_rows")),
         ("threads", c_int32),
     ]
@@ -104,7 +108,7 @@ class SmallSteps:
             layer_count=len(layers),
             rope_count=len(ropes),
             hidden=config.hidden,
-            page=cache.block_size,
+            sinks=0 if cache.frames is None else cache.frames.sinks,
             eps=config.norm_eps,
             added=float(config.norm_plus_one),
             softcap=config.attention_softcap or 0.0,
@@ -112,7 +116,7 @@ class SmallSteps:
         )
 
     @classmethod
-    def of(cls, model: Decoder, cache: KVCache) -> SmallSteps | None:
+    def of(cls, model: Decoder, cache: KVCache | FrameCache) -> SmallSteps | None:
         """None where something in the model or on this machine has to go through the layers."""
         plain = model.numerics == "fast" and model.dtype is torch.float32 and uses_native(model.norm.weight_D)
         if not plain or library().loaded is None:
@@ -131,14 +135,16 @@ class SmallSteps:
         model = self._model
         x_TK = model.embedding(ids_T).contiguous()
         logits_NV = torch.empty(len(rows_N), model.config.vocab)
-        end_T, table_TP = batch.kv_len_S, batch.table_SP
+        end_T, table_TP, coded_T = batch.kv_len_S, batch.table_SP, batch.coded_S
         if batch.max_query > 1:  # every token of a prompt is a row that sees those before it
             count_S = batch.starts_S1.diff().long()
             behind_T = batch.starts_S1[1:].repeat_interleave(count_S) - torch.arange(1, len(ids_T) + 1)
             end_T = (end_T.repeat_interleave(count_S) - behind_T).int()
             table_TP = table_TP.repeat_interleave(count_S, dim=0)
+            coded_T = None if coded_T is None else coded_T.repeat_interleave(count_S)
         tensors = (x_TK, logits_NV, batch.position_T, batch.slot_T, end_T, table_TP, rows_N)
-        step = _Step(*(x.data_ptr() for x in tensors), *table_TP.shape, len(rows_N), torch.get_num_threads())
+        coded = 0 if coded_T is None else coded_T.data_ptr()
+        step = _Step(*(x.data_ptr() for x in tensors), coded, *table_TP.shape, len(rows_N), torch.get_num_threads())
         if library().loaded.decoder_step(ctypes.byref(self._decoder), ctypes.byref(step)):
             raise MemoryError(f"no memory for a step of {len(ids_T)} rows")
         return model.capped(logits_NV)
@@ -160,6 +166,8 @@ class SmallSteps:
             k_norm=_norm(attention.k_norm),
             k=_pages(pages[0]),
             v=_pages(pages[1]),
+            k_coded=described(pages[0].coded),
+            v_coded=described(pages[1].coded),
             heads=layer.heads,
             groups=layer.kv_heads,
             width=layer.head_dim,

@@ -45,19 +45,33 @@ class Compression(NamedTuple):
     budgets: tuple[int, ...] = ()
 
 
+class Recoding(NamedTuple):
+    """A block of one sequence that is coded after its row, which ends at the point.
+
+    The full pages `source` become coded ones in the frames `target`, which no other sequence and no prefix reads; they
+    may be some of them, so all are read before any is written. `spare` is room for what comes.
+    """
+
+    sequence: int  # its id
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    spare: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One pass of the model.
 
     First `copies` (from page, to page), in order. Then the rows as one flat batch: a row may read pages that another
     row of the same step fills (a shared prompt), so every layer stores the whole batch before it attends. In the end
-    the `compressions`. `groups`: the tables of those with a seat, as they are until the step's output is taken in.
+    the `compressions`: evictions, layer by layer, or recodings, when all layers are done. `groups`: the tables of those
+    with a seat, as they are until the step's output is taken in.
     """
 
     index: int
     rows: tuple[Row, ...]
     copies: tuple[tuple[int, int], ...] = ()
-    compressions: tuple[Compression, ...] = ()
+    compressions: tuple[Compression | Recoding, ...] = ()
     groups: GroupPool | None = field(default=None, compare=False, repr=False)
 
     @property

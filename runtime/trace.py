@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from compress.core.errors import InputError, UsageError
 from compress.core.files import io_errors
 from kv_compress._budget import Points
+from kv_compress._coded_pages import CodingPoints
 from runtime.blocks import BlockPool, PageType
 from runtime.scheduler import Scheduler, SchedulerSettings
 from runtime.sequence import Sequence
-from runtime.step import Compression, Row, Step, StepOutput
+from runtime.step import Compression, Recoding, Row, Step, StepOutput
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -178,10 +179,15 @@ def _scheduler(event: dict[str, Any], where: str) -> Scheduler:
     try:
         settings = SchedulerSettings(**event["settings"])
         pool = BlockPool(event["pages"], PageType(**event["page"]), prefix_cache=event["prefix_cache"])
-        points = None if event["points"] is None else Points(**event["points"])
-        return Scheduler(pool, settings, max_length=event["max_length"], points=points)
+        return Scheduler(pool, settings, max_length=event["max_length"], points=_points(event["points"]))
     except UsageError as error:
         raise InputError(f"the trace's scheduler cannot be built: {error}", where=where) from error
+
+
+def _points(data: dict[str, Any] | None) -> Points | CodingPoints | None:
+    if data is None:
+        return None
+    return CodingPoints(**data) if "page_tokens" in data else Points(**data)
 
 
 def _plain(sequence: Sequence) -> dict[str, Any]:
@@ -201,12 +207,19 @@ def _require_same(event: dict[str, Any], made: Step | None, where: str) -> Step:
         tuple(Row(id, start, tuple(tokens), kv_len, tuple(table), samples, seat)
               for id, start, tokens, kv_len, table, samples, seat in event["rows"]),
         tuple((source, target) for source, target in event["copies"]),
-        tuple(Compression(id, slots, kept, tuple(source), tuple(target), queries, seed, seat, tuple(budgets))
-              for id, slots, kept, source, target, queries, seed, seat, budgets in event["compressions"]),
+        tuple(map(_compression, event["compressions"])),
     )  # fmt: skip
     if made is None or made != recorded:
         raise TraceMismatch(f"the replay differs: {_difference(recorded, made)}", where=where)
     return made
+
+
+def _compression(fields: list[Any]) -> Compression | Recoding:
+    if len(fields) == len(Recoding._fields):
+        id, *pages = fields
+        return Recoding(id, *map(tuple, pages))
+    id, slots, kept, source, target, queries, seed, seat, budgets = fields
+    return Compression(id, slots, kept, tuple(source), tuple(target), queries, seed, seat, tuple(budgets))
 
 
 def _difference(recorded: Step, made: Step | None) -> str:

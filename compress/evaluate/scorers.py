@@ -124,9 +124,9 @@ class RuntimeScorer:
 
     @torch.inference_mode()
     def logits(self, tokens: Tokens) -> Iterator[torch.Tensor]:
-        from runtime.cache import KVCache
+        from runtime.frames import cache_for, points_for
         from runtime.loader import load
-        from runtime.ops.batch import AttentionBatch
+        from runtime.windows import pages_for_window, window_logits
 
         model = load(
             self.checkpoint.folder,
@@ -142,16 +142,11 @@ class RuntimeScorer:
                 hint="lower evaluate.perplexity.window",
             )
         at_once = max(1, min(samples, LOGITS_BYTES // (4 * length * model.config.vocab)))
-        pages = -(-length // BLOCK_SIZE)
-        cache = KVCache(model.config, at_once * pages, BLOCK_SIZE, model.dtype, self.device, model.kv_policy)
+        points = points_for(model.config, model.kv_policy, model.dtype, BLOCK_SIZE)
+        pages = at_once * pages_for_window(points, length, BLOCK_SIZE)
+        cache = cache_for(model.config, pages, BLOCK_SIZE, model.dtype, self.device, model.kv_policy)
         for start in range(0, samples, at_once):
-            ids_BT = tokens.ids[start : start + at_once].to(self.device)
-            count = len(ids_BT)
-            tables = [tuple(range(row * pages, (row + 1) * pages)) for row in range(count)]
-            batch = AttentionBatch.build(
-                [0] * count, [length] * count, [0] * count, tables, block_size=BLOCK_SIZE, device=self.device
-            )
-            yield model(ids_BT.reshape(-1), batch, cache, None).view(count, length, -1)
+            yield window_logits(model, cache, tokens.ids[start : start + at_once].to(self.device))
 
     @contextmanager
     def language_model(self, stage: str, events: Listener) -> Iterator[Any]:

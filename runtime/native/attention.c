@@ -3,7 +3,8 @@
  * A task is one sequence, one key-value head and at most SEGMENT slots; the heads of its group share what is read. Tasks
  * go to threads; segments of a long sequence are joined afterwards. A row's result depends on nothing but its own
  * sequence. All numbers are fp32. Codes become whole numbers once for all heads of a group; what they are multiplied by
- * and what is added goes to scores and to probabilities.
+ * and what is added goes to scores and to probabilities. Where a whole page is coded, what its channels are multiplied by
+ * goes to the query, once a page.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -58,14 +59,58 @@ static void gather(float *acc, float fade, const float *weight, const float *con
 typedef struct {
     const float *rows[TILE];
     float scale[TILE], shift[TILE];
+    int64_t coding;
 } tile;
 
-static void read_tile(const decodes *all, const kv_pages *pages, const int32_t *table, int64_t g, int64_t at,
+static void read_tile(const decodes *all, const kv_pages *pages, const int32_t *table, int64_t g, int64_t slot,
         int64_t count, float *room, tile *to) {
-    for (int64_t j = 0; j < count; j++) {
-        const int64_t slot = at + j;
-        const int64_t row = table[slot / all->block] * all->page_rows + slot % all->block * all->slot_rows + g;
-        to->rows[j] = row_at(pages, row, g, all->width, room + j * all->width, to->scale + j, to->shift + j);
+    to->coding = pages->coding;
+    for (int64_t j = 0; j < count; j++, slot++) {
+        const int64_t row = slot % pages->tokens * pages->slot_rows + g;
+        to->rows[j] = row_at(pages, table[slot / pages->tokens], row, g, all->width, room + j * all->width,
+            to->scale + j, to->shift + j);
+    }
+}
+
+/* Tokens that lie alike, from token `at` on: all in full pages, or all in one page that is coded. */
+typedef struct {
+    int64_t count, slot; /* counted from the first entry of `table`, all of whose pages are of one kind */
+    const int32_t *table;
+    int coded;
+} run;
+
+static run run_at(const decodes *all, int64_t s, int64_t at, int64_t end) {
+    const int32_t *table = all->table + s * all->table_stride;
+    run found = {end - at < TILE ? end - at : TILE, at, table, 0};
+    if (!all->coded || at < all->sinks) {
+        if (all->coded && all->sinks - at < found.count) found.count = all->sinks - at;
+        return found;
+    }
+    const int64_t tokens = all->k_coded.tokens, behind = at - all->sinks, pages = all->coded[s];
+    if (behind >= pages * tokens) { /* a coded page takes one entry of the table, as one of `block` tokens does */
+        found.slot = at - pages * (tokens - all->k.tokens);
+        return found;
+    }
+    const int64_t left = tokens - behind % tokens;
+    if (left < found.count) found.count = left;
+    found.slot = behind % tokens;
+    found.table = table + all->sinks / all->k.tokens + behind / tokens;
+    found.coded = 1;
+    return found;
+}
+
+/* Queries as a coded page wants them: times its scales; and their products with its lowest numbers. */
+static void fit_queries(const decodes *all, const float *q, int64_t repeats, int64_t g, int64_t page, float *to,
+        float *sums) {
+    const uint16_t *numbers = numbers_of(&all->k_coded, page) + g * all->width;
+    for (int64_t r = 0; r < repeats; r++)
+        sums[r] = 0;
+    for (int64_t d = 0; d < all->width; d++) {
+        const float scale = from_half(numbers[d]), lowest = from_half(numbers[all->groups * all->width + d]);
+        for (int64_t r = 0; r < repeats; r++) {
+            to[r * all->width + d] = q[r * all->width + d] * scale;
+            sums[r] += q[r * all->width + d] * lowest;
+        }
     }
 }
 
@@ -73,7 +118,7 @@ static void read_tile(const decodes *all, const kv_pages *pages, const int32_t *
 static void score(const decodes *all, const float *q, float q_sum, const tile *keys, int64_t count, float *to) {
     for (int64_t j = 0; j < count; j++)
         to[j] = dot(q, keys->rows[j], all->width) * all->scale;
-    if (all->k.coding != FULL_KV)
+    if (keys->coding != FULL_KV)
         for (int64_t j = 0; j < count; j++)
             to[j] = to[j] * keys->scale[j] + q_sum * all->scale * keys->shift[j];
     if (all->softcap != 0)
@@ -84,13 +129,13 @@ static void score(const decodes *all, const float *q, float q_sum, const tile *k
 /* acc = acc * fade + sum of weight[j] * values[j]; overwrites `weight`. */
 static void add_values(const decodes *all, float *acc, float fade, float *weight, const tile *values, int64_t count) {
     float shift = 0;
-    if (all->v.coding != FULL_KV)
+    if (values->coding != FULL_KV)
         for (int64_t j = 0; j < count; j++) {
             shift += weight[j] * values->shift[j];
             weight[j] *= values->scale[j];
         }
     gather(acc, fade, weight, values->rows, count, all->width);
-    if (all->v.coding == INT4_KV)
+    if (values->coding == INT4_KV)
         for (int64_t d = 0; d < all->width; d++)
             acc[d] += shift;
 }
@@ -101,9 +146,10 @@ static void attend(const decodes *all, int64_t s, int64_t g, int64_t first, int6
         float *total, float *room) {
     int64_t width = all->width, repeats = all->heads / all->groups;
     const float *q = all->q + all->row[s] * all->q_stride + g * repeats * width;
-    const int32_t *table = all->table + s * all->table_stride;
+    const int per_channel = all->coded && all->k_coded.coding >= CHANNELS8_KV;
     tile keys, values;
-    float weight[TILE], q_sum[repeats];
+    float weight[TILE], q_sum[repeats], fitted[per_channel ? repeats * width : 1], fitted_sum[repeats];
+    const int32_t *fitted_to = NULL;
     memset(acc, 0, repeats * width * sizeof(float));
     for (int64_t r = 0; r < repeats; r++) {
         top[r] = -1e30f;
@@ -111,13 +157,20 @@ static void attend(const decodes *all, int64_t s, int64_t g, int64_t first, int6
         for (int64_t d = 0; d < width; d++)
             q_sum[r] += q[r * width + d];
     }
-    for (int64_t at = first; at < end; at += TILE) {
-        int64_t count = end - at < TILE ? end - at : TILE;
-        read_tile(all, &all->k, table, g, at, count, room, &keys);
-        read_tile(all, &all->v, table, g, at, count, room + TILE * width, &values);
+    for (int64_t at = first, count; at < end; at += count) {
+        const run here = run_at(all, s, at, end);
+        const int fits = here.coded && per_channel;
+        count = here.count;
+        if (fits && here.table != fitted_to) {
+            fit_queries(all, q, repeats, g, *here.table, fitted, fitted_sum);
+            fitted_to = here.table;
+        }
+        read_tile(all, here.coded ? &all->k_coded : &all->k, here.table, g, here.slot, count, room, &keys);
+        read_tile(all, here.coded ? &all->v_coded : &all->v, here.table, g, here.slot, count, room + TILE * width,
+            &values);
         for (int64_t r = 0; r < repeats; r++) {
             float highest = top[r];
-            score(all, q + r * width, q_sum[r], &keys, count, weight);
+            score(all, (fits ? fitted : q) + r * width, fits ? fitted_sum[r] : q_sum[r], &keys, count, weight);
 #pragma omp simd reduction(max : highest)
             for (int64_t j = 0; j < count; j++)
                 highest = weight[j] > highest ? weight[j] : highest;
@@ -163,7 +216,7 @@ int paged_decode(const decodes *all, int threads) {
     int64_t repeats = all->heads / all->groups, part = repeats * (all->width + 2), pieces = 0;
     for (int64_t s = 0; s < all->sequences; s++)
         pieces += segments_of(all, s);
-    int64_t coded = all->k.coding != FULL_KV || all->v.coding != FULL_KV, room = coded ? 2 * TILE * all->width : 1;
+    int64_t coded = all->coded || all->k.coding != FULL_KV || all->v.coding != FULL_KV, room = coded ? 2 * TILE * all->width : 1;
     float *parts = malloc(pieces * all->groups * part * sizeof(float));
     int64_t *begins = malloc((all->sequences + 1) * sizeof(int64_t)), *owner = malloc(pieces * sizeof(int64_t));
     if (!parts || !begins || !owner) {

@@ -25,9 +25,11 @@ class _Decodes(ctypes.Structure):
     _fields_ = [
         ("k", KVPages),
         ("v", KVPages),
-        *((name, ctypes.c_size_t) for name in ("q", "out", "table", "row", "first", "end")),
+        ("k_coded", KVPages),
+        ("v_coded", KVPages),
+        *((name, ctypes.c_size_t) for name in ("q", "out", "table", "row", "first", "end", "coded")),
         *((name, ctypes.c_int64) for name in ("sequences", "table_stride", "q_stride")),
-        *((name, ctypes.c_int64) for name in ("heads", "groups", "width", "block", "page_rows", "slot_rows")),
+        *((name, ctypes.c_int64) for name in ("heads", "groups", "width", "sinks")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]
@@ -42,6 +44,8 @@ class Decodes:
     end_N: torch.Tensor  # int32
     table_NP: torch.Tensor  # int32
     slots: int  # seen by all of them
+    coded_N: torch.Tensor | None = None  # int32, of AttentionBatch
+    sinks: int = 0
 
 
 def takes(q_THD: torch.Tensor, *pages: Pages) -> bool:
@@ -62,12 +66,12 @@ def decode(
     heads, width = q_THD.shape[1:]
     if q_THD.stride()[1:] != (width, 1):
         q_THD = q_THD.contiguous()
-    block, groups = k.block, k.groups
+    groups, coded = k.groups, 0 if part.coded_N is None else part.coded_N.data_ptr()
     work = _Decodes(
-        described(k), described(v), q_THD.data_ptr(), out_THD.data_ptr(),
-        part.table_NP.data_ptr(), part.row_N.data_ptr(), part.first_N.data_ptr(), part.end_N.data_ptr(),
-        len(part.row_N), part.table_NP.shape[1], q_THD.stride(0), heads, groups, width, block,
-        k.page_rows, k.slot_rows, scale, softcap or 0.0,
+        described(k), described(v), described(k.coded), described(v.coded), q_THD.data_ptr(), out_THD.data_ptr(),
+        part.table_NP.data_ptr(), part.row_N.data_ptr(), part.first_N.data_ptr(), part.end_N.data_ptr(), coded,
+        len(part.row_N), part.table_NP.shape[1], q_THD.stride(0), heads, groups, width, part.sinks,
+        scale, softcap or 0.0,
     )  # fmt: skip
     if library().loaded.paged_decode(ctypes.byref(work), threads_for(part.slots * groups * width)):
         raise MemoryError(f"no memory for attention of {len(part.row_N)} decodes")

@@ -6,14 +6,19 @@
 
 #include "vectors.h"
 
-enum coding { FULL_KV, INT8_KV, INT4_KV, FP8_KV };
+enum coding { FULL_KV, INT8_KV, INT4_KV, FP8_KV, CHANNELS8_KV, CHANNELS4_KV };
 
 typedef struct {         /* ctypes mirrors it in kv_store.py. A row is one token and head */
-    void *codes;         /* [P][B][G] rows: fp32, one byte or half a byte a channel */
-    uint16_t *numbers;   /* fp16 [P][B][G]: scale; of int4 scale and lowest number; of fp8 none */
+    void *codes;         /* of each page [B][G] rows: fp32, one byte or half a byte a channel */
+    uint16_t *numbers;   /* fp16 [B][G]: scale; of int4 scale and lowest number; of fp8 none; of channels [2][G][W] */
     const float *scale;  /* [G] of fp8 */
-    int64_t coding;
+    int64_t coding, tokens, slot_rows;        /* of a page; rows from one slot of it to the next */
+    int64_t bytes_apart, numbers_apart;       /* from one page to the next: of codes, of numbers */
 } kv_pages;
+
+INLINE void *codes_of(const kv_pages *pages, int64_t page) { return (char *)pages->codes + page * pages->bytes_apart; }
+
+INLINE uint16_t *numbers_of(const kv_pages *pages, int64_t page) { return pages->numbers + page * pages->numbers_apart; }
 
 typedef union {
     float number;
@@ -64,33 +69,44 @@ INLINE float from_fp8(uint8_t code) {
     return x.number;
 }
 
-/* The numbers of a row, but for `scale` and `shift` (number = scale * x + shift): where they lie, or in `room`. */
-INLINE const float *row_at(const kv_pages *pages, int64_t row, int64_t group, int64_t width, float *room, float *scale,
-        float *shift) {
+/* The numbers of a page's row, but for `scale` and `shift` (number = scale * x + shift): where they lie, or in `room`.
+ * Where channels have scales, the codes: those go to the query, and what is lowest to a score as a shift by 1. */
+INLINE const float *row_at(const kv_pages *pages, int64_t page, int64_t row, int64_t group, int64_t width, float *room,
+        float *scale, float *shift) {
     *scale = 1, *shift = 0;
     switch (pages->coding) {
     case INT8_KV: {
-        const int8_t *codes = (const int8_t *)pages->codes + row * width;
+        const int8_t *codes = (const int8_t *)codes_of(pages, page) + row * width;
         for (int64_t d = 0; d < width; d++) room[d] = codes[d];
-        *scale = from_half(pages->numbers[row]);
+        *scale = from_half(numbers_of(pages, page)[row]);
         return room;
     }
-    case INT4_KV: {
+    case CHANNELS8_KV: {
+        const uint8_t *codes = (const uint8_t *)codes_of(pages, page) + row * width;
+        for (int64_t d = 0; d < width; d++) room[d] = codes[d];
+        *shift = 1;
+        return room;
+    }
+    case INT4_KV:
+    case CHANNELS4_KV: {
         const int64_t half = width / 2;
-        const uint8_t *codes = (const uint8_t *)pages->codes + row * half;
+        const uint8_t *codes = (const uint8_t *)codes_of(pages, page) + row * half;
         for (int64_t d = 0; d < half; d++) room[d] = codes[d] & 15;
         for (int64_t d = 0; d < half; d++) room[half + d] = codes[d] >> 4;
-        *scale = from_half(pages->numbers[2 * row]);
-        *shift = from_half(pages->numbers[2 * row + 1]);
+        *shift = 1;
+        if (pages->coding == INT4_KV) {
+            *scale = from_half(numbers_of(pages, page)[2 * row]);
+            *shift = from_half(numbers_of(pages, page)[2 * row + 1]);
+        }
         return room;
     }
     case FP8_KV: {
-        const uint8_t *codes = (const uint8_t *)pages->codes + row * width;
+        const uint8_t *codes = (const uint8_t *)codes_of(pages, page) + row * width;
         for (int64_t d = 0; d < width; d++) room[d] = from_fp8(codes[d]);
         *scale = pages->scale[group];
         return room;
     }
-    default: return (const float *)pages->codes + row * width;
+    default: return (const float *)codes_of(pages, page) + row * width;
     }
 }
 

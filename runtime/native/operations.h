@@ -6,14 +6,14 @@
 #include "vectors.h"
 
 typedef struct { /* ctypes mirrors it in attention.py */
-    kv_pages k, v;
+    kv_pages k, v, k_coded, v_coded;
     const float *q;
     float *out;
     const int32_t *table;       /* [sequences, table_stride] */
     const int64_t *row;         /* of each sequence's query in q and out */
-    const int32_t *first, *end; /* the slots it sees */
-    int64_t sequences, table_stride, q_stride, heads, groups, width, block;
-    int64_t page_rows, slot_rows; /* rows (one token and head) from one page to the next, and from one slot of it */
+    const int32_t *first, *end; /* the slots it sees: tokens, where pages are coded as a whole */
+    const int32_t *coded;       /* of each sequence the pages behind `sinks` tokens that are coded; or NULL */
+    int64_t sequences, table_stride, q_stride, heads, groups, width, sinks;
     float scale, softcap; /* softcap 0: none */
 } decodes;
 

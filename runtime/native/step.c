@@ -3,8 +3,8 @@
    With few rows, what lies between two operations in Python takes as long as the operations do. A token of a prompt is
    a row like any other: all keys and values of a layer are stored before its attention, and each row says how many
    slots it sees. Shapes: M rows, one token each, N of which want logits, D hidden channels, H query heads and G
-   key-value heads of W channels, R of them rotated, F inner channels of the feed-forward, V vocabulary, B slots of a
-   page. The result of a row does not depend on the other rows. */
+   key-value heads of W channels, R of them rotated, F inner channels of the feed-forward, V vocabulary.
+   The result of a row does not depend on the other rows. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -25,7 +25,7 @@ typedef struct { /* ctypes mirrors these in small_steps.py */
 typedef struct {
     linear qkv, output, gate_up, down;
     const float *before_attention, *after_attention, *before_ffn, *after_ffn, *q_norm, *k_norm; /* NULL: no norm */
-    kv_pages k, v;
+    kv_pages k, v, k_coded, v_coded;
     int64_t heads, groups, width, inner, window, rope; /* window 0: none */
     float scale;
 } layer;
@@ -41,7 +41,7 @@ typedef struct {
     const rope *ropes;
     const float *norm;
     linear head;
-    int64_t layer_count, rope_count, hidden, page;
+    int64_t layer_count, rope_count, hidden, sinks;
     float eps, added, softcap; /* added: to the weights of norms; softcap 0: none */
     int32_t activation;
 } decoder;
@@ -52,6 +52,7 @@ typedef struct {
     const int64_t *position, *slot; /* [M] */
     const int32_t *end, *table;     /* [M], [M][table_stride] */
     const int64_t *wanted;          /* [N], rising */
+    const int32_t *coded;           /* [M], or NULL, as in operations.h */
     int64_t rows, table_stride, wanted_rows;
     int32_t threads;
 } step;
@@ -151,10 +152,10 @@ static int attention(const decoder *model, const layer *l, const step *now, scra
         seen += now->end[m] - at->first[m];
     }
     const decodes all = {
-        .q = at->q, .k = l->k, .v = l->v, .out = at->y, .table = now->table, .row = at->row, .first = at->first,
-        .end = now->end, .sequences = M, .table_stride = now->table_stride, .q_stride = q_width, .heads = l->heads,
-        .groups = l->groups, .width = l->width, .block = model->page, .page_rows = model->page * l->groups,
-        .slot_rows = l->groups, .scale = l->scale, .softcap = model->softcap,
+        .q = at->q, .k = l->k, .v = l->v, .k_coded = l->k_coded, .v_coded = l->v_coded, .out = at->y,
+        .table = now->table, .row = at->row, .first = at->first, .end = now->end, .coded = now->coded, .sequences = M,
+        .table_stride = now->table_stride, .q_stride = q_width, .heads = l->heads, .groups = l->groups,
+        .width = l->width, .sinks = model->sinks, .scale = l->scale, .softcap = model->softcap,
     };
     return paged_decode(&all, threads_for(seen * k_width, now)) || product(&l->output, now, at->y, at->normal);
 }

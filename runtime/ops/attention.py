@@ -39,7 +39,7 @@ def paged_attention(
     k, v = as_pages(k), as_pages(v)
     if exact:
         return attend_tiled(q_THD, k, v, batch, scale=scale, window=window, softcap=softcap)
-    if uses_triton(q_THD):
+    if uses_triton(q_THD) and batch.frames is None:
         from runtime.ops.triton.attention import attend
 
         return attend(q_THD, k, v, batch, scale=scale, window=window, softcap=softcap)

@@ -107,12 +107,15 @@ def _compiled_rows(batch: AttentionBatch, direct: list[int], window: int | None)
     if rows:
         first = [0 if window is None else max(0, slot - window + 1) for _, _, slot in rows]
         end = [min(batch.kv_len[s], slot + 1) for s, _, slot in rows]
+        sequence_N = torch.tensor([s for s, _, _ in rows])
         yield native.Decodes(
             row_N=torch.tensor([row for _, row, _ in rows]),
             first_N=torch.tensor(first, dtype=torch.int32),
             end_N=torch.tensor(end, dtype=torch.int32),
-            table_NP=batch.table_SP[torch.tensor([s for s, _, _ in rows])],
+            table_NP=batch.table_SP[sequence_N],
             slots=sum(end) - sum(first),
+            coded_N=None if batch.coded_S is None else batch.coded_S[sequence_N],
+            sinks=0 if batch.frames is None else batch.frames.sinks,
         )
 
 
@@ -140,11 +143,10 @@ def _padded(batch: AttentionBatch, together: list[int], ranges: list[tuple[int, 
     index_NK = first_N1 + torch.arange(most, device=device)
     inside_NK = index_NK < end_N1
     index_NK = torch.minimum(index_NK, end_N1 - 1)  # padding repeats the sequence's own last slot: finite, then masked
-    page_NK = batch.table_SP[sequence_N].long().gather(1, index_NK // block)
     even = all(end - first == most for first, end in ranges)
     return _Padded(
         row_N=batch.starts_S1[sequence_N].long(),
-        slot_NK=page_NK * block + index_NK % block,
+        slot_NK=batch.pool_slots(sequence_N, index_NK, block),
         visible_N11K=None if even else inside_NK[:, None, None, :],
     )
 
@@ -153,8 +155,9 @@ def _chunks(batch: AttentionBatch, sequences: list[int], block: int, window: int
     for sequence in sequences:
         start, end = batch.starts[sequence : sequence + 2]
         first, stop = _visible(batch, sequence, window)
-        index_K = torch.arange(first, stop, device=batch.table_SP.device)
-        slot_K = batch.table_SP[sequence].long()[index_K // block] * block + index_K % block
+        device = batch.table_SP.device
+        index_1K = torch.arange(first, stop, device=device)[None]
+        slot_K = batch.pool_slots(torch.tensor([sequence], device=device), index_1K, block)[0]
         yield _Chunk(start, end, batch.indices[start], first, slot_K)
 
 

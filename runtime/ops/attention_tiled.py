@@ -30,7 +30,7 @@ class _Lanes:
     row: torch.Tensor  # flat rows of the batch …
     place: torch.Tensor  # … and where each lies in [L * Q]
     query_LQ: torch.Tensor  # its slot; -1 where there is no query
-    table_LP: torch.Tensor
+    sequence_L: torch.Tensor
     last_slot_L1: torch.Tensor
     first_tile_L1: torch.Tensor
     tiles: list[int]
@@ -52,7 +52,7 @@ def attend_tiled(
         batch.plans[key] = list(_plan(batch, window))
     out_THD = torch.empty_like(q_THD)
     for lanes in batch.plans[key]:
-        _attend_lanes(out_THD, q_THD, k, v, lanes, scale, window, softcap)
+        _attend_lanes(out_THD, q_THD, k, v, batch, lanes, scale, window, softcap)
     return out_THD
 
 
@@ -87,7 +87,7 @@ def _lanes(batch: AttentionBatch, pieces: list[tuple[int, int, int, int, int]]) 
         row=row,
         place=place,
         query_LQ=query.view(-1, QUERY_TILE),
-        table_LP=batch.table_SP[sequences].long(),
+        sequence_L=sequences,
         last_slot_L1=batch.kv_len_S[sequences].long()[:, None] - 1,
         first_tile_L1=torch.tensor([[first] for _, first, _, _, _ in pieces], device=device),
         tiles=[tiles for tiles, *_ in pieces],
@@ -99,6 +99,7 @@ def _attend_lanes(
     q_THD: torch.Tensor,
     k: Pages,
     v: Pages,
+    batch: AttentionBatch,
     lanes: _Lanes,
     scale: float,
     window: int | None,
@@ -116,7 +117,7 @@ def _attend_lanes(
     sum_LGQR = torch.zeros_like(top_LGQR)
     for tile in range(lanes.tiles[0]):
         active = sum(tiles > tile for tiles in lanes.tiles)
-        key_LK, slot_LK = _key_tile(lanes, active, tile, k.block)
+        key_LK, slot_LK = _key_tile(batch, lanes, active, tile, k.block)
         hidden_LQK = _hidden(lanes.query_LQ[:active], key_LK, window)
         score_LGQRK = _product(q_LGQRD[:active], _gather(k, slot_LK).transpose(2, 3)) * scale
         if softcap is not None:
@@ -134,16 +135,17 @@ def _attend_lanes(
     out_THD[lanes.row] = result[lanes.place].to(out_THD.dtype)
 
 
-def _key_tile(lanes: _Lanes, active: int, tile: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _key_tile(
+    batch: AttentionBatch, lanes: _Lanes, active: int, tile: int, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots in the sequence [L, K] and in the pool [L, K] of each lane's next keys.
 
     Past a sequence's end the slot is its last one: finite numbers, which the mask hides.
     """
-    within = torch.arange(KEY_TILE, device=lanes.table_LP.device)
+    within = torch.arange(KEY_TILE, device=lanes.sequence_L.device)
     index_LK = (lanes.first_tile_L1[:active] + tile) * KEY_TILE + within
     stored_LK = torch.minimum(index_LK, lanes.last_slot_L1[:active])
-    page_LK = lanes.table_LP[:active].gather(1, stored_LK // block)
-    return index_LK, page_LK * block + stored_LK % block
+    return index_LK, batch.pool_slots(lanes.sequence_L[:active], stored_LK, block)
 
 
 def _hidden(query_LQ: torch.Tensor, key_LK: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from runtime.ops.coded_pages import Frames
+
 if TYPE_CHECKING:
     from runtime.ops.head_batch import HeadBatch
 
@@ -27,6 +29,9 @@ class AttentionBatch:
     any valid page), position_T int64 (of the queries), index_T int64 (their slots, counted within the sequence), slot_T
     int64 (page * B + offset: where each token's keys and values go). `starts`, `kv_len`: the same on the host.
     `max_query`, `max_kv`: their largest lengths.
+
+    With `frames`, where the first coded_S (int32) pages behind the sinks hold more tokens than others, nothing is ever
+    dropped: kv_len and index count tokens, and are positions.
     """
 
     starts_S1: torch.Tensor
@@ -41,6 +46,8 @@ class AttentionBatch:
     max_kv: int
     by_head: "HeadBatch | None" = None  # where some sequences have tables for each layer and head
     after_attention: Callable[[torch.Tensor], None] | None = None  # given each layer's rotated queries [T, H, D]
+    frames: Frames | None = None
+    coded_S: torch.Tensor | None = None
     plans: dict[tuple, object] = field(default_factory=dict, repr=False)  # what a CPU route worked out, for all layers
 
     @classmethod
@@ -53,6 +60,7 @@ class AttentionBatch:
         *,
         block_size: int,
         device: torch.device | str = "cpu",
+        frames: Frames | None = None,
     ) -> "AttentionBatch":
         """Batch from each sequence's first position, number of tokens, slots stored before them, and page table.
 
@@ -74,6 +82,10 @@ class AttentionBatch:
         within_T = np.arange(starts_S1[-1]) - starts_S1[owner_T]
         index_T = stored_S[owner_T] + within_T
         slot_T = table_SP[owner_T, index_T // block_size].astype(np.int64) * block_size + index_T % block_size
+        coded_S = None
+        if frames is not None:
+            coded_S = torch.from_numpy(frames.coded(position_S, stored_S).astype(np.int32)).to(device)
+            kv_len_S, index_T = position_S + count_S, position_S[owner_T] + within_T
         return cls(
             starts_S1=torch.from_numpy(starts_S1.astype(np.int32)).to(device),
             kv_len_S=torch.from_numpy(kv_len_S.astype(np.int32)).to(device),
@@ -85,7 +97,16 @@ class AttentionBatch:
             kv_len=kv_len_S.tolist(),
             max_query=int(count_S.max()),
             max_kv=int(kv_len_S.max()),
+            frames=frames,
+            coded_S=coded_S,
         )
+
+    def pool_slots(self, sequence_N: torch.Tensor, index_NK: torch.Tensor, block: int) -> torch.Tensor:
+        """Where in the pool slots [N, K] of these sequences lie (int64)."""
+        table_NP = self.table_SP[sequence_N].long()
+        if self.frames is not None and self.coded_S is not None:
+            return self.frames.slots(table_NP, self.coded_S[sequence_N].long()[:, None], index_NK)
+        return table_NP.gather(1, index_NK // block) * block + index_NK % block
 
     @cached_property
     def indices(self) -> list[int]:

@@ -60,6 +60,6 @@ def split_layers(whole: Pages, count: int, scales: Sequence[Tensor | None], rota
     for layer, (scale_G, rotate) in enumerate(zip(scales, rotated, strict=True)):
         its = [None if x is None else x.chunk(count)[layer] for x in (whole.codes, whole.numbers)]
         one = None if scale_G is None else torch.ones_like(scale_G[:1])
-        heads = HeadPages(codes, whole.codec, numbers, one, rotate, None, layer, whole.block, whole.groups)
-        found.append(Pages(its[0], whole.codec, its[1], scale_G, rotate, heads))
+        heads = HeadPages(codes, whole.codec, numbers, one, rotate, layer=layer, slots=whole.block, apart=whole.groups)
+        found.append(Pages(its[0], whole.codec, its[1], scale_G, rotate, heads=heads))
     return found

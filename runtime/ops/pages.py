@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kv_compress._coding import decode, encode, hadamard
+from runtime.ops.coded_pages import CodedPages
 
 if TYPE_CHECKING:
     from runtime.ops.head_pages import HeadPages
@@ -27,7 +29,8 @@ __all__ = ["Pages", "as_pages", "turned"]
 class Pages:
     """`codes` [P, B, G, C]: numbers themselves under "full", else codes of `codec` with fp16 `numbers` [P, B, G, N], or
     with the fp32 `scale_G` of fp8. `rotate`: what is stored here was rotated, and queries (outputs) must be, too.
-    `heads`: the same memory as pages of single heads, where layers and heads keep unequal numbers of slots."""
+    `heads`: the same memory as pages of single heads, where layers and heads keep unequal numbers of slots. `coded`:
+    the same memory as pages that are coded as a whole; their slots come behind those of these pages."""
 
     codes: Tensor
     codec: str = "full"
@@ -35,6 +38,7 @@ class Pages:
     scale_G: Tensor | None = None
     rotate: bool = False
     heads: HeadPages | None = None
+    coded: CodedPages | None = None
 
     @property
     def is_coded(self) -> bool:
@@ -74,6 +78,8 @@ class Pages:
 
     def read(self, slot_S: Tensor) -> Tensor:
         """What slots hold, as numbers [S, G, D]: in the pages' own dtype, or fp32 from codes."""
+        if self.coded is not None:
+            return self._read_frames(slot_S, self.coded)
         codes_SGC = self.codes.flatten(0, 1).index_select(0, slot_S)
         if not self.is_coded:
             return codes_SGC
@@ -82,6 +88,9 @@ class Pages:
 
     def write(self, x_TGD: Tensor, slot_T: Tensor) -> None:
         """Put numbers [T, G, D] into slots, coded if these pages are."""
+        if self.coded is not None:  # pages lie apart
+            self.codes[slot_T // self.block, slot_T % self.block] = x_TGD.to(self.codes.dtype)
+            return
         if not self.is_coded:
             self.codes.flatten(0, 1).index_copy_(0, slot_T, x_TGD.to(self.codes.dtype))
             return
@@ -89,6 +98,16 @@ class Pages:
         self.codes.flatten(0, 1).index_copy_(0, slot_T, codes_TGC)
         if self.numbers is not None and numbers_TGN is not None:
             self.numbers.flatten(0, 1).index_copy_(0, slot_T, numbers_TGN)
+
+    def _read_frames(self, slot_S: Tensor, coded: CodedPages) -> Tensor:
+        """fp32, from full and coded pages."""
+        first = self.codes.shape[0] * self.block  # slot of coded pages
+        is_coded_S = slot_S >= first
+        x_SGD = slot_S.new_empty((len(slot_S), self.groups, self.width), dtype=torch.float32)
+        full_S = slot_S[~is_coded_S]
+        x_SGD[~is_coded_S] = self.codes[full_S // self.block, full_S % self.block].float()
+        x_SGD[is_coded_S] = coded.read(slot_S[is_coded_S] - first).float()
+        return x_SGD
 
 
 def as_pages(pages: Tensor | Pages) -> Pages:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from compress.core.checkpoint import Checkpoint
-from compress.kv_report import kv_report
+from compress.kv_report import PER_CHANNEL, kv_report
 from kv_compress.policy import CODECS, FULL, KVPolicy
 from runtime.cache import KVCache
+from runtime.frames import cache_for
 from runtime.models.config import ModelConfig
 from runtime.models.reading import read
 from tests.conftest import TinyModel
@@ -22,13 +23,25 @@ def test_bytes_are_those_that_the_runtime_allocates(tiny_model: TinyModel, famil
     checkpoint = Checkpoint.open(tiny_model(family, odd))
     config = read(checkpoint.config)
     for dtype in (torch.float32, torch.bfloat16):
-        found = kv_report(checkpoint, memory_bytes=10**6, context=100, itemsize=dtype.itemsize)
-        for way in found.ways:
+        found = kv_report(checkpoint, memory_bytes=10**6, context=300, itemsize=dtype.itemsize)
+        *ways, paged = found.ways
+        assert paged.name == PER_CHANNEL
+        channels = KVPolicy.uniform("int4", len(config.layers), keys="channel", sinks=4, recent=64)
+        frames = cache_for(config, 10**6 // paged.page_bytes, 16, dtype, policy=channels)
+        assert frames.bytes == frames.pages * paged.page_bytes <= 10**6 < frames.bytes + paged.page_bytes
+        assert paged.longest == frames.points.longest(frames.pages)
+        most, points = 0, frames.points
+        for stored in range(1, 301):  # what one sequence holds, before anything is coded there
+            coded = sum(stored > at for at in map(points.position, range(1, 20))) * points.together
+            most = max(most, coded + -(-(stored - coded * points.page_tokens) // 16))
+        assert paged.sequences == frames.pages // most
+        assert paged.token_bytes == -(-paged.page_bytes // points.page_tokens) < found.full_bytes / 2
+        for way in ways:
             policy = None if way.name == FULL else way.name
             cache = KVCache(config, 7, 16, dtype, policy=uniform(policy, config))
             assert cache.bytes == 7 * way.page_bytes == 7 * 16 * way.token_bytes
             assert way.tokens * way.token_bytes <= 10**6 < (way.tokens + 16) * way.token_bytes
-        assert {way.name for way in found.ways} == {FULL, *CODECS}
+        assert {way.name for way in ways} == {FULL, *CODECS}
 
 
 def uniform(name: str | None, config: ModelConfig) -> KVPolicy | None:

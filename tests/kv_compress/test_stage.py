@@ -157,3 +157,38 @@ def test_kv_cache_stands_last_and_needs_text_for_fp8_alone() -> None:
     recipe = parse_recipe({"model": "m", "stages": [quantize, kv]})
     assert recipe.stages[1].settings == KVCache(precision="int8")
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+def test_keys_per_channel_travel_with_the_artifact(tiny_model: TinyModel, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    asked = {"precision": "int4", "keys": "channel", "recent": 9}
+    out = made(tmp_path, {"kv_cache": asked})
+    manifest, config = (json.loads((out / name).read_text()) for name in ("compress.json", "config.json"))
+    policy = manifest["kv_cache"]
+    assert policy == config["compress_kv_cache"] and (policy["sinks"], policy["recent"]) == (4, 9)
+    assert policy["layers"][0] == {"keys": {"codec": "int4", "per": "channel"}, "values": {"codec": "int4"}}
+    assert verify(out, source=tmp_path / "model").ok
+    llm = LLM(out, max_length=256, device="cpu", kv_bytes=1 << 20, dtype=torch.float32)
+    points = llm.engine.scheduler.points
+    assert (points.page_tokens, points.sinks, points.recent) == (96, 16, 9)
+    config["compress_kv_cache"]["recent"] = 8
+    (out / "config.json").write_text(json.dumps(config))
+    assert not verify(out).ok
+
+    checkpoint = Checkpoint.open(tiny_model("llama"))
+    assert KVCache(**asked).plan(checkpoint, None).notices == (
+        "keys and values of a token take 128 bytes instead of 768, 96 in a page; the first 16 and the last 9 to 104 "
+        "are kept in full",
+    )
+    mixed = KVCache.model_validate_json(
+        '{"precision": "int4", "keys": "channel", "overrides": [{"layers": "0", "precision": "full"}]}'
+    ).policy(checkpoint)
+    assert [of.keys.per for of in mixed.layers] == ["token", "channel", "channel"]
+    for wrong, message in (
+        ({"rotate": True}, "without rotation"),
+        ({"eviction": {"budget": {"tokens": 64}}}, "eviction cannot drop single tokens"),
+        ({"precision": "full"}, "holds only 16 that are coded"),
+    ):
+        settings = KVCache.model_validate_json(json.dumps(asked | wrong))
+        with pytest.raises(UsageError, match=message):
+            settings.plan(checkpoint, None)

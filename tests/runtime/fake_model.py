@@ -33,6 +33,7 @@ class FakeCache:
     def __init__(self, pages: int, block_size: int) -> None:
         self.pages = pages
         self.block_size = block_size
+        self.frames = None
         self.slots = np.full(pages * block_size, -1)
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:

@@ -1,0 +1,179 @@
+"""Whole pages that are coded, on real layers: each query attends to just the mixture that its position says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from compress.core.errors import UsageError
+from kv_compress.eviction import Budget, EvictionSettings
+from kv_compress.policy import Coding, KVPolicy, LayerPolicy
+from runtime.llm import LLM
+from runtime.params import SamplingParams
+from runtime.scheduler import RequestTooLong
+from tests.conftest import TinyModel
+from tests.runtime._naive import prompts_of
+
+BLOCK, SINKS, RECENT = 4, 3, 5  # sinks are a whole page
+POLICY = KVPolicy.uniform("int4", 3, keys="channel", sinks=SINKS, recent=RECENT)
+EIGHT = LayerPolicy(Coding("int8", per="channel"), Coding("int4"))
+MIXED = KVPolicy((*POLICY.layers[:1], EIGHT, LayerPolicy(Coding("int4"), Coding("int8"))), None, SINKS, RECENT)
+TOKENS = {"int4": 20, "mixed": 16}  # of a coded page: 3,072 bytes, at 2 · (8 + 8 + 4) and 2 · 16 · 4 a layer …
+PROMPTS = prompts_of((45, 9, 30, 61), 320, seed=3)
+PROMPTS[3][:40] = PROMPTS[0][:40]  # two begin alike
+ASKED = {"max_tokens": 26, "ignore_eos": True}
+
+
+def rounded(x_NGD: Tensor, coding: Coding, *, keys: bool) -> Tensor:
+    """A block of keys or values as codes leave it, by plain formulas."""
+    bits = 8 if coding.codec == "int8" else 4
+    if not keys and bits == 8 or keys and coding.per == "token" and bits == 8:
+        scale = (x_NGD.abs().amax(-1, keepdim=True) / 127).half().float()
+        return (x_NGD / scale).round() * scale
+    over = 0 if coding.per == "channel" else -1
+    low, high = x_NGD.amin(over, keepdim=True), x_NGD.amax(over, keepdim=True)
+    lowest = low.half().float()
+    if over == 0:  # rounded outwards, so that every number lies between codes
+        lowest = torch.where(lowest > low, torch.nextafter(low.half(), torch.tensor(-torch.inf).half()).float(), lowest)
+    exact = (high - (lowest if over == 0 else low)) / (2**bits - 1)
+    scale = exact.half().float()
+    if over == 0:
+        up = torch.nextafter(exact.half(), torch.tensor(torch.inf).half()).float()
+        scale = torch.where(scale < exact, up, scale)
+    return ((x_NGD - lowest) / scale).round().clamp(0, 2**bits - 1) * scale + lowest
+
+
+def expected_logits(folder: Path, config, ids: list[int], policy: KVPolicy, page: int) -> Tensor:
+    """A Llama in plain torch: a query at p sees block m rounded once `RECENT` tokens behind it are stored: [T, V]."""
+    w = load_file(folder / "model.safetensors")
+    layer = config.layers[0]
+    heads, groups, width = layer.heads, layer.kv_heads, layer.head_dim
+    frequency = layer.rope.theta ** -(torch.arange(0, width, 2).float() / width)
+    angle = torch.arange(len(ids))[:, None] * frequency
+    cosine, sine = angle.cos().repeat(1, 2)[:, None], angle.sin().repeat(1, 2)[:, None]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).rsqrt() * w[name]
+
+    def rotated(x: Tensor) -> Tensor:
+        low, high = x.chunk(2, dim=-1)
+        return x * cosine + torch.cat((-high, low), dim=-1) * sine
+
+    def attended(q: Tensor, k: Tensor, v: Tensor, of: LayerPolicy) -> Tensor:
+        rows = []
+        for position in range(len(ids)):
+            for begin in range(BLOCK, position, page):  # what is rounded once stays so
+                if begin + page + RECENT == position:
+                    block = slice(begin, begin + page)
+                    k[block], v[block] = rounded(k[block], of.keys, keys=True), rounded(v[block], of.values, keys=False)
+            seen = [z[: position + 1].repeat_interleave(heads // groups, dim=1) for z in (k, v)]
+            share = (torch.einsum("hd,khd->hk", q[position], seen[0]) / width**0.5).softmax(-1)
+            rows.append(torch.einsum("hk,khd->hd", share, seen[1]).flatten())
+        return torch.stack(rows)
+
+    x = w["model.embed_tokens.weight"][ids]
+    for index in range(len(config.layers)):
+        at = f"model.layers.{index}."
+        y = norm(x, at + "input_layernorm.weight")
+        q, k, v = (y @ w[f"{at}self_attn.{name}_proj.weight"].T for name in "qkv")
+        q, k = rotated(q.view(-1, heads, width)), rotated(k.view(-1, groups, width))
+        y = attended(q, k.clone(), v.view(-1, groups, width).clone(), policy.layers[index])
+        x = x + y @ w[at + "self_attn.o_proj.weight"].T
+        y = norm(x, at + "post_attention_layernorm.weight")
+        gate, up = (y @ w[f"{at}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (torch.nn.functional.silu(gate) * up) @ w[at + "mlp.down_proj.weight"].T
+    return norm(x, "model.norm.weight") @ w["model.embed_tokens.weight"].T
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> dict[int, dict[int, Tensor]]:
+    """Logits of every row that samples, by sequence and position."""
+    logits: dict[int, dict[int, Tensor]] = {}
+    run = llm.engine.runner.run
+
+    def taking_down(step, wanted):
+        found = run(step, wanted)
+        ends = {row.sequence: row.start + len(row.tokens) for row in step.rows}
+        for index, sequence in enumerate(found.sampled):
+            logits.setdefault(sequence, {})[ends[sequence] - 1] = found.logits_NV[index].clone()
+        return found
+
+    monkeypatch.setattr(llm.engine.runner, "run", taking_down)
+    return logits
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("name", list(TOKENS))
+def test_queries_see_the_mixture_that_their_position_says(
+    name: str, numerics: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, policy = tiny_model("llama"), {"int4": POLICY, "mixed": MIXED}[name]
+    llm = LLM(
+        folder, numerics=numerics, dtype=torch.float32, block_size=BLOCK, token_budget=24, kv_cache=policy,
+        device="cpu",
+    )  # fmt: skip
+    assert llm.engine.scheduler.points.page_tokens == TOKENS[name]
+    logits = watched(monkeypatch, llm)
+    completions = llm.generate(PROMPTS, **ASKED)
+    for sequence, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
+        ids = [*prompt, *completion.token_ids]
+        wanted = expected_logits(folder, llm.config, ids, policy, TOKENS[name])
+        full = expected_logits(folder, llm.config, ids, policy, 1 << 20)
+        found = logits[sequence]
+        assert sorted(found) == list(range(len(prompt) - 1, len(ids) - 1))
+        errors = torch.tensor([float((row - wanted[at]).abs().max()) for at, row in found.items()])
+        losses = [float((row - full[at]).abs().max()) for at, row in found.items()]
+        # A number that lies between two codes may fall to either side, and all rows behind it see that.
+        assert errors.median() < 1e-4 and errors.max() < 0.02
+        assert (max(losses) > 20 * errors.max()) == (len(ids) > BLOCK + TOKENS[name] + RECENT)
+
+
+def test_tokens_depend_on_nothing_that_an_engine_does(tiny_model: TinyModel) -> None:
+    """Batches, chunks, preemption, prefix hits and n > 1, in exact numerics: to the bit."""
+    folder = tiny_model("llama")
+    options = {"numerics": "exact", "block_size": BLOCK, "kv_cache": POLICY, "headroom_tokens": 0}
+    asked = ASKED | {"logprobs": 1}
+
+    def told(llm: LLM) -> list:
+        twice = [[(c.token_ids, c.logprobs) for c in llm.generate(PROMPTS, **asked)] for _ in range(2)]
+        assert twice[0] == twice[1]  # on pages of before
+        llm.engine.check_integrity()
+        assert llm.stats().pages.owned == 0
+        return twice[0]
+
+    alone = LLM(folder, max_sequences=1, prefix_cache=False, **options)
+    wanted = told(alone)
+    chunked = LLM(folder, token_budget=13, **options)
+    tight = LLM(folder, token_budget=64, kv_bytes=18 * 3072, **options)
+    assert told(chunked) == told(tight) == wanted
+    assert chunked.stats().pages.hits > 8 and tight.stats().preemptions > 1
+    [one] = alone.generate(PROMPTS[:1], **ASKED)
+    both = tight.generate(PROMPTS[:1], n=2, **ASKED)
+    assert [each.token_ids for each in both] == [one.token_ids] * 2
+
+
+def test_what_fits_is_known_and_what_is_allocated(tiny_model: TinyModel) -> None:
+    """A pool of 14 frames of 3,072 bytes: the longest sequence goes in, one token more is refused."""
+    llm = LLM(tiny_model("llama"), block_size=BLOCK, kv_bytes=14 * 3072 + 5, kv_cache=POLICY, dtype=torch.float32)
+    assert llm.ledger.kv_pool_bytes == llm.engine.runner.cache._memory.nbytes == 14 * 3072
+    assert llm.engine.scheduler.pool.page.name == "float32 or int4"
+    # In the end the sinks' frame, 7 coded ones and 6 full ones; before the last was coded it was as many.
+    assert llm.kv_tokens == 4 + 7 * 20 + 6 * 4 == 168
+    owned = []
+    llm.engine.add([5] * 160, SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
+    while llm.engine.has_work:
+        llm.engine.step()
+        owned.append(llm.stats().pages.owned)
+    assert max(owned) == 14
+    with pytest.raises(RequestTooLong, match="where pages are coded"):
+        llm.generate([[5] * 160], max_tokens=10)
+    full = LLM(tiny_model("llama"), block_size=BLOCK, kv_bytes=14 * 3072, dtype=torch.float32, device="cpu")
+    assert full.kv_tokens == 56
+
+
+def test_single_tokens_cannot_be_dropped(tiny_model: TinyModel) -> None:
+    with pytest.raises(UsageError, match="of which eviction cannot drop single tokens"):
+        LLM(tiny_model("llama"), kv_cache=POLICY, eviction=EvictionSettings(budget=Budget(tokens=64)))
