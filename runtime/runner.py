@@ -110,6 +110,7 @@ class Runner:
             [(0,) * -(-len(row.tokens) // block) if seated else row.table for row in rows],
             block_size=block,
             device=self.device,
+            frames=self.cache.frames,
         )
         if seated and step.groups is not None:
             few = FEW_QUERIES if torch.device(self.device).type == "cpu" else 1

@@ -70,7 +70,7 @@ class Scheduler:
         self._in_flight: Step | None = None
         self._most_running = min(settings.max_sequences, settings.token_budget)  # each gets a token in every step
         self.points = points
-        if points is not None and points.layers:
+        if isinstance(points, Points) and points.layers:
             pool.cut_for(points.layers, points.heads)
             self.points = replace(points, spread=pool.page.tokens - 1)
         pool.points = self.points

@@ -68,10 +68,17 @@ def decode(
         q_THD = q_THD.contiguous()
     groups, coded = k.groups, 0 if part.coded_N is None else part.coded_N.data_ptr()
     work = _Decodes(
-        described(k), described(v), described(k.coded), described(v.coded), q_THD.data_ptr(), out_THD.data_ptr(),
+        _paged(k), _paged(v), described(k.coded), described(v.coded), q_THD.data_ptr(), out_THD.data_ptr(),
         part.table_NP.data_ptr(), part.row_N.data_ptr(), part.first_N.data_ptr(), part.end_N.data_ptr(), coded,
         len(part.row_N), part.table_NP.shape[1], q_THD.stride(0), heads, groups, width, part.sinks,
         scale, softcap or 0.0,
     )  # fmt: skip
     if library().loaded.paged_decode(ctypes.byref(work), threads_for(part.slots * groups * width)):
         raise MemoryError(f"no memory for attention of {len(part.row_N)} decodes")
+
+
+def _paged(pages: Pages) -> KVPages:
+    """What C sees, where a page need not be as long as memory says (runtime.ops.head_pages)."""
+    found = described(pages)
+    found.tokens, found.slot_rows = pages.block, pages.slot_rows
+    return found

@@ -52,10 +52,9 @@ def described(pages: Pages | CodedPages | None) -> KVPages:
     if pages is None:
         return KVPages()
     numbers, scale = (0 if x is None else x.data_ptr() for x in (pages.numbers, pages.scale_G))
-    tokens = pages.tokens if isinstance(pages, CodedPages) else pages.block
     codings = _CHANNELS if isinstance(pages, CodedPages) and pages.channels else _CODINGS
     return KVPages(
-        pages.codes.data_ptr(), numbers, scale, codings[pages.codec], tokens, pages.slot_rows,
+        pages.codes.data_ptr(), numbers, scale, codings[pages.codec], pages.codes.shape[1], pages.codes.shape[2],
         pages.codes.stride(0) * pages.codes.itemsize, 0 if pages.numbers is None else pages.numbers.stride(0),
     )  # fmt: skip
 

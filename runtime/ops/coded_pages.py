@@ -32,11 +32,6 @@ class CodedPages:
         """Tokens of a page."""
         return self.codes.shape[1]
 
-    @property
-    def slot_rows(self) -> int:
-        """Rows (one token and head) from one token of a page to the next."""
-        return self.codes.shape[2]
-
     def tensors(self) -> Iterator[Tensor]:
         """All that lies in pages."""
         yield self.codes
