@@ -59,7 +59,9 @@ def main() -> None:
                 given = attention if name in ("tova", "snapkv") else None
                 scores = press.score(layer, hidden, k, v, given, {"position_embeddings": positions})
                 stored[f"{name}.{kept}"] = scores[0].topk(kept, dim=-1).indices.sort(-1).values.to(torch.int32)
-        stored |= pyramid(layer, hidden, k, v, attention, positions) | adaptive(layer, hidden, k, v, attention, positions)
+        stored |= pyramid(layer, hidden, k, v, attention, positions) | adaptive(
+            layer, hidden, k, v, attention, positions
+        )
     save_file({key: value.contiguous() for key, value in stored.items()}, sys.argv[1], metadata={"kvpress": "0.5.5"})
 
 
