@@ -26,9 +26,9 @@ def score(observed: Observed) -> Tensor:
 
 
 def budgets(kept: int, least: int, stored: Sequence[int], beta: float) -> tuple[int, ...]:
-    """Slots that stay in each head of each layer, `kept` in the mean, if `stored` are there. What always stays (`least`)
-    is in all of them; of the rest the last layer gets 1 / beta of the mean, unless the first would get more than it
-    has."""
+    """Slots that stay in each head of each layer, `kept` in the mean, if `stored` are there. What always stays
+    (`least`) is in all of them; of the rest the last layer gets 1 / beta of the mean, unless the first would get more
+    than it has."""
     count, rest = len(stored), kept - least
     highest = min(rest * (2 - 1 / beta), max(stored) - least)
     fall = 2 * (highest - rest) / max(count - 1, 1)

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from kv_compress._scores import Observed, keep, scorer
+from kv_compress.adakv import keep_among
+from kv_compress.pyramidkv import budgets
 
 ORACLE = Path(__file__).parents[1] / "oracles" / "expected" / "kvpress-keeps.safetensors"
 PROTECTED = {"streaming": (4, 1), "tova": (0, 1), "snapkv": (0, 6), "expected_attention": (4, 0)}
@@ -37,6 +39,23 @@ def test_the_same_slots_stay_as_in_kvpress(oracle: dict[str, torch.Tensor], meth
     given = observed(oracle, method)
     kept_GN = keep(scorer(method)(given), count, given.protected)
     assert torch.equal(kept_GN, oracle[f"{method}.{count}"].long())
+
+
+@pytest.mark.parametrize("count", [12, 24, 40])
+def test_layers_and_heads_keep_what_they_keep_in_kvpress(oracle: dict[str, torch.Tensor], count: int) -> None:
+    """kvpress gives a layer its share of the budget with the window within it, here the window comes on top."""
+    given = observed(oracle, "snapkv")
+    kept_GN = keep_among(scorer("adakv")(given).unbind(), count, given.protected, 0.2)
+    expected_GS = oracle[f"adakv.{count}"].bool()
+    assert [kept_N.tolist() for kept_N in kept_GN] == [stays_S.nonzero()[:, 0].tolist() for stays_S in expected_GS]
+    theirs = [oracle[f"pyramidkv.{count}.{layer}"] for layer in range(4)]
+    for expected_GN in theirs:
+        [*kept_GN] = keep_among(scorer("pyramidkv")(given).unbind(), expected_GN.shape[1], given.protected, 1.0)
+        assert torch.equal(torch.stack(kept_GN), expected_GN.long())
+    if count > 12:  # else kvpress gives up on layers
+        ours = budgets(count + 6, 6, [48] * 4, 3)
+        assert all(abs(kept - 6 - of.shape[1]) <= 1 for kept, of in zip(ours, theirs, strict=True))
+        assert sum(ours) == 4 * (count + 6) and (ours[0] > ours[3] or count == 40)
 
 
 def test_ties_go_to_the_older_and_the_protected_stay() -> None:

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 HEADS, GROUPS, WIDTH, TOKENS, HIDDEN = 4, 2, 16, 48, 64
 WINDOW, SINKS = 6, 4
 KEPT = (12, 24, 40)
+LAYERS, BETA, SAFE = 4, 3, 0.2  # of pyramidkv and adakv
 
 
 def main() -> None:
@@ -58,7 +59,38 @@ def main() -> None:
                 given = attention if name in ("tova", "snapkv") else None
                 scores = press.score(layer, hidden, k, v, given, {"position_embeddings": positions})
                 stored[f"{name}.{kept}"] = scores[0].topk(kept, dim=-1).indices.sort(-1).values.to(torch.int32)
+        stored |= pyramid(layer, hidden, k, v, attention, positions) | adaptive(
+            layer, hidden, k, v, attention, positions
+        )
     save_file({key: value.contiguous() for key, value in stored.items()}, sys.argv[1], metadata={"kvpress": "0.5.5"})
+
+
+def pyramid(layer, hidden, k, v, attention, positions) -> dict[str, torch.Tensor]:
+    """What each of LAYERS layers would keep of these inputs."""
+    layer.config.num_hidden_layers, found = LAYERS, {}
+    for kept in KEPT:
+        press = kvpress.PyramidKVPress(1 - kept / TOKENS, window_size=WINDOW, beta=BETA)
+        for index in range(LAYERS):
+            layer.layer_idx = index
+            count = press.get_layer_budget(layer, TOKENS)
+            scores = press.score(layer, hidden, k, v, attention, {"position_embeddings": positions})
+            found[f"pyramidkv.{kept}.{index}"] = scores[0].topk(count, dim=-1).indices.sort(-1).values.to(torch.int32)
+    layer.layer_idx = 0
+    return found
+
+
+def adaptive(layer, hidden, k, v, attention, positions) -> dict[str, torch.Tensor]:
+    """Which slots of each head stay, as a mask."""
+    found = {}
+    for kept in KEPT:
+        press = kvpress.AdaKVPress(kvpress.SnapKVPress(1 - (kept + 0.5) / TOKENS, window_size=WINDOW), SAFE)
+        layer.config._attn_implementation = "sdpa"  # which the press asks for, and does not use
+        press.compress(layer, hidden, k, v, attention, {"position_embeddings": positions})
+        _, heads, slots = layer.masked_key_indices
+        stays = torch.ones(GROUPS, TOKENS, dtype=torch.uint8)
+        stays[heads, slots] = 0
+        found[f"adakv.{kept}"] = stays
+    return found
 
 
 if __name__ == "__main__":

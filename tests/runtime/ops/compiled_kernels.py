@@ -75,7 +75,7 @@ def attentions() -> Iterator[Build]:
             "GROUPS": 8, "GROUP": group, "WIDTH": width, "BLOCK": 16, "BLOCK_D": triton.next_power_of_2(width),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_Q": tile.m // group, "SEGMENTS": segments, "WINDOW": window,
             "SOFTCAP": softcap, "K_CODING": attention.CODINGS[coding], "V_CODING": attention.CODINGS[coding],
-            "BLOCK_H": triton.next_power_of_2(width // 2),
+            "BLOCK_H": triton.next_power_of_2(width // 2), "PAGE_ROWS": 16 * 8, "SLOT_ROWS": 8,
         }  # fmt: skip
         name = f"attention {'decode' if decode else 'prefill'} {group} x {width} {dtype} segments {segments} {coding}"
         out = {"out_ptr": "*fp32"} if segments > 1 else {}

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -21,11 +22,12 @@ from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 from kv_compress._coding import code_dtype, round_trip
 from kv_compress.policy import CODECS
+from runtime.ops.head_pages import split_layers
 from runtime.ops.kv_store import store_reference
 from runtime.ops.norm import normalise_reference
 from runtime.ops.pages import Pages
 from runtime.ops.rotary import rotate_reference
-from tests.runtime.ops.paged import dense, make
+from tests.runtime.ops.paged import Paged, dense, make
 
 Case = tuple[str, torch.Tensor, torch.Tensor, float]  # name, result, what it should be, largest error allowed
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
@@ -234,6 +236,53 @@ def coded(device: str = "cpu", only: torch.dtype | None = None) -> Iterator[Case
         yield name, out, dense(paged, **kind), 2 * LOOSE[dtype]
 
 
+BY_HEAD = [  # as CODED, but for (query heads of a head, width, block, heads of a layer)
+    ("full", "full", [(31, 9), (0, 3), (50, 2)], (3, 24, 16, 2), F32, None, {}),
+    ("full", "full", [(127, 1), (128, 1), (3, 1)], (2, 64, 16, 3), F16, 2, {"window": 40}),
+    ("int8", "int8", [(127, 1), (30, 5)], (3, 64, 16, 4), F32, 1, {}),
+    ("int4", "int4", [(127, 1), (128, 1), (3, 1)], (2, 16, 16, 2), F32, 2, {"softcap": 2.0}),
+    ("fp8", "int8", [(90, 1), (10, 4)], (1, 24, 8, 3), F16, None, {}),
+]
+
+
+def by_head(device: str = "cpu", only: torch.dtype | None = None) -> Iterator[Case]:
+    """Pages of single heads that lie anywhere in pages of all heads."""
+    from runtime.ops.triton.attention import attend
+    from runtime.ops.triton.kv_store import store
+
+    for keys, values, parts, (heads, width, block, columns), of_case, segments, settings in BY_HEAD:
+        dtype = only or of_case
+        name = f"{keys} {values} {parts} {width} {dtype} {settings}"
+        paged = make(parts, heads=heads, groups=1, width=width, block=block, dtype=dtype, seed=len(name))
+        k, v, there = scattered(paged, (keys, values), columns, store, device)
+        kind = {"scale": width**-0.5, "window": None, "softcap": None, **settings}
+        out = attend(there.q_THD, k, v, there.batch, segments=segments, **kind)
+        paged.keys = [round_trip(keys, x, torch.ones(1)) for x in paged.keys]
+        paged.values = [round_trip(values, x, torch.ones(1)) for x in paged.values]
+        yield name, out, dense(paged, **kind), 2 * LOOSE[dtype]
+
+
+def scattered(
+    paged: Paged, codecs: tuple[str, str], columns: int, store: Callable[..., None], device: str
+) -> tuple[Pages, Pages, Paged]:
+    """Sequences of one head, whose pages are put where heads of a larger memory would have theirs."""
+    pages, block, _, width = paged.k_PBGD.shape
+    whole = torch.zeros(pages, block, columns, width, dtype=paged.k_PBGD.dtype)
+    place = torch.randperm(pages * columns, generator=torch.Generator().manual_seed(pages))[:pages]
+    first = place // columns * block * columns + place % columns
+    memory = []
+    for codec in codecs:
+        [its] = split_layers(_empty(whole, codec, torch.ones(columns), device), 1, [torch.ones(columns)], [False])
+        one = torch.ones(1, device=device) if codec == "fp8" else None
+        memory.append(replace(its.heads, scale_G=one))
+    for own, k, v in zip(paged.batch.table_SP.tolist(), paged.keys, paged.values, strict=True):
+        rows = torch.tensor([int(first[own[i // block]]) + i % block * columns for i in range(len(k))], device=device)
+        store(k.to(device), v.to(device), *memory, rows)
+    there = paged.to(device)
+    there.batch.table_SP = first[paged.batch.table_SP.long()].int().to(device)
+    return memory[0], memory[1], there
+
+
 def _empty(like: torch.Tensor, codec: str, scale: torch.Tensor, device: str) -> Pages:
     *shape, groups, width = like.shape
     if codec == "full":
@@ -358,7 +407,7 @@ def sweep(device: str = "cpu") -> Iterator[Case]:
 
 CASES = {
     "attention": attention, "low_bit": low_bit, "kv_store": kv_store, "norm": norm, "rotary": rotary, "sweep": sweep,
-    "far_pages": far_pages, "coded": coded,
+    "far_pages": far_pages, "coded": coded, "by_head": by_head,
 }  # fmt: skip
 
 

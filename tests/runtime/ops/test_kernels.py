@@ -31,12 +31,14 @@ def lines_of(module: str, *arguments: str, folder: Path, interpret: bool) -> lis
 
 
 @pytest.mark.parametrize(
-    "kernels", [("attention",), ("coded",), ("low_bit",), ("sweep",), ("kv_store", "norm", "rotary")], ids="-".join
+    "kernels",
+    [("attention", "by_head"), ("coded",), ("low_bit",), ("sweep",), ("kv_store", "norm", "rotary")],
+    ids="-".join,
 )
 def test_kernels_agree_with_their_references(kernels: tuple[str, ...], tmp_path: Path) -> None:
     lines = lines_of("kernel_cases", *kernels, folder=tmp_path, interpret=True)
     assert [line for line in lines if not line["error"] <= line["bound"]] == []
-    for kernel in kernels:
+    for kernel in set(kernels) - {"by_head"}:
         assert len([line for line in lines if line["kernel"] == kernel]) >= EDGE_SHAPES
 
 
