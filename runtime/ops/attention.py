@@ -39,8 +39,11 @@ def paged_attention(
     k, v = as_pages(k), as_pages(v)
     if exact:
         return attend_tiled(q_THD, k, v, batch, scale=scale, window=window, softcap=softcap)
-    if uses_triton(q_THD) and batch.frames is None:
-        from runtime.ops.triton.attention import attend
+    if uses_triton(q_THD):
+        from runtime.ops.triton import attention, attention_frames
 
-        return attend(q_THD, k, v, batch, scale=scale, window=window, softcap=softcap)
+        if batch.frames is None:
+            return attention.attend(q_THD, k, v, batch, scale=scale, window=window, softcap=softcap)
+        if attention_frames.takes(k, v):
+            return attention_frames.attend(q_THD, k, v, batch, scale=scale, window=window, softcap=softcap)
     return attend_gathered(q_THD, k, v, batch, scale=scale, window=window, softcap=softcap)

@@ -18,7 +18,7 @@ def store_kv(
 
     Several tokens may name the same slot only if nobody reads it (padding): which one stays is not defined.
     """
-    if uses_triton(k_TGD):
+    if uses_triton(k_TGD) and as_pages(k).coded is None:
         from runtime.ops.triton.kv_store import store
 
         store(k_TGD, v_TGD, k, v, slot_T)

@@ -187,6 +187,19 @@ def _tanh(x):
     return 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))  # 2 log2(e); right at both infinities
 
 
+@triton.jit
+def _sequence_of(starts_ptr, piece, base, sequences, BLOCK_Q: tl.constexpr):
+    """The last sequence whose first piece is not past this one."""
+    sequence = tl.full([], 0, tl.int32)
+    above = sequences
+    while above - sequence > 1:
+        middle = (sequence + above) // 2
+        opens = (tl.load(starts_ptr + middle) - base) // BLOCK_Q + middle
+        sequence = tl.where(opens <= piece, middle, sequence)
+        above = tl.where(opens <= piece, above, middle)
+    return sequence
+
+
 @triton.jit(do_not_specialize=["window", "sequences", "table_stride"])
 def _attend(
     q_ptr,
@@ -242,13 +255,7 @@ def _attend(
     g = tl.program_id(1)
     segment = tl.program_id(2)
     base = tl.load(starts_ptr)
-    sequence = tl.full([], 0, tl.int32)
-    above = sequences
-    while above - sequence > 1:  # the last sequence whose first piece is not past this one
-        middle = (sequence + above) // 2
-        opens = (tl.load(starts_ptr + middle) - base) // BLOCK_Q + middle
-        sequence = tl.where(opens <= piece, middle, sequence)
-        above = tl.where(opens <= piece, above, middle)
+    sequence = _sequence_of(starts_ptr, piece, base, sequences, BLOCK_Q)
     row = tl.load(starts_ptr + sequence)
     rows = tl.load(starts_ptr + sequence + 1) - row
     skipped = (piece - (row - base) // BLOCK_Q - sequence) * BLOCK_Q

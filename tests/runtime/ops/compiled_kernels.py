@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compress.core.gpu import sweep
-from runtime.ops.triton import attention, kv_store, low_bit, norm, rotary
+from runtime.ops.triton import attention, attention_frames, kv_store, low_bit, norm, rotary
 
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 INT_POINTERS = {
@@ -81,6 +81,27 @@ def attentions() -> Iterator[Build]:
         out = {"out_ptr": "*fp32"} if segments > 1 else {}
         out |= dict.fromkeys(("k_ptr", "v_ptr"), CODES[coding]) if coding in CODES else {}
         yield Build(name, attention._attend, dtype, constants, tile.warps, tile.stages, True, out)
+
+
+def mixtures() -> Iterator[Build]:
+    for group, width, decode, segments, dtype, window, softcap, bits in [
+        (4, 128, True, 8, "bf16", False, False, 4),
+        (4, 128, True, 8, "bf16", False, False, 8),
+        (2, 256, False, 1, "bf16", True, True, 4),
+        (3, 96, False, 1, "fp16", False, True, 4),
+    ]:
+        tile = attention.tile_for(decode=decode, group=group, width=width, element_bytes=TYPES[dtype])
+        constants = {
+            "GROUPS": 8, "GROUP": group, "WIDTH": width, "BLOCK": 16, "SINKS": 16, "PAGE": 48,
+            "BLOCK_E": triton.next_power_of_2(width // 2), "BLOCK_M": tile.m, "BLOCK_N": tile.n,
+            "BLOCK_Q": tile.m // group, "SEGMENTS": segments, "WINDOW": window, "SOFTCAP": softcap, "K_BITS": bits,
+            "V_BITS": bits,
+        }  # fmt: skip
+        name = f"frames {'decode' if decode else 'prefill'} {group} x {width} {dtype} segments {segments} {bits} bits"
+        out = {"out_ptr": "*fp32"} if segments > 1 else {}
+        codes = CODES["int4"] if bits == 4 else CODES["int8"]
+        out |= {"k_codes_ptr": "*u8", "v_codes_ptr": codes, "coded_ptr": "*i32"}
+        yield Build(name, attention_frames._attend_frames, dtype, constants, tile.warps, tile.stages, True, out)
 
 
 def low_bits() -> Iterator[Build]:
@@ -151,5 +172,5 @@ def compile_for(build: Build, capability: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     for capability in sys.argv[1:]:
-        for build in (*attentions(), *low_bits(), *others(), *sweeps()):
+        for build in (*attentions(), *mixtures(), *low_bits(), *others(), *sweeps()):
             print(json.dumps(compile_for(build, int(capability))), flush=True)

@@ -27,6 +27,7 @@ from runtime.ops.kv_store import store_reference
 from runtime.ops.norm import normalise_reference
 from runtime.ops.pages import Pages
 from runtime.ops.rotary import rotate_reference
+from tests.runtime.ops.mixtures import mixture
 from tests.runtime.ops.paged import Paged, dense, make
 
 Case = tuple[str, torch.Tensor, torch.Tensor, float]  # name, result, what it should be, largest error allowed
@@ -107,6 +108,19 @@ DECODES = [
     ([1, 2, 3, 5, 8, 80], (3, 3, 16, 16), F16, 1, {}),
     ([260], (2, 1, 16, 16), F32, 32, {}),
 ]
+
+# parts; heads, groups, width, tokens of a coded page; dtype, segments, settings. Pages of 4 tokens, points at 10 + page.
+FRAMES = [
+    (parts, shape, dtype, segments, settings)
+    for parts, dtype in (
+        ([(0, 1)], F32), ([(29, 1), (30, 1), (31, 1)], F32), ([(170, 1), (9, 1)], F16), ([(75, 6), (0, 5)], F32),
+        ([(33, 1), (90, 17), (160, 1)], F16),
+    )
+    for shape, segments, settings in (
+        ((1, 1, 16, 20), 1, {}), ((6, 2, 24, 40), 2, {}), ((4, 2, 32, 72), 4, {"window": 23}),
+        ((3, 1, 80, 20), 1, {"softcap": 2.0}), ((8, 2, 8, 100), 2, {}), ((4, 4, 64, 24), 1, {"window": 70}),
+    )
+]  # fmt: skip
 
 
 def attention(device: str = "cpu", only: torch.dtype | None = None) -> Iterator[Case]:
@@ -283,6 +297,24 @@ def scattered(
     return memory[0], memory[1], there
 
 
+def frames(device: str = "cpu", only: torch.dtype | None = None) -> Iterator[Case]:
+    """Full and coded pages in one table."""
+    from runtime.ops.triton.attention_frames import attend, takes
+
+    kinds = ("int4", "int8", "int8 int4")
+    for index, (parts, (heads, groups, width, page), of_case, segments, settings) in enumerate(FRAMES):
+        dtype, kind = only or of_case, kinds[index % 3]
+        name = f"{parts} {kind} heads {heads}/{groups} width {width} page {page} {dtype} {segments} {settings}"
+        paged, k, v, batch = mixture(
+            parts, kind, heads=heads, groups=groups, width=width, page_tokens=page, dtype=dtype, device=device
+        )
+        if not takes(k, v):
+            raise ValueError(name)
+        asked = {"scale": width**-0.5, "window": None, "softcap": None, **settings}
+        out = attend(paged.q_THD.to(device), k, v, batch, segments=segments, **asked)
+        yield name, out, dense(paged, **asked), 2 * LOOSE[dtype]
+
+
 def _empty(like: torch.Tensor, codec: str, scale: torch.Tensor, device: str) -> Pages:
     *shape, groups, width = like.shape
     if codec == "full":
@@ -407,7 +439,7 @@ def sweep(device: str = "cpu") -> Iterator[Case]:
 
 CASES = {
     "attention": attention, "low_bit": low_bit, "kv_store": kv_store, "norm": norm, "rotary": rotary, "sweep": sweep,
-    "far_pages": far_pages, "coded": coded, "by_head": by_head,
+    "far_pages": far_pages, "coded": coded, "by_head": by_head, "frames": frames,
 }  # fmt: skip
 
 

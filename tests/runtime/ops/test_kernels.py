@@ -32,7 +32,7 @@ def lines_of(module: str, *arguments: str, folder: Path, interpret: bool) -> lis
 
 @pytest.mark.parametrize(
     "kernels",
-    [("attention", "by_head"), ("coded",), ("low_bit",), ("sweep",), ("kv_store", "norm", "rotary")],
+    [("attention", "by_head"), ("coded",), ("frames",), ("low_bit",), ("sweep",), ("kv_store", "norm", "rotary")],
     ids="-".join,
 )
 def test_kernels_agree_with_their_references(kernels: tuple[str, ...], tmp_path: Path) -> None:

@@ -1,0 +1,337 @@
+"""Paged attention in Triton where some pages are coded as a whole: keys per channel, values per token, int8 or int4.
+
+As in attention.py, a program owns the query heads of one key-value head and several tokens of one sequence, and few
+decodes are shared out. Its keys come in two ranges, tiles of full pages and tiles of coded ones: no tile holds both, nor
+parts of two coded pages. Scales and lowest numbers of a page's channels go to the queries (Liu et al., 2024,
+arXiv:2402.02750), those of values to probabilities. A head's channels are done in halves, as a byte of int4 holds them.
+With a sliding window, tiles in front of it are read, too, and masked.
+
+Shape suffixes: T tokens, H query heads, D head width; in the kernel M rows of a program, N keys of a tile, E channels
+of half a head.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from runtime.ops.batch import AttentionBatch
+from runtime.ops.coded_pages import CodedPages
+from runtime.ops.pages import Pages
+from runtime.ops.triton.attention import _FLOOR, _merge, _sequence_of, _tanh, segments_for, tile_for
+from runtime.ops.triton.device import processors
+
+_LOG2_E = math.log2(math.e)
+BITS = {"int8": 8, "int4": 4}
+
+
+def takes(k: Pages, v: Pages) -> bool:
+    """Whether the kernel reads these coded pages."""
+    kinds = (k.coded, True), (v.coded, False)
+    return all(of is not None and of.codec in BITS and of.channels == channels for of, channels in kinds)
+
+
+def attend(
+    q_THD: torch.Tensor,
+    k: Pages,
+    v: Pages,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    segments: int | None = None,
+) -> torch.Tensor:
+    """`paged_attention` over frames that `takes` allows; see attention.attend for the rest."""
+    q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    decodes, sequences = batch.decodes, len(batch.kv_len)
+    if decodes:
+        if segments is None:
+            segments = segments_for(decodes * k.groups, batch.max_kv, processors(q_THD.device))
+        _launch(out_THD, q_THD, k, v, batch, 0, decodes, segments, scale, window, softcap)
+    if decodes < sequences:
+        _launch(out_THD, q_THD, k, v, batch, decodes, sequences, 1, scale, window, softcap)
+    return out_THD
+
+
+def _launch(
+    out_THD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k: Pages,
+    v: Pages,
+    batch: AttentionBatch,
+    first: int,
+    end: int,
+    segments: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Attention of sequences first … end - 1."""
+    if k.coded is None or v.coded is None or batch.frames is None or batch.coded_S is None:
+        raise ValueError("these pages hold no coded ones")
+    tokens, heads, width = q_THD.shape
+    group = heads // k.groups
+    queries = batch.starts[end] - batch.starts[first]
+    tile = tile_for(decode=queries == end - first, group=group, width=width, element_bytes=q_THD.element_size())
+    block_q = tile.m // group
+    block_e = max(16, triton.next_power_of_2((width + 1) // 2))
+    if segments == 1:
+        part, top, total = out_THD, out_THD, out_THD
+    else:
+        part = torch.empty((tokens, heads, segments, width), dtype=torch.float32, device=q_THD.device)
+        top, total = torch.empty((2, tokens, heads, segments), dtype=torch.float32, device=q_THD.device)
+    _attend_frames[(queries // block_q + end - first, k.groups, segments)](
+        q_THD,
+        k.codes,
+        v.codes,
+        *_parts(k.coded),
+        *_parts(v.coded),
+        part,
+        top,
+        total,
+        batch.starts_S1[first:],
+        batch.kv_len_S[first:],
+        batch.table_SP[first:],
+        batch.coded_S[first:],
+        batch.index_T,
+        scale * _LOG2_E if softcap is None else scale / softcap,
+        0.0 if softcap is None else softcap * _LOG2_E,
+        0 if window is None else window,
+        end - first,
+        batch.table_SP.stride(0),
+        q_THD.stride(0),
+        q_THD.stride(1),
+        k.codes.stride(0),
+        v.codes.stride(0),
+        *(part.stride(0) for part in (*_parts(k.coded), *_parts(v.coded))),
+        GROUPS=k.groups,
+        GROUP=group,
+        WIDTH=width,
+        BLOCK=k.block,
+        SINKS=batch.frames.sinks,
+        PAGE=batch.frames.page_tokens,
+        BLOCK_E=block_e,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_Q=block_q,
+        SEGMENTS=segments,
+        WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
+        K_BITS=BITS[k.coded.codec],
+        V_BITS=BITS[v.coded.codec],
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if segments > 1:
+        _merge[(queries, heads)](
+            out_THD,
+            part,
+            top,
+            total,
+            batch.starts_S1[first:],
+            HEADS=heads,
+            WIDTH=width,
+            BLOCK_D=max(16, triton.next_power_of_2(width)),
+            SEGMENTS=segments,
+        )
+
+
+def _parts(coded: CodedPages) -> tuple[torch.Tensor, torch.Tensor]:
+    if coded.numbers is None:
+        raise ValueError(f"coded pages of {coded.codec} without their numbers")
+    return coded.codes, coded.numbers
+
+
+@triton.jit
+def _halves(ptr, at, e, real, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Codes of both halves of a head at the offsets `at`, as numbers."""
+    code = tl.load(ptr + at + e, mask=real, other=0)
+    if BITS == 4:
+        low, high = code & 15, code >> 4
+    else:
+        low, high = code, tl.load(ptr + at + HALF + e, mask=real, other=0)
+    return low.to(tl.float16).to(DTYPE), high.to(tl.float16).to(DTYPE)
+
+
+@triton.jit
+def _folded(score, visible, top, total, cap, SOFTCAP: tl.constexpr):
+    """A tile's scores folded into the running maximum and sum: those, the tile's weights, and what fades the rest."""
+    if SOFTCAP:
+        score = _tanh(score) * cap
+    score = tl.where(visible, score, float("-inf"))
+    higher = tl.maximum(top, tl.max(score, 1))
+    weight = tl.exp2(score - higher[:, None])
+    fade = tl.exp2(top - higher)
+    return higher, total * fade + tl.sum(weight, 1), weight, fade
+
+
+@triton.jit(do_not_specialize=["window", "sequences", "table_stride"])
+def _attend_frames(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_codes_ptr,
+    k_numbers_ptr,
+    v_codes_ptr,
+    v_numbers_ptr,
+    out_ptr,
+    top_ptr,
+    sum_ptr,
+    starts_ptr,
+    kv_len_ptr,
+    table_ptr,
+    coded_ptr,
+    index_ptr,
+    scale,
+    cap,
+    window,
+    sequences,
+    table_stride,
+    q_stride_t,
+    q_stride_h,
+    k_stride,
+    v_stride,
+    k_codes_stride,
+    k_numbers_stride,
+    v_codes_stride,
+    v_numbers_stride,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SINKS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+):
+    """Program (b, g, segment), as in attention._attend. `*_stride`: from one page to the next."""
+    HALF: tl.constexpr = WIDTH // 2
+    K_CODES: tl.constexpr = WIDTH * K_BITS // 8
+    V_CODES: tl.constexpr = WIDTH * V_BITS // 8
+    V_NUMBERS: tl.constexpr = 2 if V_BITS == 4 else 1
+    PAGE_TILES: tl.constexpr = (PAGE + BLOCK_N - 1) // BLOCK_N
+    SINK_TILES: tl.constexpr = (SINKS + BLOCK_N - 1) // BLOCK_N
+    piece = tl.program_id(0)
+    g = tl.program_id(1)
+    segment = tl.program_id(2)
+    base = tl.load(starts_ptr)
+    sequence = _sequence_of(starts_ptr, piece, base, sequences, BLOCK_Q)
+    row = tl.load(starts_ptr + sequence)
+    rows = tl.load(starts_ptr + sequence + 1) - row
+    skipped = (piece - (row - base) // BLOCK_Q - sequence) * BLOCK_Q
+    if skipped >= rows:
+        return
+
+    m = tl.arange(0, BLOCK_M)
+    token = skipped + m // GROUP
+    real_m = (m // GROUP < BLOCK_Q) & (token < rows)
+    flat = (row + token).to(tl.int64)
+    head = g * GROUP + m % GROUP
+    e = tl.arange(0, BLOCK_E)
+    real_e = e < HALF
+    real_me = real_m[:, None] & real_e[None, :]
+    q_at = flat[:, None] * q_stride_t + head[:, None] * q_stride_h + e[None, :]
+    q_low = tl.load(q_ptr + q_at, mask=real_me, other=0.0)
+    q_high = tl.load(q_ptr + q_at + HALF, mask=real_me, other=0.0)
+    own = tl.load(index_ptr + flat, mask=real_m, other=-1).to(tl.int32)
+
+    coded = tl.load(coded_ptr + sequence)
+    past = SINKS + coded * PAGE  # tokens before the latest full pages
+    end = tl.minimum(tl.load(kv_len_ptr + sequence), tl.max(own, 0) + 1)
+    full_tiles = SINK_TILES + tl.cdiv(tl.maximum(end - past, 0), BLOCK_N)
+    tiles = full_tiles + coded * PAGE_TILES
+    share = tl.cdiv(tiles, SEGMENTS)
+    begin = segment * share
+    stop = tl.minimum(begin + share, tiles)
+    table = table_ptr + sequence.to(tl.int64) * table_stride
+
+    top = tl.full([BLOCK_M], _FLOOR, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc_low = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    acc_high = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    n = tl.arange(0, BLOCK_N)
+    for tile in range(begin, tl.minimum(stop, full_tiles)):
+        is_sink = tile < SINK_TILES
+        position = tl.where(is_sink, tile * BLOCK_N, past + (tile - SINK_TILES) * BLOCK_N) + n
+        stored = position < tl.where(is_sink, tl.minimum(end, SINKS), end)
+        slot = tl.where(is_sink, position, position - coded * (PAGE - BLOCK))
+        page = tl.load(table + slot // BLOCK, mask=stored, other=0).to(tl.int64)
+        inside = (slot % BLOCK) * (GROUPS * WIDTH) + g * WIDTH
+        k_at = (page * k_stride + inside)[None, :] + e[:, None]
+        real_en = stored[None, :] & real_e[:, None]
+        k_low = tl.load(k_ptr + k_at, mask=real_en, other=0.0).to(q_low.dtype)
+        k_high = tl.load(k_ptr + k_at + HALF, mask=real_en, other=0.0).to(q_low.dtype)
+        score = tl.dot(q_low, k_low, input_precision="ieee") + tl.dot(q_high, k_high, input_precision="ieee")
+        visible = stored[None, :] & (position[None, :] <= own[:, None])
+        if WINDOW:
+            visible = visible & (position[None, :] > own[:, None] - window)
+        top, total, weight, fade = _folded(score * scale, visible, top, total, cap, SOFTCAP)
+        v_at = (page * v_stride + inside)[:, None] + e[None, :]
+        real_ne = stored[:, None] & real_e[None, :]
+        v_low = tl.load(v_ptr + v_at, mask=real_ne, other=0.0).to(q_low.dtype)
+        v_high = tl.load(v_ptr + v_at + HALF, mask=real_ne, other=0.0).to(q_low.dtype)
+        weight = weight.to(q_low.dtype)
+        acc_low = acc_low * fade[:, None] + tl.dot(weight, v_low, input_precision="ieee")
+        acc_high = acc_high * fade[:, None] + tl.dot(weight, v_high, input_precision="ieee")
+    for tile in range(tl.maximum(begin, full_tiles), stop):
+        number = (tile - full_tiles) // PAGE_TILES
+        offset = (tile - full_tiles) % PAGE_TILES * BLOCK_N + n
+        position = SINKS + number * PAGE + offset
+        stored = offset < PAGE
+        page = tl.load(table + SINKS // BLOCK + number).to(tl.int64)
+        k_numbers = k_numbers_ptr + page * k_numbers_stride + g * WIDTH + e
+        lowest = k_numbers + GROUPS * WIDTH
+        scale_low = tl.load(k_numbers, mask=real_e, other=0.0).to(tl.float32)
+        scale_high = tl.load(k_numbers + HALF, mask=real_e, other=0.0).to(tl.float32)
+        lowest_low = tl.load(lowest, mask=real_e, other=0.0).to(tl.float32)
+        lowest_high = tl.load(lowest + HALF, mask=real_e, other=0.0).to(tl.float32)
+        k_at = (page * k_codes_stride + offset * (GROUPS * K_CODES) + g * K_CODES)[None, :]
+        k_low, k_high = _halves(
+            k_codes_ptr, k_at, e[:, None], stored[None, :] & real_e[:, None], HALF, K_BITS, q_low.dtype
+        )
+        score = tl.dot((q_low * scale_low[None, :]).to(q_low.dtype), k_low, input_precision="ieee")
+        score += tl.dot((q_high * scale_high[None, :]).to(q_low.dtype), k_high, input_precision="ieee")
+        shift = tl.sum(q_low * lowest_low[None, :] + q_high * lowest_high[None, :], 1)
+        visible = stored[None, :] & (position[None, :] <= own[:, None])
+        if WINDOW:
+            visible = visible & (position[None, :] > own[:, None] - window)
+        score = (score + shift[:, None]) * scale
+        top, total, weight, fade = _folded(score, visible, top, total, cap, SOFTCAP)
+        beside = page * v_numbers_stride + (offset * GROUPS + g) * V_NUMBERS
+        acc_low = acc_low * fade[:, None]
+        acc_high = acc_high * fade[:, None]
+        if V_BITS == 4:
+            least = tl.load(v_numbers_ptr + beside + 1, mask=stored, other=0.0).to(tl.float32)
+            added = tl.sum(weight * least[None, :], 1)[:, None]
+            acc_low += added
+            acc_high += added
+        step = tl.load(v_numbers_ptr + beside, mask=stored, other=0.0).to(tl.float32)
+        weight = (weight * step[None, :]).to(q_low.dtype)
+        v_at = (page * v_codes_stride + offset * (GROUPS * V_CODES) + g * V_CODES)[:, None]
+        v_low, v_high = _halves(
+            v_codes_ptr, v_at, e[None, :], stored[:, None] & real_e[None, :], HALF, V_BITS, q_low.dtype
+        )
+        acc_low += tl.dot(weight, v_low, input_precision="ieee")
+        acc_high += tl.dot(weight, v_high, input_precision="ieee")
+
+    place = flat * (GROUPS * GROUP) + head
+    part = tl.full([BLOCK_M], 1.0, tl.float32)
+    if SEGMENTS == 1:
+        part = 1.0 / tl.where(total > 0, total, 1.0)
+    else:
+        place = place * SEGMENTS + segment
+        tl.store(top_ptr + place, top, mask=real_m)
+        tl.store(sum_ptr + place, total, mask=real_m)
+    out_at = place[:, None] * WIDTH + e[None, :]
+    tl.store(out_ptr + out_at, (acc_low * part[:, None]).to(out_ptr.dtype.element_ty), mask=real_me)
+    tl.store(out_ptr + out_at + HALF, (acc_high * part[:, None]).to(out_ptr.dtype.element_ty), mask=real_me)
