@@ -5,8 +5,8 @@
 
 A quarter of the feed-forward channels go (OSSCAR), then the rest is trained: towards the original (forward KL and
 hidden states), or on the text alone (cross entropy), with the same settings, the same rows of texts a and c in the same
-order. Scored are the first 200 stories of text b, as in quality.py. `won back` is the share of the bits per byte that pruning lost.
-Minutes are those of the training stage. All texts are training text of stories-7m.
+order. Scored are the first 200 stories of text b, as in quality.py. `won back` is the share of the bits per byte that
+pruning lost. Minutes are those of the training stage. All texts are training text of stories-7m.
 """
 
 import argparse
