@@ -3,7 +3,7 @@
     python benchmarks/speed.py --peers DIR [--method gptq] [--shapes 135m 1b] [--runs 3] [--threads 2]
     python benchmarks/speed.py --table              # print the table of what results/speed.json holds
 
-Everyone gets the same 32 x 512 token ids and two threads. A contestant is a tool and the dtype it computes in: on a
+Everyone gets the same 32 x 512 token ids and as many threads. A contestant is a tool and the dtype it computes in: on a
 CPU without bf16 instructions fp32 is much faster and bf16 leaner, so the rival is the best of both for each figure.
 Measured from outside: wall time of the whole command, peak RssAnon every 20 ms. Of them: what the imports alone take
 (wall time, in the same environment), and what a bare `import torch, transformers` holds.
@@ -151,10 +151,16 @@ def render(results: dict[str, object]) -> str:
     scheme, bits, group_size, _ = METHODS[method]
     what = f"W{bits} g{group_size}" if scheme == "weights" else scheme.upper()
     what += f" with {results['steps']} steps" if results.get("steps", 200) != 200 else ""
+    count = results["environment"]["threads"]
+    threads = f"{count} thread{'s' * (count > 1)}"
     for shape, summary in results["summary"].items():
         contestants = [run["contestant"] for run in results["runs"] if run["shape"] == shape]
         count = " / ".join(str(contestants.count(name)) for name in summary["medians"])
-        lines += ["", f"### {shape}, {method} {what}, {SAMPLES} x {LENGTH} tokens, median of {count} runs", ""]
+        lines += [
+            "",
+            f"### {shape}, {method} {what}, {SAMPLES} x {LENGTH} tokens, {threads}, median of {count} runs",
+            "",
+        ]
         lines += [
             "| tool / dtype | whole command s | after imports s | peak memory above bare imports MB |",
             "|---|---|---|---|",
