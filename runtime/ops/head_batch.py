@@ -66,13 +66,13 @@ class Seated:
         self._row_MN = page_MN + self._slot_MN % block * heads
         self._head_starts = np.concatenate([[0], np.cumsum(np.repeat(counts, heads))])
         self.owner_A = np.repeat(np.arange(len(seats) * heads), np.repeat(counts, heads))  # its line of the tables
+        self._order_A: np.ndarray | None = None
         self.order_A: Tensor | None = None  # None: by token and head is the same as by sequence, head and token
         if counts.max() > 1:
-            order = [
-                (starts[s] + np.arange(counts[s]))[None, :] * heads + np.arange(heads)[:, None]
-                for s in range(len(seats))
-            ]
-            self.order_A = torch.from_numpy(np.concatenate([part.reshape(-1) for part in order])).to(device)
+            head_G1 = np.arange(heads)[:, None]
+            order = [(np.arange(*starts[s : s + 2]) * heads + head_G1).reshape(-1) for s in range(len(seats))]
+            self._order_A = np.concatenate(order)
+            self.order_A = torch.from_numpy(self._order_A).to(device)
 
     def layer(self, layer: int) -> HeadLayer:
         """What attention of a layer needs."""
@@ -85,7 +85,7 @@ class Seated:
         return HeadLayer(
             row_A=torch.from_numpy(self._row_MN[:, columns].reshape(-1)).to(self._device),
             table=np.ascontiguousarray(table).reshape(-1, most),
-            own_A=slot_A if self.order_A is None else slot_A[self.order_A.cpu().numpy()],
+            own_A=slot_A if self._order_A is None else slot_A[self._order_A],
             kv_len=kv_len.reshape(-1),
         )
 

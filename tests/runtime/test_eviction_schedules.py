@@ -105,7 +105,7 @@ def most(prompts: list[int], pages: int, eviction: EvictionSettings | None) -> t
         running.append(len(simulator.scheduler.running))
         owned.append(pool.statistics.owned)
 
-    points = None if eviction is None else eviction.points(512)
+    points = None if eviction is None else eviction.points(512, layers=4, heads=2)
     simulator = Simulator(pool, SchedulerSettings(), StepTime(1.0), max_length=1 << 20, points=points, watch=watch)
     simulator.run([Arrival(0, prompt, 64) for prompt in prompts])
     return max(running), max(owned)

@@ -14,6 +14,7 @@ from kv_compress.eviction import Budget, EvictionSettings
 from runtime.policies import POLICIES
 from runtime.scheduler import SchedulerSettings
 from tests.runtime.group_bench import GroupBench
+from tests.runtime.test_eviction_schedules import most
 from tests.runtime.test_random_schedules import STEMS, drive
 
 EVERYWHERE = ("prefill_chunk", "prefill_end", "decode")
@@ -86,6 +87,15 @@ def test_tokens_do_not_depend_on_how_they_are_scheduled() -> None:
             assert bench.pool.available == pages
         assert all(outcome == outcomes[0] for outcome in outcomes)
     assert preempted > 10 and hits > 10
+
+
+def test_what_is_simulated_needs_no_model() -> None:
+    """Then heads share a layer's budget equally: sequences that a pool holds, and what long prompts own."""
+    quarter = EvictionSettings(method="pyramidkv", budget=Budget(tokens=112), every=16)
+    assert most([448] * 48, 8 * 32, quarter)[0] >= 24
+    eviction = EvictionSettings(method="adakv", budget=Budget(tokens=512), every=512, when=EVERYWHERE)
+    wasted = 1  # page, that unequal counts might
+    assert {most([length], 70, eviction)[1] for length in (2048, 16384, 65536)} == {(512 + 512) // 16 + wasted}
 
 
 if __name__ == "__main__":
