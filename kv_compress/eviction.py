@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -67,6 +68,24 @@ class EvictionSettings(BaseModel):
     def least(self) -> int:
         """Slots that stay in any case."""
         return self.sinks + self.recent
+
+    @property
+    def words(self) -> str:
+        """Method and budget in a few words: "snapkv 25%"."""
+        budget = self.budget
+        amount = f"{100 * budget.ratio:g}%" if budget.ratio else f"{budget.tokens or budget.bytes}"
+        return f"{self.method} {amount}{' tokens' if budget.tokens else ''}"
+
+    def require_windows(self, windows: Iterable[int | None]) -> None:
+        """UsageError where a layer's sliding window is longer than the recent tokens that always stay: it would no
+        longer hold consecutive positions."""
+        longest = max((window for window in windows if window is not None), default=0)
+        if longest > self.recent:
+            raise UsageError(
+                f"the model has layers with a sliding window of {longest} tokens, of which eviction must not drop "
+                f"any, but only {self.recent} recent ones always stay",
+                hint=f"set recent to {longest} or more",
+            )
 
     def points(self, token_bytes: int) -> Points:
         """Where evictions happen, if a token takes `token_bytes` bytes over all layers. UsageError if the bytes of the

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from compress.core.errors import UsageError
 from kv_compress._scores import Observed, keep, scorer
 from runtime.ops.batch import AttentionBatch
 from runtime.step import Compression, Step
@@ -57,15 +56,8 @@ class Compactor:
 
     @classmethod
     def of(cls, model: Decoder, cache: KVCache, settings: EvictionSettings) -> Compactor:
-        """For a model. UsageError where a layer's sliding window is longer than the recent tokens that always stay: it
-        would no longer hold consecutive positions."""
-        windows = [layer.window for layer in model.config.layers if layer.window is not None]
-        if windows and max(windows) > settings.recent:
-            raise UsageError(
-                f"the model has layers with a sliding window of {max(windows)} tokens, of which eviction must not drop "
-                f"any, but only {settings.recent} recent ones always stay",
-                hint=f"set recent to {max(windows)} or more",
-            )
+        """For a model. UsageError where eviction would break a sliding window."""
+        settings.require_windows(layer.window for layer in model.config.layers)
         return cls(
             cache,
             settings.method,
