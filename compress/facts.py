@@ -108,7 +108,7 @@ def _kept(artifact: Checkpoint) -> dict[str, Any]:
     """Bytes of a token's keys and values, as they would be in full and as the artifact keeps them, and what is dropped;
     nothing where it has no policy for them."""
     from kv_compress._ranges import head_sizes
-    from kv_compress.eviction import eviction_of
+    from kv_compress.eviction import count_bytes, eviction_of
     from kv_compress.policy import FULL, KVPolicy, policy_in
 
     policy = policy_in(artifact.config)
@@ -119,6 +119,7 @@ def _kept(artifact: Checkpoint) -> dict[str, Any]:
         sum(layer.token_bytes(*size, artifact.dtype.itemsize) for layer, size in zip(of.layers, sizes, strict=True))
         for of in (KVPolicy.uniform(FULL, len(sizes)), policy)
     )
+    kept += count_bytes(policy) * sum(heads for heads, _ in sizes)
     return {"kv_cache": {"full_token_bytes": full, "token_bytes": kept, "eviction": eviction and eviction.words}}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import UsageError
 from kv_compress._ranges import head_sizes, query_heads
+from kv_compress.eviction import count_bytes
 from kv_compress.policy import CODECS, FULL, KVPolicy, policy_in
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
@@ -78,7 +79,8 @@ def kv_report(
     kept = own or full
     layers = tuple(
         LayerBytes(index, query, heads, width, of.keys.codec, of.values.codec,
-                   of.token_bytes(heads, width, itemsize), plain.token_bytes(heads, width, itemsize))
+                   of.token_bytes(heads, width, itemsize) + count_bytes(own) * heads,
+                   plain.token_bytes(heads, width, itemsize))
         for index, (query, (heads, width), of, plain) in enumerate(
             zip(queries, sizes, kept.layers, full.layers, strict=True)
         )
@@ -86,6 +88,7 @@ def kv_report(
     ways = []
     for name, policy in policies.items():
         size = sum(of.token_bytes(*each, itemsize) for of, each in zip(policy.layers, sizes, strict=True))
+        size += count_bytes(policy) * sum(heads for heads, _ in sizes)
         pages = memory_bytes // (size * block_size)
         for share in shares:
             needed = -(-max(1, int(context * share)) // block_size)

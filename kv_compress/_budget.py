@@ -32,6 +32,7 @@ class Points:
     `prompt_end`: whether the prompt's end is a point. `tokens` stay at a point, or `ratio` of the tokens so far;
     `least` in any case. `window`: queries observed at points of the prompt, of decodes the last one is (0: none are).
     `seeded`: scores are drawn by lot from the tokens. `salt` names the policy: what it leaves is like no other's.
+    `alone`: pages are a sequence's own from the beginning, since they hold what its own queries attended to.
     """
 
     prompt_every: int
@@ -43,6 +44,7 @@ class Points:
     window: int
     seeded: bool
     salt: str
+    alone: bool = False
 
     def after(self, slots: int, position: int, prompt: int, end: int = _WITHOUT_END) -> Point | None:
         """The first point behind `position`, and no later than `end`, at which anything is evicted, if `slots` slots

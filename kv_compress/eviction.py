@@ -14,7 +14,9 @@ from compress.core.quantities import parse_size
 from kv_compress._budget import Points
 from kv_compress.policy import KVPolicy
 
-Method = Literal["streaming", "key_norm", "keydiff", "random", "tova", "snapkv", "expected_attention"]
+_COUNT_BYTES = 8
+
+Method = Literal["streaming", "key_norm", "keydiff", "random", "tova", "snapkv", "h2o", "expected_attention"]
 Time = Literal["prefill_chunk", "prefill_end", "decode"]
 
 
@@ -100,7 +102,6 @@ class EvictionSettings(BaseModel):
                     f"{self.least:,} that always stay",
                     hint=f"give at least {self.least * token_bytes:,} bytes, or lower sinks and recent",
                 )
-        queries = importlib.import_module(f"kv_compress.{self.method}").QUERIES
         return Points(
             prompt_every=self.every if "prefill_chunk" in self.when else 0,
             prompt_end="prefill_end" in self.when,
@@ -108,10 +109,26 @@ class EvictionSettings(BaseModel):
             tokens=tokens,
             ratio=self.budget.ratio or 0.0,
             least=self.least,
-            window={"none": 0, "last": 1, "recent": self.recent}[queries],
+            window={"none": 0, "last": 1, "recent": self.recent, "all": 0}[self._queries],
             seeded=self.method == "random",
             salt=hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest(),
+            alone=self.counts,
         )
+
+    @property
+    def counts(self) -> bool:
+        """Whether the attention that each slot gets is added up from its beginning on."""
+        return self._queries == "all"
+
+    @property
+    def _queries(self) -> str:
+        return importlib.import_module(f"kv_compress.{self.method}").QUERIES
+
+
+def count_bytes(policy: KVPolicy | None) -> int:
+    """Bytes beside the key and value of each head: of the attention that a slot got, where a policy adds that up."""
+    settings = eviction_of(policy)
+    return _COUNT_BYTES if settings is not None and settings.counts else 0
 
 
 def eviction_of(policy: KVPolicy | None) -> EvictionSettings | None:

@@ -46,6 +46,7 @@ class Compactor:
         frequencies: Sequence[Tensor],
         scales: Sequence[float],
         softcap: float | None,
+        windows: Sequence[int | None],
     ) -> None:
         self._cache = cache
         self._score = scorer(method)
@@ -53,6 +54,12 @@ class Compactor:
         self._frequencies = frequencies  # of each layer
         self._scales = scales
         self._softcap = softcap
+        self._windows = windows
+
+    @property
+    def counts(self) -> bool:
+        """Whether the attention of every step is added up, not only of those with evictions."""
+        return bool(self._cache.attended)
 
     @classmethod
     def of(cls, model: Decoder, cache: KVCache, settings: EvictionSettings) -> Compactor:
@@ -65,6 +72,7 @@ class Compactor:
             [model.rotaries[kind].frequency_F for kind in model.rotary_of_layer],
             [layer.scale for layer in model.config.layers],
             model.config.attention_softcap,
+            [layer.window for layer in model.config.layers],
         )
 
     def begin(self, step: Step, batch: AttentionBatch) -> Callable[[Tensor], None]:
@@ -75,6 +83,8 @@ class Compactor:
 
         def after_attention(q_THD: Tensor) -> None:
             layer = next(layers)
+            if self.counts:
+                self._cache.add_attention(layer, q_THD, batch, self._scales[layer], self._windows[layer], self._softcap)
             for work in works:
                 self._evict(layer, work, q_THD)
 
@@ -99,6 +109,7 @@ class Compactor:
 
     def _evict(self, layer: int, work: _Work, q_THD: Tensor) -> None:
         k_SGD, v_SGD = self._cache.read_slots(layer, work.slot_S)
+        attended_SG = self._cache.read_attention(layer, work.slot_S)
         observed = Observed(
             k_GSD=k_SGD.transpose(0, 1),
             v_GSD=v_SGD.transpose(0, 1),
@@ -109,6 +120,7 @@ class Compactor:
             frequency_F=self._frequencies[layer],
             protected=self._protected,
             seed=work.seed + layer,
+            attended_GS=None if attended_SG is None else attended_SG.T,
         )
         kept_GN = keep(self._score(observed), len(work.target_N), self._protected)
         self._cache.move_slots(layer, work.slot_S[kept_GN.T], work.target_N)

@@ -27,6 +27,7 @@ from runtime.compaction import Compactor
 from runtime.completion import Completion, Drafts
 from runtime.engine import Engine, EngineSettings, EngineStats
 from runtime.graphs import DecodeGraphs
+from runtime.kv_policy import with_eviction
 from runtime.loader import load
 from runtime.memory import allocate
 from runtime.models.decoder import Decoder
@@ -109,6 +110,9 @@ class LLM:
         device = _device(device)
         source = path if isinstance(path, Checkpoint) else folder
         model = load(source, numerics=numerics, device=device, dtype=dtype, sparse=sparse, kv_cache=kv_cache)
+        eviction = eviction or eviction_of(model.kv_policy)
+        if eviction is not None:
+            model.kv_policy = with_eviction(model.kv_policy, len(model.config.layers), eviction)
         self.config = model.config
         self.max_length = _longest(max_length, model.config.max_length)
         self.tokenizer = _tokenizer(folder)
@@ -119,7 +123,6 @@ class LLM:
         if cuda_graphs and model.capturable and cache.pages > pool.pages:
             whole = DecodeGraphs.of(model, cache, pool.pages_for(self.max_length), settings.max_sequences)
         self.ledger = replace(ledger, graphs_bytes=0 if whole is None else whole.bytes)
-        eviction = eviction or eviction_of(model.kv_policy)
         compactor = None if eviction is None else Compactor.of(model, cache, eviction)
         runner = Runner(model, cache, device, whole=whole, compactor=compactor)
         self._recorder = None if record is None else Recorder(Path(record))

@@ -77,7 +77,7 @@ class Runner:
             block_size=self.cache.block_size,
             device=self.device,
         )
-        if step.compressions and self.compactor is not None:
+        if self.compactor is not None and (step.compressions or self.compactor.counts):
             batch.after_attention = self.compactor.begin(step, batch)
         ids_T = torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int64, device=self.device)
         sampling = [(row.sequence, end - 1) for row, end in zip(rows, batch.starts[1:], strict=True) if row.samples]

@@ -68,7 +68,7 @@ class Scheduler:
         self._in_flight: Step | None = None
         self._most_running = min(settings.max_sequences, settings.token_budget)  # each gets a token in every step
         self.points = pool.points = points
-        pool.prefix_cache = pool.prefix_cache and settings.prefix_cache
+        pool.prefix_cache = pool.prefix_cache and settings.prefix_cache and not (points is not None and points.alone)
         if recorder:
             recorder.started(self)
 
