@@ -79,6 +79,7 @@ def artifact_facts(inputs: Inputs, artifact: Checkpoint, journal: Journal) -> di
             "bits_per_weight": round(8 * bytes_out / parameters, 4),
             "format": recipe.export.format if artifact.schemes else DENSE,
             "uneven": widths_of(artifact.config) is not None,
+            **_kept(artifact),
         },
         "stages": [
             {
@@ -101,6 +102,25 @@ def _still_true(notices: Iterable[str], artifact: Checkpoint) -> Iterator[str]:
     """What the plan said, without what was true of its examples alone."""
     past = {EXAMPLES_NOTICE} | ({UNEVEN_NOTICE} if widths_of(artifact.config) is None else set())
     return (notice for notice in notices if notice not in past)
+
+
+def _kept(artifact: Checkpoint) -> dict[str, Any]:
+    """Bytes of a token's keys and values, as they would be in full and as the artifact keeps them, and what is dropped;
+    nothing where it has no policy for them."""
+    from kv_compress._ranges import head_sizes
+    from kv_compress.eviction import count_bytes, eviction_of
+    from kv_compress.policy import FULL, KVPolicy, policy_in
+
+    policy = policy_in(artifact.config)
+    if policy is None:
+        return {}
+    sizes, eviction = head_sizes(artifact), eviction_of(policy)
+    full, kept = (
+        sum(layer.token_bytes(*size, artifact.dtype.itemsize) for layer, size in zip(of.layers, sizes, strict=True))
+        for of in (KVPolicy.uniform(FULL, len(sizes)), policy)
+    )
+    kept += count_bytes(policy) * sum(heads for heads, _ in sizes)
+    return {"kv_cache": {"full_token_bytes": full, "token_bytes": kept, "eviction": eviction and eviction.words}}
 
 
 def _parameters(checkpoint: Checkpoint) -> int:

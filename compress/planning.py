@@ -13,7 +13,7 @@ from compress.core.errors import InputError, ResourceError, UsageError
 from compress.core.files import free_bytes
 from compress.core.kv_scheme import scheme_in
 from compress.core.model_files import KV_CACHE_KEY
-from compress.core.passes import LayerPlan, Plan
+from compress.core.passes import LayerPlan, Pass, Plan
 from compress.core.quantities import format_bytes
 from compress.core.sizes import UNEVEN_NOTICE, widths_of
 
@@ -100,10 +100,21 @@ def _stage_plans(recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens | None) 
     for number, stage in enumerate(recipe.stages):
         try:
             plans.append(stage.settings.located(recipe.base_folder).plan(checkpoint, stage.settings.text(tokens)))
+            _require_windows(stage.settings, checkpoint)
             checkpoint = stage.settings.after(checkpoint)
         except UsageError as error:
             raise stage.refused(error, number) from error
     return tuple(plans), checkpoint
+
+
+def _require_windows(settings: Pass, checkpoint: Checkpoint) -> None:
+    """UsageError where eviction would break the sliding windows of a model that the runtime runs."""
+    from kv_compress.stage import KVCache
+    from runtime.models.reading import read
+
+    if isinstance(settings, KVCache) and settings.eviction is not None:
+        layers = read(checkpoint.config, str(checkpoint.folder / "config.json")).layers
+        settings.eviction.require_windows(layer.window for layer in layers)
 
 
 def _rewritten(recipe: Recipe, checkpoint: Checkpoint, stages: tuple[Plan, ...]) -> int:

@@ -38,7 +38,8 @@ class Points:
 
     `layers` and `heads` above 0: each layer and head keeps a number of slots of its own, of which all told here is the
     mean; `beta`: how budgets fall over layers (0: not at all). `spread`: slots that the pages of unequal counts may
-    waste, a page less one; the scheduler fills it in.
+    waste, a page less one; the scheduler fills it in. `alone`: pages are a sequence's own from the beginning, since they
+    hold what its own queries attended to.
     """
 
     prompt_every: int
@@ -54,6 +55,7 @@ class Points:
     heads: int = 0
     beta: float = 0.0
     spread: int = 0
+    alone: bool = False
 
     def after(self, slots: int, position: int, prompt: int, end: int = _WITHOUT_END) -> Point | None:
         """The first point behind `position`, and no later than `end`, at which anything is evicted, if `slots` slots

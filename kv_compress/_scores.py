@@ -22,7 +22,7 @@ class Observed:
     k_GSD (rotated), v_GSD, q_HWD (rotated, may be empty). `scale` and `softcap` of the layer's attention. `position`:
     logical, of the next token. frequency_F: the angle per position of each rotated pair of channels (halves against
     each other). `protected`: the first and the last slots, which stay whatever their score. `seed`: follows from the
-    tokens and the layer.
+    tokens and the layer. attended_GS: the attention that each slot got so far, where the method adds that up.
     """
 
     k_GSD: Tensor
@@ -34,6 +34,7 @@ class Observed:
     frequency_F: Tensor
     protected: tuple[int, int]
     seed: int = 0
+    attended_GS: Tensor | None = None
 
     def attention(self) -> Tensor:
         """Probabilities [G, R, W, S] of the observed queries over the slots that each of them sees."""

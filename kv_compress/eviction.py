@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,8 +14,19 @@ from compress.core.quantities import parse_size
 from kv_compress._budget import Points
 from kv_compress.policy import KVPolicy
 
+_COUNT_BYTES = 8
+
 Method = Literal[
-    "streaming", "key_norm", "keydiff", "random", "tova", "snapkv", "expected_attention", "pyramidkv", "adakv"
+    "streaming",
+    "key_norm",
+    "keydiff",
+    "random",
+    "tova",
+    "snapkv",
+    "h2o",
+    "expected_attention",
+    "pyramidkv",
+    "adakv",
 ]
 UNEQUAL = frozenset({"pyramidkv", "adakv"})  # keep more in some layers or heads than in others
 Time = Literal["prefill_chunk", "prefill_end", "decode"]
@@ -79,6 +91,24 @@ class EvictionSettings(BaseModel):
         """Whether layers and heads keep unequal numbers of slots: each then has pages of its own."""
         return self.method in UNEQUAL
 
+    @property
+    def words(self) -> str:
+        """Method and budget in a few words: "snapkv 25%"."""
+        budget = self.budget
+        amount = f"{100 * budget.ratio:g}%" if budget.ratio else f"{budget.tokens or budget.bytes}"
+        return f"{self.method} {amount}{' tokens' if budget.tokens else ''}"
+
+    def require_windows(self, windows: Iterable[int | None]) -> None:
+        """UsageError where a layer's sliding window is longer than the recent tokens that always stay: it would no
+        longer hold consecutive positions."""
+        longest = max((window for window in windows if window is not None), default=0)
+        if longest > self.recent:
+            raise UsageError(
+                f"the model has layers with a sliding window of {longest} tokens, of which eviction must not drop "
+                f"any, but only {self.recent} recent ones always stay",
+                hint=f"set recent to {longest} or more",
+            )
+
     def points(self, token_bytes: int, layers: int = 1, heads: int = 1) -> Points:
         """Where evictions happen, if a token takes `token_bytes` bytes over all of `layers` layers with `heads`
         key-value heads each (which matters to methods that keep unequal numbers). UsageError if the bytes of the
@@ -93,7 +123,6 @@ class EvictionSettings(BaseModel):
                     f"{self.least:,} that always stay",
                     hint=f"give at least {self.least * token_bytes:,} bytes, or lower sinks and recent",
                 )
-        queries = importlib.import_module(f"kv_compress.{self.method}").QUERIES
         return Points(
             prompt_every=self.every if "prefill_chunk" in self.when else 0,
             prompt_end="prefill_end" in self.when,
@@ -101,13 +130,29 @@ class EvictionSettings(BaseModel):
             tokens=tokens,
             ratio=self.budget.ratio or 0.0,
             least=self.least,
-            window={"none": 0, "last": 1, "recent": self.recent}[queries],
+            window={"none": 0, "last": 1, "recent": self.recent, "all": 0}[self._queries],
             seeded=self.method == "random",
             salt=hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest(),
             layers=layers if self.is_unequal else 0,
             heads=heads if self.is_unequal else 0,
             beta=self.beta if self.method == "pyramidkv" else 0.0,
+            alone=self.counts,
         )
+
+    @property
+    def counts(self) -> bool:
+        """Whether the attention that each slot gets is added up from its beginning on."""
+        return self._queries == "all"
+
+    @property
+    def _queries(self) -> str:
+        return importlib.import_module(f"kv_compress.{self.method}").QUERIES
+
+
+def count_bytes(policy: KVPolicy | None) -> int:
+    """Bytes beside the key and value of each head: of the attention that a slot got, where a policy adds that up."""
+    settings = eviction_of(policy)
+    return _COUNT_BYTES if settings is not None and settings.counts else 0
 
 
 def eviction_of(policy: KVPolicy | None) -> EvictionSettings | None:

@@ -178,8 +178,9 @@ class BlockPool:
 
     def fork(self, parent: Sequence, child: Sequence, computed: int) -> bool:
         """Let `child`, which must hold no pages, share the pages of the parent's first `computed` positions. False, and
-        nothing is done, if the parent has evicted from them or evicts at other points than the child would."""
-        if parent.seat >= 0:
+        nothing is done, if the parent has evicted from them, or evicts at other points than the child would, or if no
+        pages are shared under the policy."""
+        if parent.seat >= 0 or (isinstance(self.points, Points) and self.points.alone):
             return False
         stretches, index = stretches_of(child, self.points), parent.stretch
         stretch = stretches_of(parent, self.points)[index]

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from compress.core.errors import ResourceError, UsageError
 from kv_compress._coding import code_dtype
+from kv_compress.eviction import count_bytes
 from kv_compress.policy import CODECS, FULL, Coding, KVPolicy
 from runtime.models.config import LayerConfig, ModelConfig
+from runtime.ops.attention_tiled import UNITS, add_shares
+from runtime.ops.batch import AttentionBatch
 from runtime.ops.head_pages import split_layers
 from runtime.ops.pages import Pages, turned
 
@@ -22,7 +25,9 @@ from runtime.ops.pages import Pages, turned
 class KVCache:
     """`k[layer]`, `v[layer]`: [P, B, G, C]; what belongs to codes is in `layers()`. Keys are stored rotated; slots that
     were never written hold zeros. `policy`: how each layer keeps them; None: as they are, in `dtype`. `by_head`: layers
-    lie one after another, so that any layer and head can use any piece of a page; UsageError where they differ."""
+    lie one after another, so that any layer and head can use any piece of a page; UsageError where they differ.
+    `attended[layer]` [P, B, G]: the attention that each slot got, in units of runtime.ops.attention_tiled; empty where
+    the policy does not want it."""
 
     def __init__(
         self,
@@ -55,6 +60,10 @@ class KVCache:
                 f"{wanted} bytes for {pages} pages of keys and values cannot be had", hint="give the cache less memory"
             ) from error
         self.frames = self.points = None  # all pages hold equally many tokens
+        self.attended = [
+            torch.zeros((pages, block_size, layer.kv_heads), dtype=torch.int64, device=device)
+            for layer in (config.layers if count_bytes(self.policy) else ())
+        ]
         self.k = [k.codes for k, _ in self._layers]
         self.v = [v.codes for _, v in self._layers]
 
@@ -86,6 +95,23 @@ class KVCache:
             for tensor in pages.tensors():
                 slots = tensor.flatten(0, 1)
                 slots[target_N] = slots[source_NG, head_G]
+        for tensor in self.attended[layer : layer + 1]:
+            slots = tensor.flatten(0, 1)
+            slots[target_N] = slots[source_NG, head_G]
+
+    def add_attention(
+        self, layer: int, q_THD: Tensor, batch: AttentionBatch, scale: float, window: int | None, softcap: float | None
+    ) -> None:
+        """Add what the queries of a batch attend to, whose keys are stored, to `attended`."""
+        pages = self._layers[layer][0]
+        q_THD = turned(q_THD) if pages.rotate else q_THD
+        add_shares(self.attended[layer], q_THD, pages, batch, scale=scale, window=window, softcap=softcap)
+
+    def read_attention(self, layer: int, slot_S: Tensor) -> Tensor | None:
+        """The attention that slots got [S, G], in numbers of queries."""
+        if not self.attended:
+            return None
+        return self.attended[layer].flatten(0, 1)[slot_S].double() / UNITS
 
     def layers(self) -> Iterator[tuple[Pages, Pages]]:
         """Keys and values of each layer."""
@@ -99,6 +125,7 @@ class KVCache:
         for k, v in self._layers:
             yield from k.tensors()
             yield from v.tensors()
+        yield from self.attended
 
 
 def policy_for(config: ModelConfig, policy: KVPolicy | None) -> KVPolicy:
@@ -110,8 +137,9 @@ def policy_for(config: ModelConfig, policy: KVPolicy | None) -> KVPolicy:
 
 def token_bytes(config: ModelConfig, dtype: torch.dtype, policy: KVPolicy | None = None) -> list[int]:
     """Bytes of one token in each layer."""
+    beside = count_bytes(policy)
     return [
-        of.token_bytes(layer.kv_heads, layer.head_dim, dtype.itemsize)
+        of.token_bytes(layer.kv_heads, layer.head_dim, dtype.itemsize) + beside * layer.kv_heads
         for layer, of in zip(config.layers, policy_for(config, policy).layers, strict=True)
     ]
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from compress.core.errors import UsageError
 from kv_compress._scores import Observed, keep, scorer
 from runtime.ops.batch import AttentionBatch
 from runtime.step import Compression, Step
@@ -23,7 +22,6 @@ from runtime.step import Compression, Step
 if TYPE_CHECKING:
     from kv_compress.eviction import EvictionSettings
     from runtime.cache import KVCache
-    from runtime.models.config import ModelConfig
     from runtime.models.decoder import Decoder
 
 
@@ -48,6 +46,7 @@ class Compactor:
         frequencies: Sequence[Tensor],
         scales: Sequence[float],
         softcap: float | None,
+        windows: Sequence[int | None],
     ) -> None:
         self.counts: dict[int, tuple[int, ...]] = {}  # all alike: none has to be told
         self._cache = cache
@@ -56,12 +55,17 @@ class Compactor:
         self._frequencies = frequencies  # of each layer
         self._scales = scales
         self._softcap = softcap
+        self._windows = windows
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the attention of every step is added up, not only of those with evictions."""
+        return bool(self._cache.attended)
 
     @classmethod
     def of(cls, model: Decoder, cache: KVCache, settings: EvictionSettings) -> Compactor:
-        """For a model. UsageError where a layer's sliding window is longer than the recent tokens that always stay: it
-        would no longer hold consecutive positions."""
-        require_windows(model.config, settings)
+        """For a model. UsageError where eviction would break a sliding window."""
+        settings.require_windows(layer.window for layer in model.config.layers)
         return cls(
             cache,
             settings.method,
@@ -69,6 +73,7 @@ class Compactor:
             [model.rotaries[kind].frequency_F for kind in model.rotary_of_layer],
             [layer.scale for layer in model.config.layers],
             model.config.attention_softcap,
+            [layer.window for layer in model.config.layers],
         )
 
     def begin(self, step: Step, batch: AttentionBatch) -> Callable[[Tensor], None]:
@@ -79,6 +84,8 @@ class Compactor:
 
         def after_attention(q_THD: Tensor) -> None:
             layer = next(layers)
+            if self.adds_up:
+                self._cache.add_attention(layer, q_THD, batch, self._scales[layer], self._windows[layer], self._softcap)
             for work in works:
                 self._evict(layer, work, q_THD)
 
@@ -103,6 +110,7 @@ class Compactor:
 
     def _evict(self, layer: int, work: _Work, q_THD: Tensor) -> None:
         k_SGD, v_SGD = self._cache.read_slots(layer, work.slot_S)
+        attended_SG = self._cache.read_attention(layer, work.slot_S)
         observed = Observed(
             k_GSD=k_SGD.transpose(0, 1),
             v_GSD=v_SGD.transpose(0, 1),
@@ -113,17 +121,7 @@ class Compactor:
             frequency_F=self._frequencies[layer],
             protected=self._protected,
             seed=work.seed + layer,
+            attended_GS=None if attended_SG is None else attended_SG.T,
         )
         kept_GN = keep(self._score(observed), len(work.target_N), self._protected)
         self._cache.move_slots(layer, work.slot_S[kept_GN.T], work.target_N)
-
-
-def require_windows(config: ModelConfig, settings: EvictionSettings) -> None:
-    """UsageError where a layer's sliding window is longer than the recent tokens that always stay."""
-    windows = [layer.window for layer in config.layers if layer.window is not None]
-    if windows and max(windows) > settings.recent:
-        raise UsageError(
-            f"the model has layers with a sliding window of {max(windows)} tokens, of which eviction must not drop "
-            f"any, but only {settings.recent} recent ones always stay",
-            hint=f"set recent to {max(windows)} or more",
-        )

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from kv_compress._scores import Observed, scorer
 from kv_compress.adakv import keep_among
-from runtime.compaction import require_windows
 from runtime.ops.batch import AttentionBatch
 from runtime.ops.pages import Pages, turned
 from runtime.step import Compression, Step
@@ -57,6 +56,7 @@ class HeadCompactor:
         softcap: float | None,
     ) -> None:
         self.counts: dict[int, tuple[int, ...]] = {}
+        self.adds_up = False  # no method that keeps unequal numbers looks at all steps
         self._cache = cache
         self._score = scorer(settings.method)
         self._share = settings.alpha_safeguard if settings.method == "adakv" else 1.0
@@ -68,7 +68,7 @@ class HeadCompactor:
     @classmethod
     def of(cls, model: Decoder, cache: KVCache, settings: EvictionSettings) -> HeadCompactor:
         """For a model. UsageError where a layer's sliding window is longer than the tokens that always stay."""
-        require_windows(model.config, settings)
+        settings.require_windows(layer.window for layer in model.config.layers)
         return cls(
             cache,
             settings,

@@ -4,12 +4,14 @@ write it (kv_cache_scheme with a k_scale and a v_scale for each layer, compresse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError
 from compress.core.kv_scheme import is_scale, scale_names, scheme_in
 from compress.core.model_files import KV_CACHE_KEY
-from kv_compress.policy import Coding, KVPolicy, LayerPolicy, policy_in
+from kv_compress.eviction import EvictionSettings
+from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy, policy_in
 from runtime.models.config import LayerConfig
 
 
@@ -24,6 +26,12 @@ def policy_of(checkpoint: Checkpoint, layers: Sequence[LayerConfig], asked: KVPo
     if policy is not None:
         policy.require_fits(((layer.kv_heads, layer.head_dim) for layer in layers), where)
     return policy
+
+
+def with_eviction(policy: KVPolicy | None, layers: int, eviction: EvictionSettings) -> KVPolicy:
+    """A policy, of keys and values in full where there is none, that drops some of them."""
+    settings = eviction.model_dump(mode="json", exclude_defaults=True)
+    return replace(policy or KVPolicy.uniform(FULL, layers), eviction=settings)
 
 
 def scales_of(checkpoint: Checkpoint) -> list[str]:

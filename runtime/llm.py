@@ -30,6 +30,7 @@ from runtime.completion import Completion, Drafts
 from runtime.engine import Engine, EngineSettings, EngineStats
 from runtime.graphs import DecodeGraphs
 from runtime.head_compaction import HeadCompactor
+from runtime.kv_policy import with_eviction
 from runtime.loader import load
 from runtime.memory import allocate
 from runtime.models.config import ModelConfig
@@ -113,10 +114,12 @@ class LLM:
         device = _device(device)
         source = path if isinstance(path, Checkpoint) else folder
         model = load(source, numerics=numerics, device=device, dtype=dtype, sparse=sparse, kv_cache=kv_cache)
+        eviction = eviction or eviction_of(model.kv_policy)
+        if eviction is not None:
+            model.kv_policy = with_eviction(model.kv_policy, len(model.config.layers), eviction)
         self.config = model.config
         self.max_length = _longest(max_length, model.config.max_length)
         self.tokenizer = _tokenizer(folder)
-        eviction = eviction or eviction_of(model.kv_policy)
         by_head = eviction is not None and eviction.is_unequal
         sizes = _bytes("memory", memory), _bytes("kv_bytes", kv_bytes)
         cache, pool, ledger = allocate(model, block_size, self.max_length, settings, *sizes, by_head=by_head)

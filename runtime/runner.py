@@ -75,7 +75,7 @@ class Runner:
         rows = step.rows
         batch = self._batch(step)
         counts: Mapping[int, tuple[int, ...]] = {}
-        if step.compressions and self.compactor is not None:
+        if self.compactor is not None and (step.compressions or self.compactor.adds_up):
             batch.after_attention = self.compactor.begin(step, batch)
             counts = self.compactor.counts
         ids_T = torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int64, device=self.device)

@@ -74,7 +74,8 @@ class Scheduler:
             pool.cut_for(points.layers, points.heads)
             self.points = replace(points, spread=pool.page.tokens - 1)
         pool.points = self.points
-        pool.prefix_cache = pool.prefix_cache and settings.prefix_cache
+        shares = not (isinstance(points, Points) and points.alone)
+        pool.prefix_cache = pool.prefix_cache and settings.prefix_cache and shares
         if recorder:
             recorder.started(self)
 

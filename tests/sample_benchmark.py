@@ -19,6 +19,7 @@ def measurement(scale: float = 1.0, **changes: Any) -> Measurement:
     values = {
         "load_seconds": scale, "requests": requests, "moments": moments, "preemptions": 3, "hit_tokens": 16,
         "ledger": Ledger(100, 200, 300), "kv_used_bytes": 150, "peak_bytes": 1000, "peak_of": "this process",
+        "kv_tokens": 32, "kept_as": "float32",
         "slow_layers": {"a": "no kernel", "b": "no kernel", "c": "too wide"}, "computes_in": "float32",
     }  # fmt: skip
     return Measurement(**values | changes)

@@ -19,6 +19,8 @@ from compress.core.errors import InputError, UsageError
 from compress.core.events import Finished, Listener, Notice, Progress, Started, silent
 from compress.facts import environment
 from compress.report.packings import by_outcome
+from kv_compress.policy import KVPolicy
+from kv_compress.stage import KVCache
 from runtime.models.reading import read
 
 __all__ = ["SCHEMA_VERSION", "Asked", "benchmark"]
@@ -45,14 +47,16 @@ def benchmark(
     numerics: str = "fast",
     device: str = "cpu",
     sparse: str = "auto",
+    kv_cache: KVCache | None = None,
     rounds: int | None = None,
     offline: bool = False,
     events: Listener = silent,
 ) -> dict[str, Any]:
     """Send the workload to `model` (and `against`) `rounds` times (default: once; three times each with `against`).
 
-    The result is plain data: see docs/runtime.md. UsageError for settings that make no sense, InputError for a model or
-    trace that is refused or a model that gives no usable logits.
+    `kv_cache`: how `model` keeps keys and values, whatever it says itself. The result is plain data: see
+    docs/runtime.md. UsageError for settings that make no sense, InputError for a model or trace that is refused or a
+    model that gives no usable logits.
     """
     rounds = rounds if rounds is not None else 1 if against is None else 3
     if not 1 <= rounds <= MOST_ROUNDS:
@@ -67,7 +71,8 @@ def benchmark(
     )
     for notice in workload.notices:
         events(Notice(notice, level="warning"))
-    measured = _in_turns(models, workload, rounds, numerics, device, sparse, events)
+    policy = None if kv_cache is None else kv_cache.policy(Checkpoint.open(models[0].folder))
+    measured = _in_turns(models, workload, rounds, numerics, device, sparse, policy, events)
     found = [_summed_up(each, measured[number]) for number, each in enumerate(models)]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -95,6 +100,7 @@ def _in_turns(
     numerics: str,
     device: str,
     sparse: str,
+    policy: KVPolicy | None,
     events: Listener,
 ) -> list[list[Measurement]]:
     """Measurements of each model: A B, B A, A B …"""
@@ -112,6 +118,7 @@ def _in_turns(
                 numerics=numerics,
                 device=device,
                 sparse=sparse,
+                kv_cache=policy if index == 0 else None,
                 finished=lambda done, stage=stage: events(Progress(stage, done, total)),
             )
             if not any(timing.tokens for timing in measured.requests):

@@ -77,6 +77,8 @@ def memory(rounds: Sequence[Measurement], disk_bytes: int) -> dict[str, Any]:
         "disk_bytes": disk_bytes,
         **asdict(first.ledger),
         "total_bytes": first.ledger.total_bytes,
+        "kv_tokens": first.kv_tokens,
+        "kept_as": first.kept_as,
         "kv_used_bytes": max(measured.kv_used_bytes for measured in rounds),
         "peak_bytes": max(measured.peak_bytes for measured in rounds),
         "peak_of": first.peak_of,

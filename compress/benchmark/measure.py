@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 from compress.benchmark.workload import Workload
 from compress.peak_memory import PeakMemory
+from kv_compress.eviction import eviction_of
 from runtime.llm import LLM
 from runtime.params import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kv_compress.policy import KVPolicy
     from runtime.engine import EngineStats
     from runtime.layers.sparse import Packing
     from runtime.memory import Ledger
@@ -73,6 +75,8 @@ class Measurement:
     kv_used_bytes: int
     peak_bytes: int  # of the process, or of the GPU's allocator
     peak_of: str
+    kv_tokens: int  # that the pool holds
+    kept_as: str  # what the pool's pages hold, and what is dropped
     slow_layers: dict[str, str]
     computes_in: str  # the dtype of activations
     packings: dict[str, Packing] = field(default_factory=dict)  # of layers with zeros
@@ -90,13 +94,14 @@ def measure(
     numerics: str,
     device: str,
     sparse: str = "auto",
+    kv_cache: KVPolicy | None = None,
     finished: Callable[[int], None],
 ) -> Measurement:
     """Load the model, warm it up, send the workload, and let go of the model. `finished` hears how many are done."""
     gc.collect()
     with PeakMemory() as memory:
         start = time.perf_counter()
-        llm = _load(folder, workload, numerics, device, sparse)
+        llm = _load(folder, workload, numerics, device, sparse, kv_cache)
         load_seconds = time.perf_counter() - start
         _warm_up(llm, workload)
         before = llm.stats()
@@ -113,6 +118,8 @@ def measure(
         most_pages * llm.engine.scheduler.pool.page.bytes,
         memory.peak_bytes if gpu_bytes is None else gpu_bytes,
         "this process" if gpu_bytes is None else "the GPU",
+        llm.kv_tokens,
+        kept_as(llm),
         dict(llm.engine.runner.model.slow_reasons),
         str(llm.engine.runner.model.dtype).removeprefix("torch."),
         llm.engine.runner.model.packings,
@@ -122,13 +129,20 @@ def measure(
     return found
 
 
-def _load(folder: Path, workload: Workload, numerics: str, device: str, sparse: str) -> LLM:
+def kept_as(llm: LLM) -> str:
+    """What the pages of keys and values hold, and what is dropped: "int8, snapkv 25%"."""
+    page, eviction = llm.engine.scheduler.pool.page.name, eviction_of(llm.engine.runner.model.kv_policy)
+    return page if eviction is None else f"{page}, {eviction.words}"
+
+
+def _load(folder: Path, workload: Workload, numerics: str, device: str, sparse: str, kv_cache: KVPolicy | None) -> LLM:
     count = len(workload.requests)
     return LLM(
         folder,
         numerics=numerics,  # type: ignore[arg-type]  the loader refuses what it does not know
         device=device,
         sparse=sparse,  # type: ignore[arg-type]  likewise
+        kv_cache=kv_cache,
         max_length=workload.longest_tokens,
         max_queue=max(1024, count),
         max_sequences=min(256, count),

@@ -7,6 +7,7 @@ import typer
 
 from compress.cli import options as opt
 from compress.cli.console import Output, speak
+from compress.cli.kv_option import KVOption, kv_settings
 
 
 def bench(
@@ -38,6 +39,7 @@ def bench(
     numerics: opt.Numerics = "fast",
     device: opt.Device = "auto",
     sparse: opt.Sparse = "auto",
+    kv_cache: KVOption = None,
     folder: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report.")] = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -45,13 +47,15 @@ def bench(
     """Measure speed and memory of a model in the runtime.
 
     Throughput, time to the first token, time per token, gaps between tokens, and bytes by what they are for.
-    Prompts are random token ids. With --against, two models take turns on the same requests.
+    Prompts are random token ids. With --against, two models take turns on the same requests; the original keeps its
+    keys and values as it says itself.
     """
     from compress.cli.progress import LiveProgress
 
     output = speak(json=json, quiet=quiet)
     opt.check_numerics(numerics)
     opt.check_sparse(sparse)
+    kept = kv_settings(kv_cache)
     from compress.benchmark import Asked, benchmark
 
     asked = Asked(requests, prompt_tokens, output_tokens, trace, rate, seed)
@@ -62,7 +66,7 @@ def bench(
     with LiveProgress(output) as listener:
         result = benchmark(
             opt.model_name(artifact), asked, against=against and opt.model_name(against), numerics=numerics,
-            device=opt.choose_device(device), sparse=sparse, rounds=rounds, events=listener,
+            device=opt.choose_device(device), sparse=sparse, kv_cache=kept, rounds=rounds, events=listener,
         )  # fmt: skip
     files = _write(result, folder)
     _show(output, result, files)

@@ -10,8 +10,10 @@ import typer
 
 from compress.cli import options as opt
 from compress.cli.console import Output, clean, speak
+from compress.cli.kv_option import KVOption, kv_settings
 
 if TYPE_CHECKING:
+    from kv_compress.stage import KVCache
     from runtime.llm import LLM
     from runtime.params import SamplingParams
     from runtime.sample import Update
@@ -42,6 +44,7 @@ def generate(
     numerics: opt.Numerics = "fast",
     device: opt.Device = "auto",
     sparse: opt.Sparse = "auto",
+    kv_cache: KVOption = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -52,6 +55,7 @@ def generate(
     output = speak(json=json, quiet=quiet)
     opt.check_numerics(numerics)
     opt.check_sparse(sparse)
+    kept = kv_settings(kv_cache)
     from runtime.params import SamplingParams
 
     text = _prompt(prompt, file)
@@ -65,19 +69,22 @@ def generate(
     _require_tokenizer(artifact)
     if chat:
         text = _chat_prompt(artifact, text)
-    llm = _load(output, artifact, numerics, opt.choose_device(device), sparse)
+    llm = _load(output, artifact, numerics, opt.choose_device(device), sparse, kept)
     ids = llm.encode(text, special_tokens=not chat)
     if max_tokens is None:
         params = _fitting(params, llm.max_length - len(ids))
     _answer(output, llm, ids, params)
 
 
-def _load(output: Output, artifact: Path, numerics: str, device: str, sparse: str) -> "LLM":
+def _load(output: Output, artifact: Path, numerics: str, device: str, sparse: str, kept: "KVCache | None") -> "LLM":
     """The model, and what there is to say about its layers."""
     from compress.benchmark.fallbacks import sentences
+    from compress.core.checkpoint import Checkpoint
     from runtime.llm import LLM
 
-    llm = LLM(artifact, numerics=numerics, device=device, sparse=sparse)  # type: ignore[arg-type]  both are checked
+    checkpoint = Checkpoint.open(artifact)
+    policy = None if kept is None else kept.policy(checkpoint)
+    llm = LLM(checkpoint, numerics=numerics, device=device, sparse=sparse, kv_cache=policy)  # type: ignore[arg-type]  all are checked
     for sentence in sentences(llm.engine.runner.model.slow_reasons):
         output.tell(sentence, style="yellow")
     return llm
@@ -172,7 +179,8 @@ def _answer(output: Output, llm: "LLM", ids: list[int], params: "SamplingParams"
     }
     if times:
         output.tell(_summary(facts), style="dim")
-    output.finish("generate", **facts)
+        output.tell(_capacity(llm), style="dim")
+    output.finish("generate", **facts, kv_pool_bytes=llm.ledger.kv_pool_bytes, kv_tokens=llm.kv_tokens)
 
 
 def _summary(facts: dict[str, Any]) -> str:
@@ -183,6 +191,14 @@ def _summary(facts: dict[str, Any]) -> str:
         f"first after {facts['first_token_seconds']:.2f} s, from {facts['prompt_tokens']} tokens of prompt; "
         f"{ended} {', '.join(reasons)}"
     )
+
+
+def _capacity(llm: "LLM") -> str:
+    from compress.benchmark.measure import kept_as
+    from compress.core.quantities import format_bytes
+
+    size = format_bytes(llm.ledger.kv_pool_bytes)
+    return f"the pool of keys and values takes {size} and holds {llm.kv_tokens:,} tokens ({kept_as(llm)})"
 
 
 class _Writer:

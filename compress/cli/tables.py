@@ -54,6 +54,12 @@ def _size_rows(summary: Mapping[str, Any]) -> Iterator[Row]:
         yield "parameters", f"{was:,}", f"{now:,}", change(now / was - 1)
     bits = 8 * before / was
     yield "bits per weight", f"{bits:.2f}", f"{artifact['bits_per_weight']:.2f}", ""
+    kept = artifact.get("kv_cache")
+    if kept:
+        full, now = kept["full_token_bytes"], kept["token_bytes"]
+        yield "keys and values of a token", format_bytes(full), format_bytes(now), change(now / full - 1)
+        if kept["eviction"]:
+            yield "tokens that keep theirs", "all", kept["eviction"], ""
 
 
 def _speed_rows(summary: Mapping[str, Any]) -> Iterator[Row]:

@@ -56,7 +56,18 @@ def _size_rows(run: Mapping[str, Any]) -> list[Row]:
         *fewer,
         Row("bits per weight", words.number(bits_before), words.number(artifact["bits_per_weight"])),
         *([] if zeros is None else [Row("zeros in the pruned layers", "–", words.percent(zeros))]),
+        *_kept_rows(artifact.get("kv_cache")),
     ]
+
+
+def _kept_rows(kept: Mapping[str, Any] | None) -> list[Row]:
+    """Keys and values of a token, and which tokens keep theirs."""
+    if kept is None:
+        return []
+    full, now = kept["full_token_bytes"], kept["token_bytes"]
+    change = words.signed_percent(now / full - 1)
+    rows = [Row("keys and values of a token", format_bytes(full), format_bytes(now), change)]
+    return rows if kept["eviction"] is None else [*rows, Row("tokens that keep theirs", "all", kept["eviction"])]
 
 
 SHAPES = {
@@ -211,16 +222,27 @@ def tiles(run: Mapping[str, Any]) -> list[Row]:
     evaluation = run.get("evaluation") or {}
     source, artifact = run["source"], run["artifact"]
     perplexity, kl = evaluation.get("perplexity") or {}, evaluation.get("kl") or {}
-    smaller = f"{source['bytes'] / artifact['bytes']:.2f} × smaller"
-    sizes = f"{format_bytes(source['bytes'])} → {format_bytes(artifact['bytes'])}"
     before, after = words.number(perplexity.get("original")), words.number(perplexity.get("artifact"))
     worse = words.signed_percent(perplexity.get("increase"))
     return [
-        Row("size", "", smaller, sizes),
+        _size_tile(source["bytes"], artifact["bytes"], artifact.get("kv_cache")),
         Row("perplexity", before, worse, f"{before} → {after}" if perplexity else ""),
         Row("KL divergence", "", words.number(kl.get("mean"), 3), "nats per token, to the original" if kl else ""),
         _accuracy_tile(evaluation.get("tasks") or {}),
     ]
+
+
+def _size_tile(before: int, after: int, kept: Mapping[str, Any] | None) -> Row:
+    """Of the weights; where these stay as they are, of keys and values."""
+    if before != after:
+        return Row("size", "", f"{before / after:.2f} × smaller", f"{format_bytes(before)} → {format_bytes(after)}")
+    if kept is None:
+        return Row("size", "", "unchanged", format_bytes(before))
+    full, now, dropped = kept["full_token_bytes"], kept["token_bytes"], kept["eviction"]
+    sizes = f"{format_bytes(full)} → {format_bytes(now)} a token"
+    if full == now:
+        return Row("keys and values", "", dropped or "unchanged", f"{format_bytes(now)} a token")
+    return Row("keys and values", "", f"{full / now:.2f} × smaller", f"{sizes}, {dropped}" if dropped else sizes)
 
 
 def _accuracy_tile(tasks: Mapping[str, Any]) -> Row:

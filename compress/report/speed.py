@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,17 @@ def _memory(models: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | Non
         if any(model["memory"][key] for model in models):
             sizes = (format_bytes(model["memory"][key]) for model in models)
             rows.append([title, *sizes, *(_ratio(ratios, key) if not ratios or key in ratios else [""])])
+        if key == "kv_pool_bytes":
+            rows += [[name, *cells, *([""] if ratios else [])] for name, cells in _pool(models)]
     return SpeedTable("Memory", _columns(models), rows)
+
+
+def _pool(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+    """How keys and values are kept, and the tokens that the pool holds of them."""
+    held = [model["memory"] for model in models]
+    if all("kv_tokens" in each for each in held):
+        yield "… tokens that it holds", [f"{each['kv_tokens']:,}" for each in held]
+        yield "… kept as", [each["kept_as"] for each in held]
 
 
 def _rounds(models: Sequence[Mapping[str, Any]]) -> SpeedTable:

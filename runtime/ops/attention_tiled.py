@@ -20,6 +20,7 @@ from runtime.ops.pages import Pages
 QUERY_TILE = 8
 KEY_TILE = 128
 _LANES = 32
+UNITS = 1 << 32  # of a share of attention, so that sums of shares are exact
 _FLOOR = -1e30  # running maximum before any key was seen: finite, so that differences to -inf are never NaN
 
 
@@ -54,6 +55,28 @@ def attend_tiled(
     for lanes in batch.plans[key]:
         _attend_lanes(out_THD, q_THD, k, v, batch, lanes, scale, window, softcap)
     return out_THD
+
+
+def add_shares(
+    total_PBG: torch.Tensor,
+    q_THD: torch.Tensor,
+    k: Pages,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Add to each slot the shares of attention that it gets from the batch's queries, those of a group's heads
+    together; slots that the batch has just stored begin at 0. `total_PBG`: int64, in UNITS. Whole numbers add up to the
+    same in any order, and the shares themselves are those of `attend_tiled`."""
+    key = "tiled", window
+    if key not in batch.plans:
+        batch.plans[key] = list(_plan(batch, window))
+    total = total_PBG.flatten(0, 1)
+    total[batch.slot_T] = 0
+    for lanes in batch.plans[key]:
+        _add_lanes(total, q_THD, k, batch, lanes, scale, window, softcap)
 
 
 def _plan(batch: AttentionBatch, window: int | None) -> Iterator[_Lanes]:
@@ -107,22 +130,14 @@ def _attend_lanes(
 ) -> None:
     """Write the results of the lanes' queries into `out_THD`."""
     heads, width = q_THD.shape[1:]
-    groups = k.groups
-    repeats, count = heads // groups, len(lanes.tiles)
-    placed = q_THD.new_zeros((count * QUERY_TILE, heads, width), dtype=torch.float32)
-    placed[lanes.place] = q_THD[lanes.row].float()
-    q_LGQRD = placed.view(count, QUERY_TILE, groups, repeats, width).transpose(1, 2).contiguous()
+    count = len(lanes.tiles)
+    q_LGQRD = _placed(q_THD, lanes, k.groups)
     acc_LGQRD = torch.zeros_like(q_LGQRD)
     top_LGQR = torch.full(q_LGQRD.shape[:-1], _FLOOR, device=q_THD.device)
     sum_LGQR = torch.zeros_like(top_LGQR)
     for tile in range(lanes.tiles[0]):
-        active = sum(tiles > tile for tiles in lanes.tiles)
-        key_LK, slot_LK = _key_tile(batch, lanes, active, tile, k.block)
-        hidden_LQK = _hidden(lanes.query_LQ[:active], key_LK, window)
-        score_LGQRK = _product(q_LGQRD[:active], _gather(k, slot_LK).transpose(2, 3)) * scale
-        if softcap is not None:
-            score_LGQRK = softcap * torch.tanh(score_LGQRK / softcap)
-        score_LGQRK.masked_fill_(hidden_LQK[:, None, :, None], float("-inf"))
+        score_LGQRK, slot_LK = _scores(q_LGQRD, k, batch, lanes, tile, scale, window, softcap)
+        active = len(score_LGQRK)
         old = top_LGQR[:active]
         new = torch.maximum(old, score_LGQRK.amax(-1))
         share_LGQRK = score_LGQRK.sub_(new[..., None]).exp_()
@@ -133,6 +148,65 @@ def _attend_lanes(
     result = acc_LGQRD / sum_LGQR.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
     result = result.transpose(1, 2).reshape(count * QUERY_TILE, heads, width)
     out_THD[lanes.row] = result[lanes.place].to(out_THD.dtype)
+
+
+def _add_lanes(
+    total: torch.Tensor,
+    q_THD: torch.Tensor,
+    k: Pages,
+    batch: AttentionBatch,
+    lanes: _Lanes,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Once over the keys for each query's largest score and its sum, and once more for the shares."""
+    q_LGQRD = _placed(q_THD, lanes, k.groups)
+    top_LGQR = torch.full(q_LGQRD.shape[:-1], _FLOOR, device=q_THD.device)
+    sum_LGQR = torch.zeros_like(top_LGQR)
+    for tile in range(lanes.tiles[0]):
+        score_LGQRK, _ = _scores(q_LGQRD, k, batch, lanes, tile, scale, window, softcap)
+        active = len(score_LGQRK)
+        old = top_LGQR[:active]
+        new = torch.maximum(old, score_LGQRK.amax(-1))
+        sum_LGQR[:active] = sum_LGQR[:active] * (old - new).exp_() + (score_LGQRK - new[..., None]).exp_().sum(-1)
+        top_LGQR[:active] = new
+    sum_LGQR.clamp_min_(torch.finfo(torch.float32).tiny)
+    for tile in range(lanes.tiles[0]):
+        score_LGQRK, slot_LK = _scores(q_LGQRD, k, batch, lanes, tile, scale, window, softcap)
+        active = len(score_LGQRK)
+        share_LGQRK = (score_LGQRK - top_LGQR[:active, ..., None]).exp_() / sum_LGQR[:active, ..., None]
+        units_LGK = (share_LGQRK * UNITS).round_().long().sum((2, 3))
+        total.index_add_(0, slot_LK.flatten(), units_LGK.transpose(1, 2).flatten(0, 1))
+
+
+def _placed(q_THD: torch.Tensor, lanes: _Lanes, groups: int) -> torch.Tensor:
+    """The lanes' queries [L, G, Q, R, D] in fp32, zeros where there is none."""
+    heads, width = q_THD.shape[1:]
+    placed = q_THD.new_zeros((len(lanes.tiles) * QUERY_TILE, heads, width), dtype=torch.float32)
+    placed[lanes.place] = q_THD[lanes.row].float()
+    return placed.view(-1, QUERY_TILE, groups, heads // groups, width).transpose(1, 2).contiguous()
+
+
+def _scores(
+    q_LGQRD: torch.Tensor,
+    k: Pages,
+    batch: AttentionBatch,
+    lanes: _Lanes,
+    tile: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [L, G, Q, R, K] of one key tile, -inf where a query sees nothing, and the slots [L, K]; of those lanes
+    that have so many tiles."""
+    active = sum(tiles > tile for tiles in lanes.tiles)
+    key_LK, slot_LK = _key_tile(batch, lanes, active, tile, k.block)
+    score_LGQRK = _product(q_LGQRD[:active], _gather(k, slot_LK).transpose(2, 3)) * scale
+    if softcap is not None:
+        score_LGQRK = softcap * torch.tanh(score_LGQRK / softcap)
+    hidden_LQK = _hidden(lanes.query_LQ[:active], key_LK, window)
+    return score_LGQRK.masked_fill_(hidden_LQK[:, None, :, None], float("-inf")), slot_LK
 
 
 def _key_tile(

@@ -80,6 +80,11 @@ def test_eviction_travels_with_the_artifact(tiny_model: TinyModel, tmp_path: Pat
     manifest, config = (json.loads((out / name).read_text()) for name in ("compress.json", "config.json"))
     assert manifest["kv_cache"] == config["compress_kv_cache"] and manifest["kv_cache"]["eviction"]["recent"] == 8
     assert verify(out, source=tmp_path / "model").ok
+    report = json.loads((tmp_path / "out.report" / "report.json").read_text())
+    shown = {row["name"]: (row["before"], row["after"]) for row in [*report["rows"], *report["tiles"]]}
+    assert shown["keys and values of a token"] == ("768 B", "216 B")
+    assert shown["tokens that keep theirs"] == ("all", "snapkv 16 tokens")
+    assert shown["keys and values"] == ("", "3.56 × smaller") and "size" not in shown
 
     prompt = [token % 50 + 3 for token in range(48)]
     keywords = {"max_length": 64, "device": "cpu", "kv_bytes": 1 << 20, "numerics": "exact", "prefix_cache": False}
