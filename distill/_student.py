@@ -53,16 +53,18 @@ class Student:
         self._optimizer = Optimizer(settings, self._trained, share)
         prepare_blocks(settings, self.model, job.checkpoint.architecture)
         self.losses: list[float] = []
+        self.figures: dict[str, list[float]] = {}
 
     def resume(self) -> int:
         """Take up the newest save; gives the steps that are done."""
         found = self._saves.latest() if self._saves is not None else None
-        data, _ = self._processes.share(lambda: ({"step": 0, "losses": []} if found is None else _progress(found), {}))
+        data, _ = self._processes.share(lambda: (_progress(found), {}))
         if data["step"]:
             with torch.no_grad():
                 for name, value in self._trained.items():
                     self._take_up(name, value, data["step"], {} if found is None else found.tensors)
         self.losses = list(data["losses"])
+        self.figures = {name: list(values) for name, values in data["figures"].items()}
         return data["step"]
 
     def _take_up(self, name: str, value: Tensor, step: int, saved: Mapping[str, Tensor]) -> None:
@@ -133,7 +135,8 @@ class Student:
             self.shards.answer(held)
         elif self._saves is not None:
             entries = (tensor_entry(key, value) for key, (_, value) in held.items())
-            self._saves.add(step, self.shards.entries(held) if self.shards else entries, {"losses": self.losses})
+            data = {"losses": self.losses, "figures": {name: list(values) for name, values in self.figures.items()}}
+            self._saves.add(step, self.shards.entries(held) if self.shards else entries, data)
             if self.shards is not None:
                 self.shards.done()
 
@@ -142,8 +145,10 @@ class Student:
         yield from self._optimizer.state(name)
 
 
-def _progress(found: Save) -> dict[str, Any]:
-    return {"step": found.step, "losses": found.data["losses"]}
+def _progress(found: Save | None) -> dict[str, Any]:
+    if found is None:
+        return {"step": 0, "losses": [], "figures": {}}
+    return {"step": found.step, **found.data}
 
 
 def rate(settings: Training, step: int, total: int) -> float:

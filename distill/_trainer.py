@@ -10,7 +10,7 @@ one process would make; the main one makes the batches, saves and writes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,8 +48,16 @@ def train(settings: Training, job: Job, student: Student, batches: Batches, loss
         write(job, student.tensors())
 
 
-def learn(settings: Training, job: Job, student: Student, batches: Batches, loss: BatchLoss, total: int) -> None:
-    """`total` steps, from where the newest save is."""
+def learn(
+    settings: Training,
+    job: Job,
+    student: Student,
+    batches: Batches,
+    loss: BatchLoss,
+    total: int,
+    figures: Callable[[], Mapping[str, float]] = dict,
+) -> None:
+    """`total` steps, from where the newest save is. `figures`: what else is known of a step when it has its loss."""
     job.events(Started(STAGE, total, "step"))
     for step in range(student.resume(), total):
         batch = agreed(job.processes, batches, step)
@@ -61,6 +69,9 @@ def learn(settings: Training, job: Job, student: Student, batches: Batches, loss
                 share.backward()
                 value += float(share.detach())
         value = student.add_up(value)
+        for name, figure in figures().items():
+            student.figures.setdefault(name, []).append(figure)
+            job.events(Metric(STAGE, name, figure, f"step {step + 1}"))
         student.update(step, total, value)
         job.events(Metric(STAGE, "loss", value, f"step {step + 1}"))
         job.events(Progress(STAGE, step + 1, total))
