@@ -206,13 +206,15 @@ def run_json(
 
 def _measured(journal: Journal, stage: int) -> dict[str, Any]:
     """Seconds and peak memory of a stage, over all processes that worked on it, if it was resumed; the losses of one
-    that trained; what the model was worth behind it, where that was measured."""
+    that trained, with what else each step measured; what the model was worth behind it, where that was measured."""
     units = [*journal.of("block"), *journal.of("save"), *journal.of("stage")]
     peaks = [data["peak_memory_bytes"] for data in journal.of("memory") if data["stage"] == stage]
+    trained = next((data["data"] for data in _of_stage(journal, "save", stage)), {})
     return {
         "seconds": sum(data["seconds"] for data in units if data["stage"] == stage),
         "peak_memory_bytes": max(peaks, default=0),
-        "losses": next((data["data"]["losses"] for data in _of_stage(journal, "save", stage)), None),
+        "losses": trained.get("losses"),
+        "figures": trained.get("figures") or None,
         "worth": next((data for data in _of_stage(journal, "worth", stage)), None),
     }
 

@@ -6,7 +6,7 @@ Shape suffixes: B rows, T positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +41,11 @@ class Batch:
     def share(self, rank: int, count: int) -> Batch:
         """What process `rank` of `count` computes: rows beside each other, as many as the others' or one more."""
         return self._part(slice(rank * len(self.ids_BT) // count, (rank + 1) * len(self.ids_BT) // count))
+
+    def silent(self) -> Batch:
+        """Its first row without any target."""
+        first = self._part(slice(1))
+        return replace(first, target_BT=torch.full_like(first.target_BT, NO_TARGET))
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Batches of at most so many rows."""

@@ -64,7 +64,11 @@ class Optimizer:
     def state(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """What is held of a tensor, by names for a save."""
         held = self._inner.state[self._trained[name]]
-        return ((f"{key}.{name}", held[key]) for key in self._held if key in held)
+        return ((key, held[short]) for key, short in zip(self.keys(name), self._held, strict=True) if short in held)
+
+    def keys(self, name: str) -> list[str]:
+        """The names for a save of what can be held of a tensor."""
+        return [f"{key}.{name}" for key in self._held]
 
     def take_up(self, name: str, step: int, saved: Mapping[str, Tensor]) -> None:
         """Go on with what a save holds of a tensor after `step` steps."""

@@ -46,7 +46,7 @@ def train_on_pairs(settings: Preference, job: Job, student: Student, pairs: list
     objective = Objective(settings, student.model, pairs)
     reference_N2 = job.keep("reference", lambda: {"log_p": objective.log_probabilities()})["log_p"]
     loss, total = made_once(objective.loss(reference_N2)), steps_of(settings, len(pairs))
-    learn(settings, job, student, pair_batches(settings, len(pairs)), loss, total)
+    learn(settings, job, student, pair_batches(settings, len(pairs)), loss, total, objective.figures)
     job.events(Started(STAGE, len(pairs), "pair"))
     found = job.remember("preference", lambda: judged(reference_N2, objective.log_probabilities()))
     words = f"the original's answer gained on the other in {found['accuracy']:.1%} of {len(pairs):,} pairs"

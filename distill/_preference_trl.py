@@ -65,6 +65,7 @@ class Objective:
                 data_collator=self._collate,
             )
         self._trainer.remove_callback(PrinterCallback)
+        self._measured: list[tuple[int, dict[str, float]]] = []
 
     @torch.no_grad()
     def log_probabilities(self) -> Tensor:
@@ -85,11 +86,24 @@ class Objective:
             names = zip(("ref_chosen_logps", "ref_rejected_logps"), log_p_2B, strict=True)
             reference = {name: log_p_B.to(self._model.device) for name, log_p_B in names}
             loss = self._trainer.compute_loss(self._model, self._inputs(batch) | reference)
-            self._trainer.log({})  # else what it measures would pile up
+            self._trainer.log({})  # what it measures is in its history now, and would pile up there
+            measured = {name.removeprefix("eval_"): each for name, each in self._trainer.state.log_history[-1].items()}
+            self._measured.append((batch.scored, measured))
             self._trainer.state.log_history.clear()
             return loss
 
         return of_batch
+
+    def figures(self) -> dict[str, float]:
+        """Means over the pairs since the last call: in which share the chosen answer's reward is the larger one, and
+        by how much. A reward is beta times what an answer gained on the reference, in nats."""
+        pairs = sum(count for count, _ in self._measured)
+        names = {"reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins"}
+        found = {
+            ours: sum(count * each[name] for count, each in self._measured) / pairs for ours, name in names.items()
+        }
+        self._measured.clear()
+        return found
 
     def _inputs(self, batch: PairBatch) -> dict[str, Tensor]:
         made = self._collate([self._examples[number] for number in batch.pairs_B.tolist()])

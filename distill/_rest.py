@@ -27,7 +27,7 @@ class Rest:
         wanted = set(rest_names(self._checkpoint, self._settings.rest))
         self.by_name = {
             name: value.requires_grad_()
-            for name, value in self._checkpoint.disk_views(model).items()
+            for name, value in self._checkpoint.disk_views(model.named_parameters()).items()
             if name in wanted and isinstance(value, nn.Parameter)
         }
         return self.by_name

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from compress.core.errors import UsageError
 from compress.core.passes import LayerPlan, Pass, Plan
 from compress.core.patterns import covered
-from compress.core.processes import launched, launched_here
+from compress.core.processes import launched, launched_here, launcher_shards
+from compress.core.quantities import format_bytes
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
@@ -26,6 +28,9 @@ class Training(Pass):
     takes: ClassVar = frozenset({"dense", "masked"})
     gives: ClassVar = None
     needs_calibration: ClassVar = True
+
+    can_shard: ClassVar[bool] = False
+    """Whether a loss can be computed of a model that is gathered block by block."""
 
     batch: int = Field(16, ge=1, description="rows of the calibration text in a step")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="at its highest")
@@ -46,12 +51,20 @@ class Training(Pass):
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW with moments in fp32, or in 8 bits by bitsandbytes: 10 bytes a parameter, not 16"
     )
+    shard: bool = Field(
+        False, description="of several processes each holds a part of weights, gradients and moments, and no whole copy"
+    )
     seed: int = Field(0, ge=0, description="of the order of rows")
     save_every: int = Field(50, ge=1, description="steps between two saves, from which a run that was killed goes on")
 
     @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part: as the settings or the launcher say, where there are several."""
+        return launched() > 1 and self.joins and self.can_shard and (self.shard or launcher_shards())
+
+    @property
     def transforms(self) -> tuple[str, ...]:
-        return (type(self).__module__.rpartition(".")[2],)
+        return (self._name,)
 
     @abstractmethod
     def trained_tokens(self, tokens: Tokens | None) -> int:
@@ -92,6 +105,7 @@ class Training(Pass):
 
         from distill._memory import leaner, parameters_of, reading_minutes, training_bytes
 
+        self._require_shards()
         numbers = parameters_of(checkpoint)
         length = 1 if calibration is None else self.longest(calibration)
         trained = self.trained_tokens(calibration)
@@ -103,15 +117,40 @@ class Training(Pass):
         here = launched_here() if self.joins and not torch.cuda.is_available() else 1  # each GPU has its own memory
         rows = self.batch if calibration is None else len(calibration.ids)
         times = 0 if calibration is None else trained / self.text_tokens(calibration)
+        each_bytes = training_bytes(self, checkpoint, beside, length)
         return Plan(
-            notices=tuple(_readings(times, self.batch, rows)),
+            notices=(*_readings(times, self.batch, rows), *self._notices_for(processes, each_bytes)),
             layers=tuple(layer_plans(checkpoint)),
             bytes_out=sum(info.bytes for info in checkpoint.tensors.values()),
-            peak_memory_bytes=here * training_bytes(self, checkpoint, beside, length),
+            peak_memory_bytes=here * each_bytes,
             disk_bytes=(4 + 2 * 12) * numbers,  # the result in fp32, and two saves
             minutes=minutes / processes,
             leaner=tuple((words, here * size) for words, size in leaner(self, checkpoint, beside, length)),
         )
+
+    def _notices_for(self, processes: int, each_bytes: int) -> Iterator[str]:
+        if processes > 1:
+            what = "a part of the student" if self.sharded else "a whole student"
+            yield f"each of {processes} processes trains {what} and takes up to {format_bytes(each_bytes)}"
+        elif self.shard:
+            yield "shard: true is for several processes, and there is one: it holds the whole student"
+        if launcher_shards() and not self.sharded:
+            yield f"the launcher asked for FSDP, and {self._name} does not cut a model up"
+
+    def _require_shards(self) -> None:
+        """UsageError for settings that do not work in parts."""
+        where = "distill.shard"
+        if self.shard and not self.can_shard:
+            raise UsageError(f"{self._name} does not cut a model up", where=where, hint="logits and sequence do")
+        if self.shard and not self.joins:
+            raise UsageError("with these settings one process trains, and a model is cut up for several", where=where)
+        if self.sharded and self.optimizer == "adamw8bit":
+            hint = f"optimizer: adamw: {launched()} processes hold {round(16 / launched(), 1):g} bytes a parameter each"
+            raise UsageError("moments of 8 bits are not cut up", where="distill.optimizer", hint=hint)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
 
 
 def _readings(times: float, batch: int, rows: int) -> Iterator[str]:

@@ -50,13 +50,17 @@ def require_dense_original(name: str, job: Job) -> None:
         )
 
 
-def open_teacher(name: str, job: Job) -> Any:
+def open_teacher(name: str, job: Job, *, sharded: bool = False) -> Any:
     """The teacher's model, in the dtype that is fast here. InputError if its tokens are others than the student's."""
-    return load_teacher(find_teacher(name, job), job)
+    return load_teacher(find_teacher(name, job), job, sharded=sharded)
 
 
-def load_teacher(teacher: Checkpoint, job: Job) -> Any:
-    """Its model, to be asked and not trained."""
+def load_teacher(teacher: Checkpoint, job: Job, *, sharded: bool = False) -> Any:
+    """Its model, to be asked and not trained; `sharded`: by all processes together, each with a part of its blocks."""
+    if sharded:
+        from distill._shards import stream
+
+        return stream(teacher, teacher_dtype(teacher, job), job.processes, job.device, trained=False)
     return teacher.build_model(teacher_dtype(teacher, job), job.device).requires_grad_(False)
 
 

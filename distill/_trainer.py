@@ -9,7 +9,8 @@ one process would make; the main one makes the batches, saves and writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from compress.core.errors import InputError
 from compress.core.events import Finished, Metric, Progress, Started
 from compress.core.passes import Job
-from compress.core.processes import Processes
+from compress.core.processes import Processes, others_are_there
 from compress.core.replaced import ReplacedCheckpoint
 from distill._batches import Batch, Batches
 from distill._student import Student
@@ -47,22 +48,45 @@ def train(settings: Training, job: Job, student: Student, batches: Batches, loss
         write(job, student.tensors())
 
 
-def learn(settings: Training, job: Job, student: Student, batches: Batches, loss: BatchLoss, total: int) -> None:
-    """`total` steps, from where the newest save is."""
+def learn(
+    settings: Training,
+    job: Job,
+    student: Student,
+    batches: Batches,
+    loss: BatchLoss,
+    total: int,
+    figures: Callable[[], Mapping[str, float]] = dict,
+) -> None:
+    """`total` steps, from where the newest save is. `figures`: what else is known of a step when it has its loss."""
     job.events(Started(STAGE, total, "step"))
     for step in range(student.resume(), total):
         batch = agreed(job.processes, batches, step)
         scored, value = max(batch.scored, 1), 0.0
-        for part in batch.share(job.processes.rank, job.processes.count).split(settings.rows_at_once):
-            with precision(settings, student.model.device):
-                share = loss(part) * (part.scored / scored)
-            share.backward()
-            value += float(share.detach())
+        with others_are_there(among_others=True):
+            for part in parts_of(batch, settings, job.processes):
+                with precision(settings, student.model.device):
+                    share = student.loss(loss, part) * (part.scored / scored)
+                share.backward()
+                value += float(share.detach())
         value = student.add_up(value)
+        for name, figure in figures().items():
+            student.figures.setdefault(name, []).append(figure)
+            job.events(Metric(STAGE, name, figure, f"step {step + 1}"))
         student.update(step, total, value)
         job.events(Metric(STAGE, "loss", value, f"step {step + 1}"))
         job.events(Progress(STAGE, step + 1, total))
     job.events(Finished(STAGE, f"{total} steps" + (f", loss {student.losses[-1]:.4f}" if student.losses else "")))
+
+
+def parts_of(batch: Batch, settings: Training, processes: Processes) -> Iterator[Batch]:
+    """What this process computes of a batch, a few rows at a time. Where all gather a model together it is as many
+    times as the others: rows without a target stand in for those that it does not have."""
+    mine = batch.share(processes.rank, processes.count)
+    yield from mine.split(settings.rows_at_once)
+    if settings.sharded:
+        at_once, most = settings.rows_at_once, math.ceil(len(batch.ids_BT) / processes.count)
+        for _ in range(math.ceil(most / at_once) - math.ceil(len(mine.ids_BT) / at_once)):
+            yield batch.silent()
 
 
 def agreed(processes: Processes, batches: Batches, step: int) -> Batch:

@@ -22,6 +22,7 @@ class Features(Logits):
     paper: ClassVar = "Romero et al., 2015, arXiv:1412.6550; Wang et al., 2021, arXiv:2012.15828 (MiniLMv2)"
 
     reads_caches: ClassVar = False
+    can_shard: ClassVar = False
 
     logits: float = Field(1.0, ge=0, description="weight of the divergence of the distributions")
     hidden: float = Field(1.0, ge=0, description="weight of the distance of hidden states, 0: they are not compared")

@@ -25,6 +25,7 @@ class Logits(Taught):
     paper: ClassVar = "Hinton et al., 2015, arXiv:1503.02531; Agarwal et al., 2024, arXiv:2306.13649"
 
     reads_caches: ClassVar[bool] = True
+    can_shard: ClassVar = True
 
     cross_entropy: float = Field(0.0, ge=0, le=1, description="share of the loss that is the text's own next token")
     cache: Cache | None = Field(None, description="write what the teacher says once, and train without it beside")

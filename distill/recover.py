@@ -26,6 +26,7 @@ class Recover(Logits, Coded):
     paper: ClassVar = "Hu et al., 2022, arXiv:2106.09685 (pairs); Esser et al., 2020, arXiv:1902.08153 (codes, scales)"
 
     reads_caches: ClassVar = False
+    can_shard: ClassVar = False
 
     rank: int = Field(16, ge=1, le=4096, description="of pairs")
     lora_alpha: float | None = Field(None, gt=0, description="pairs count lora_alpha / rank times; default: once")

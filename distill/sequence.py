@@ -20,6 +20,7 @@ class Sequence(Completing, Taught):
     """Let the teacher complete the beginnings of the calibration rows, once, and train the student on what it says."""
 
     paper: ClassVar = "Kim and Rush, 2016, arXiv:1606.07947"
+    can_shard: ClassVar = True
 
     loss: Literal["text", "logits"] = Field(
         "text",

@@ -38,8 +38,8 @@ class Points:
 
     `layers` and `heads` above 0: each layer and head keeps a number of slots of its own, of which all told here is the
     mean; `beta`: how budgets fall over layers (0: not at all). `spread`: slots that the pages of unequal counts may
-    waste, a page less one; the scheduler fills it in. `alone`: pages are a sequence's own from the beginning, since they
-    hold what its own queries attended to.
+    waste, a page less one; the scheduler fills it in. `alone`: pages are a sequence's own from the beginning, since
+    they hold what its own queries attended to.
     """
 
     prompt_every: int

@@ -100,6 +100,17 @@ def test_losses_and_what_each_stage_cost_are_shown(tmp_path):
     assert "| channels 25 % | 17.25 | 0.125 |" in text
     assert page.count("<svg") == 4
     assert len(page) < 200_000
+    assert "loss (nats per token)" in page and "per pair" not in page
+
+
+def test_a_loss_of_pairs_is_not_called_one_of_tokens(tmp_path):
+    run = sample_run()
+    figures = {"reward_accuracy": [0.5, 0.75], "reward_margin": [0.0, 1.25]}
+    distill = {"kind": "distill", "method": "preference", "losses": [0.6931, 0.3], "figures": figures}
+    run["stages"] = [distill, *run["stages"]]
+    page, _, _ = read(write_report(run, tmp_path))
+    assert "loss (nats per token)" not in page and "loss (per pair)" in page
+    assert "beta × nats" in page and "share of a step" in page
 
 
 def test_the_page_is_one_small_file_that_loads_nothing(tmp_path):

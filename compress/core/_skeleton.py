@@ -130,6 +130,10 @@ class Skeleton:
         """An empty copy of any other module, by its path."""
         return copy.deepcopy(self.model.get_submodule(path))
 
+    def copied(self) -> Any:
+        """The whole model, empty."""
+        return copy.deepcopy(self.model)
+
     def without_layers(self, layers: list[nn.Module]) -> nn.Module:
         """The base model with other layers, without embedding and final norm: fed with inputs_embeds, it shows what
         it passes to its layers."""

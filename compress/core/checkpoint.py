@@ -1,11 +1,12 @@
 """A model folder, read lazily: headers at once, tensors when asked for, one block at a time.
 
-build_block(), build_head() and build_model() are the only places of the product that construct models.
+build_block(), build_head(), build_model() and stream_model() are the only places of the product that construct models.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -283,19 +284,31 @@ class Checkpoint:
         self._round_inputs(model, "")
         return model.to(device)
 
-    def disk_views(self, model: Any) -> dict[str, Tensor]:
+    def stream_model(self, dtype: dtype, settle: Callable[[nn.Module], object]) -> Any:
+        """What build_model gives, on the CPU, with one block at a time in memory: `settle` gets each as soon as it
+        has its weights, and may move it or cut it up."""
+        model, names = self.skeleton.copied(), self.architecture
+        self._round_inputs(model, "")
+        for index, block in enumerate(model.get_submodule(names.blocks)):
+            self._fill_fused(block, f"{self.block_name(index)}.", dtype)
+            settle(block)
+        self._fill_fused(model, "", dtype)
+        if model.config.tie_word_embeddings:
+            model.get_submodule(names.head).weight = model.get_submodule(names.embedding).weight
+        return model
+
+    def disk_views(self, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """The parameters of a model that build_model gave, by their names on disk: fused experts as views of each."""
         from compress.core._experts import unfused
 
-        names = self.architecture
-        found = {self.embedding_tensor: model.get_submodule(names.embedding).weight}
-        for index in range(self.num_blocks):
-            for name, value in model.get_submodule(names.blocks)[index].named_parameters():
-                parts = unfused(name, value, names.experts)
-                found |= {f"{self.block_name(index)}.{names.disk_name(path)}": part for path, part in parts}
-        for name, value in model.named_parameters():
-            if not name.startswith(f"{names.blocks}.") and name != f"{names.embedding}.weight":
-                found[name] = value
+        names, found = self.architecture, {}
+        for name, value in parameters:
+            if name.startswith(f"{names.blocks}."):
+                number, _, inside = name.removeprefix(f"{names.blocks}.").partition(".")
+                parts = unfused(inside, value, names.experts)
+                found |= {f"{names.blocks}.{number}.{names.disk_name(path)}": part for path, part in parts}
+            else:
+                found[self.embedding_tensor if name == f"{names.embedding}.weight" else name] = value
         return found
 
     def _filled(self, module: nn.Module, prefix: str, dtype: dtype, device: str) -> nn.Module:
@@ -308,6 +321,23 @@ class Checkpoint:
             fill(module, name, self._checked(disk, parameter.shape, dtype), dtype, device)
         self._round_inputs(module, prefix)
         return module.eval()
+
+    def _fill_fused(self, module: nn.Module, prefix: str, dtype: dtype) -> None:
+        """The same for parameters that have no values yet, all in `dtype`, experts as transformers fuses them."""
+        from compress.core._experts import unfused
+
+        names = self.architecture
+        own = {f"{names.head}.weight": self.head_tensor, f"{names.embedding}.weight": self.embedding_tensor}
+        for name, parameter in list(module.named_parameters()):
+            if not parameter.is_meta:
+                continue
+            value = torch.empty(parameter.shape, dtype=dtype)
+            for path, part in unfused(name, value, names.experts):
+                disk = prefix + names.disk_name(path)
+                disk = own.get(disk, disk)
+                part.copy_(self._checked(disk, tuple(part.shape), dtype))
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
 
     def _round_inputs(self, module: nn.Module, prefix: str) -> None:
         """Let the layers inside round their inputs as they do where the model is deployed."""

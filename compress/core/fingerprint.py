@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import compress
-from compress.core.processes import launched
+from compress.core.processes import launched, launcher_shards
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
@@ -33,23 +33,27 @@ def fingerprint(
     from compress.core import native
     from compress.core.walk import compute_dtype
 
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "source": {
-            "id": checkpoint.source.id,
-            "revision": checkpoint.source.revision,
-            "sha256": checkpoint.sha256(),
-        },
-        "tokens": tokens.sha256 if tokens else None,
-        "versions": {"compress": compress.__version__, **{name: version(name) for name in _PACKAGES}},
-        "machine": platform.machine(),
-        "device": _device_name(device),
-        "kernels": native.identity() if device == "cpu" else "torch",
-        "threads": torch.get_num_threads(),
-        "micro_batch": micro_batch,
-        "dtype": str(compute_dtype(checkpoint, dtype, device)).removeprefix("torch."),
-        "evaluates": evaluates,
-    } | ({"processes": launched()} if launched() > 1 else {})
+    return (
+        {
+            "recipe": recipe.model_dump(mode="json"),
+            "source": {
+                "id": checkpoint.source.id,
+                "revision": checkpoint.source.revision,
+                "sha256": checkpoint.sha256(),
+            },
+            "tokens": tokens.sha256 if tokens else None,
+            "versions": {"compress": compress.__version__, **{name: version(name) for name in _PACKAGES}},
+            "machine": platform.machine(),
+            "device": _device_name(device),
+            "kernels": native.identity() if device == "cpu" else "torch",
+            "threads": torch.get_num_threads(),
+            "micro_batch": micro_batch,
+            "dtype": str(compute_dtype(checkpoint, dtype, device)).removeprefix("torch."),
+            "evaluates": evaluates,
+        }
+        | ({"processes": launched()} if launched() > 1 else {})
+        | ({"fsdp": True} if launcher_shards() else {})
+    )
 
 
 def _device_name(device: str) -> str:

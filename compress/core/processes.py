@@ -53,6 +53,11 @@ def require_launched() -> None:
         )
 
 
+def launcher_shards() -> bool:
+    """Whether the launcher was asked for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and launched() > 1
+
+
 def launched_here() -> int:
     """How many of them share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if launched() > 1 else 1
@@ -135,15 +140,26 @@ class Processes:
     def _add_up(self, values: list[Tensor]) -> None:
         flat = torch.cat([value.flatten() for value in values])
         group = self.control if flat.device.type == "cpu" else None  # None: by the GPUs' own library
-        with _others_are_there():
+        with others_are_there():
             torch.distributed.all_reduce(flat, group=group)
         for value, part in zip(values, flat.split([value.numel() for value in values]), strict=True):
             value.copy_(part.view_as(value))
 
+    def gather(self, rows: Tensor, count: int) -> Tensor | None:
+        """In the main process `count` rows, on the CPU, of which each process has as many as the others, or fewer at
+        the end; None in the others."""
+        each = -(-count // self.count)
+        own = torch.zeros(each, *rows.shape[1:], dtype=rows.dtype)
+        own[: len(rows)] = rows
+        parts = [torch.empty_like(own) for _ in range(self.count)] if self.is_main else None
+        with others_are_there():
+            torch.distributed.gather(own, parts, dst=0, group=self.control)
+        return None if parts is None else torch.cat(parts)[:count]
+
     def _broadcast(self, value: Tensor) -> None:
         if not value.numel():
             return
-        with _others_are_there():
+        with others_are_there():
             torch.distributed.broadcast(value, 0, group=self.control)
 
 
@@ -157,7 +173,7 @@ def current() -> Processes:
         return ALONE
     from accelerate import PartialState
 
-    with warnings.catch_warnings(), _others_are_there():
+    with warnings.catch_warnings(), others_are_there():
         warnings.simplefilter("ignore")  # accelerate tells how many threads it chose
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         control = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -178,10 +194,15 @@ def end_with_launcher() -> None:
 
 
 @contextmanager
-def _others_are_there() -> Iterator[None]:
+def others_are_there(*, among_others: bool = False) -> Iterator[None]:
+    """ResourceError where one of them is gone. `among_others`: inside is more than talk, which can fail, too."""
     try:
         yield
     except RuntimeError as error:  # gloo's own have no class
+        if among_others and not (
+            isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error)
+        ):
+            raise
         raise ResourceError(
             "another process of this run has ended or cannot be reached",
             hint="see what it printed; the same command goes on where the run was",

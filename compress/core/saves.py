@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import ArtifactError
-from compress.core.files import make_folder, remove_file, sha256_file, write_safetensors, written_file
+from compress.core.files import make_folder, remove_file, sha256_file, write_entries, written_file
 from compress.core.journal import Journal
 from compress.core.safetensors_io import load_tensor, read_header
+from compress.core.safetensors_layout import Entry
 from compress.core.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -53,14 +54,14 @@ class Saves:
         tensors = {name: load_tensor(info) for name, info in read_header(path).items()}
         return Save(newest["step"], tensors, newest["data"])
 
-    def add(self, save: Save) -> None:
-        """Keep a state; all but the newest two are removed."""
+    def add(self, step: int, entries: Iterable[Entry], data: Mapping[str, Any]) -> None:
+        """Keep the state after `step` steps; all saves but the newest two are removed."""
         make_folder(self._folder)
-        name = f"{self._stage:02d}-{save.step:08d}.safetensors"
-        write_safetensors(self._folder / name, save.tensors.items())
-        data = {"stage": self._stage, "step": save.step, "file": name, "data": save.data}
-        data |= {**asdict(written_file(self._folder / name)), "seconds": self._watch.lap()}
-        self._journal.add("save", data)
+        name = f"{self._stage:02d}-{step:08d}.safetensors"
+        write_entries(self._folder / name, entries)
+        line = {"stage": self._stage, "step": step, "file": name, "data": data}
+        line |= {**asdict(written_file(self._folder / name)), "seconds": self._watch.lap()}
+        self._journal.add("save", line)
         for entry in self._entries()[:-KEPT]:
             remove_file(self._folder / entry["file"])
 

@@ -14,7 +14,7 @@ from compress.report import layers, words
 from compress.report.figures import Row, headline, missing, tiles
 from compress.report.packings import run_notes
 from compress.report.plots import Plot, Point, size_quality
-from compress.report.training import judged_stages, loss_plot
+from compress.report.training import judged_stages, training_plots
 
 SCHEMA_VERSION = 1
 MOST_LINES = 200
@@ -173,7 +173,7 @@ def _plots(run: Mapping[str, Any]) -> list[Plot]:
             Point(summary(run), run["artifact"]["bytes"], after, interval),
         ]
         plots.append(size_quality(points, "perplexity"))
-    return plots + loss_plot(run) + layers.layer_plots(run)
+    return plots + training_plots(run) + layers.layer_plots(run)
 
 
 def _plan(run: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -319,9 +319,31 @@ def test_a_built_model_shows_its_parameters_by_their_names_on_disk(
 ) -> None:
     checkpoint = Checkpoint.open(tiny_model(family, odd, "bfloat16"))
     model = checkpoint.build_model(torch.float32)
-    views = checkpoint.disk_views(model)
+    views = checkpoint.disk_views(model.named_parameters())
     assert set(views) == set(checkpoint.tensors)
     for name, value in views.items():
         assert torch.equal(value, checkpoint.tensor(name).float()), name
         value.zero_()
     assert not any(parameter.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["plain", "odd"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_streamed_model_is_the_built_one_block_by_block(tiny_model: TinyModel, family: str, odd: bool) -> None:
+    checkpoint = Checkpoint.open(tiny_model(family, odd, "bfloat16"))
+    built, seen = checkpoint.build_model(torch.float32), []
+    blocks = built.get_submodule(checkpoint.architecture.blocks)
+
+    def settle(block: torch.nn.Module) -> None:
+        for (name, value), (same, expected) in zip(
+            block.named_parameters(), blocks[len(seen)].named_parameters(), strict=True
+        ):
+            assert name == same and torch.equal(value, expected), name
+        seen.append(block)
+
+    model = checkpoint.stream_model(torch.float32, settle)
+    assert len(seen) == checkpoint.num_blocks
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in built.named_parameters()]
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, built(ids).logits)

@@ -71,8 +71,14 @@ def test_the_loss_is_that_of_the_paper(tiny_model: TinyModel, family: str) -> No
     for loss, beta in (("sigmoid", 0.3), ("ipo", 0.5)):
         objective = Objective(Preference(loss=loss, beta=beta), model, PAIRS)  # type: ignore[arg-type]
         value = objective.loss(reference_N2)(PairBatch(torch.tensor([2, 0, 1])))
-        both = zip(by_pair, (by_hand(model, pair) for pair in PAIRS), PAIRS, strict=True)
+        nows = [by_hand(model, pair) for pair in PAIRS]
+        both = zip(by_pair, nows, PAIRS, strict=True)
         assert float(value) == pytest.approx(sum(expected(loss, beta, *each) for each in both) / 3, rel=1e-4), loss
+        objective.loss(reference_N2)(PairBatch(torch.tensor([1])))
+        won = [(now[0] - then[0]) - (now[1] - then[1]) for then, now in zip(by_pair, nows, strict=True)]
+        won.append(won[1])
+        figures = {"reward_accuracy": sum(each > 0 for each in won) / 4, "reward_margin": beta * sum(won) / 4}
+        assert objective.figures() == pytest.approx(figures, rel=1e-3), loss
     assert states[0] == random.getstate() and torch.equal(states[1], torch.random.get_rng_state())
 
 
@@ -143,6 +149,9 @@ def test_a_stopped_run_ends_with_the_same_losses_and_bytes(
     assert whole.values[0] == pytest.approx(math.log(2), abs=1e-4) and whole.values[-1] < 0.5
     same = [{p.name: sha256_file(p) for p in folder.iterdir()} for folder in (result.artifact, again.artifact)]
     assert same[0] == same[1]
+    figures, after_stop = (each.summary["stages"][-1]["figures"] for each in (result, again))
+    assert figures == after_stop and len(figures["reward_margin"]) == len(whole.values)
+    assert figures["reward_accuracy"][-1] > 0.5 and figures["reward_margin"][-1] > figures["reward_margin"][0]
     assert verify(result.artifact).ok
     student = Checkpoint.open(result.artifact)
     assert student.kind == ("quantized" if stage is W3 else "masked")

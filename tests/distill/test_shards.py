@@ -1,0 +1,135 @@
+"""Several processes that each hold a part of the student: they train like one, and go on to the bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.core.checkpoint import Checkpoint
+from compress.core.errors import UsageError
+from compress.core.files import sha256_file
+from compress.core.processes import Processes
+from compress.core.quantities import format_bytes
+from compress.pipeline import RunOptions, run
+from distill import _memory
+from distill._batches import NO_TARGET, Batch
+from distill._cache_settings import Cache
+from distill._memory import parameters_of
+from distill._trainer import parts_of
+from distill.features import Features
+from distill.logits import Logits
+from distill.recover import Recover
+from tests.conftest import TinyModel
+from tests.contracts.shelf import tokens_for
+from tests.distill.test_logits import Losses, lessons, recipe_of
+from tests.distill.test_scale import losses_in, processes, said_by
+
+SETTINGS = {"rows_at_once": 2, "batch": 5, "clip": 0.05, "shard": True}
+STAGES = {"prune": {"method": "wanda", "pattern": "2:4"}}, lessons(7, **SETTINGS)
+TWICE = """
+import json, os, signal, sys
+from compress.core.processes import current
+from compress.core.recipe import load_recipe
+from compress.core.workers import serve
+from compress.pipeline import RunOptions, run
+from distill._student import Student
+from pathlib import Path
+resume, update, steps = Student.resume, Student.update, []
+def counted(self):
+    if current().rank: print(sum(value.numel() for value in self._trained.values()), flush=True)
+    return resume(self)
+def killed(self, step, total, loss):
+    update(self, step, total, loss)
+    steps.append(step)
+    if current().rank and len(steps) == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+Student.resume, Student.update = counted, killed
+if current().rank:
+    sys.exit(serve())
+recipe = load_recipe("recipe.yaml")
+run(recipe, RunOptions(Path("whole")))
+run(recipe, RunOptions(Path("two")))
+"""
+
+
+def test_a_model_in_parts_trains_like_a_whole_one_though_a_process_was_killed(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    alone, model = Losses(), tiny_model("llama", False, "bfloat16")
+    artifact = run(recipe_of(tmp_path, model, *STAGES), RunOptions(tmp_path / "alone"), alone).artifact
+    text = {"model": str(model), "calibration": {"dataset": "text.txt", "samples": 6, "length": 32}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(text | {"stages": STAGES}))
+
+    started = processes(tmp_path, f"-c {TWICE}", f"-c {TWICE}")
+    first, other = said_by(started)
+    assert started[1].returncode == -signal.SIGKILL, (first, other)
+    assert "another process of this run has ended" in first[1]
+    held = [int(line) for line in other[0].splitlines()]
+    assert held == [parameters_of(Checkpoint.open(model)) // 2] * 2
+
+    again, _ = said_by(processes(tmp_path, "-m compress", "-m compress"))
+    assert losses_in(again[0]) == pytest.approx(alone.values[3:], abs=1e-5), again
+    one, two = Checkpoint.open(artifact), Checkpoint.open(tmp_path / "two")
+    for name in one.tensors:
+        assert torch.allclose(one.tensor(name), two.tensor(name), atol=1e-3, rtol=0.01), name
+        assert torch.equal(one.tensor(name) == 0, two.tensor(name) == 0), name
+    whole = {path.name: sha256_file(path) for path in (tmp_path / "whole").iterdir()}
+    assert whole == {path.name: sha256_file(path) for path in (tmp_path / "two").iterdir()}
+
+
+def test_all_processes_gather_as_often_as_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rows in range(1, 12):
+        ids_BT = torch.arange(rows)[:, None].repeat(1, 4)
+        batch, settings = Batch(ids_BT, ids_BT), Logits(rows_at_once=2, shard=True)
+        found = [list(parts_of(batch, settings, Processes(rank, 3))) for rank in range(3)]
+        assert len({len(parts) for parts in found}) == 1
+        targets = torch.cat([part.target_BT[:, 0] for parts in found for part in parts])
+        assert sorted(targets[targets != NO_TARGET].tolist()) == list(range(rows))
+
+
+def test_what_cannot_be_cut_up_is_refused_by_name(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(tiny_model())
+    tokens = tokens_for(checkpoint, 16, 32)
+    with pytest.raises(UsageError, match="features does not cut a model up"):
+        Features(shard=True).plan(checkpoint, tokens)
+    with pytest.raises(UsageError, match="recover does not cut a model up"):
+        Recover(shard=True).plan(checkpoint, tokens)
+    with pytest.raises(UsageError, match="one process trains"):
+        Logits(shard=True, cache=Cache()).plan(checkpoint, tokens)
+    assert "there is one" in Logits(shard=True).plan(checkpoint, tokens).notices[0]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="8 bits are not cut up") as refused:
+        Logits(shard=True, optimizer="adamw8bit").plan(checkpoint, tokens)
+    assert "hold 4 bytes a parameter each" in refused.value.hint
+    assert not Features().sharded and not Logits().sharded
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert Logits().sharded
+    assert "does not cut a model up" in Features().plan(checkpoint, tokens).notices[-1]
+
+
+def test_the_plan_counts_a_part_for_each_process(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(tiny_model())
+    tokens, numbers = tokens_for(checkpoint, 16, 32), 10 * parameters_of(checkpoint)
+    monkeypatch.setattr(_memory, "parameters_of", lambda _: numbers)
+    monkeypatch.setattr(_memory, "block_numbers", lambda _: [numbers // 10] * 9)
+    alone = Logits().plan(checkpoint, tokens).peak_memory_bytes
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    whole, part = (Logits(shard=shard).plan(checkpoint, tokens) for shard in (False, True))
+    assert whole.peak_memory_bytes == 2 * alone
+    assert dict(whole.leaner)["shard: true"] == part.peak_memory_bytes
+    saved = (16 - 16 / 4 - 20 / 10 - 12 / 10) * numbers  # the student
+    saved += 4 * (9 / 10) * (3 / 4) * numbers  # the teacher's blocks
+    assert whole.peak_memory_bytes - part.peak_memory_bytes == pytest.approx(2 * saved, rel=1e-3)
+    each = (
+        f"each of 4 processes trains a part of the student and takes up to {format_bytes(part.peak_memory_bytes // 2)}"
+    )
+    assert each in part.notices
+    assert "shard: true" not in dict(Logits(optimizer="adamw8bit").plan(checkpoint, tokens).leaner)
