@@ -101,7 +101,7 @@ static void attend(const decodes *all, int64_t s, int64_t g, int64_t first, int6
         float *total, float *room) {
     int64_t width = all->width, repeats = all->heads / all->groups;
     const float *q = all->q + all->row[s] * all->q_stride + g * repeats * width;
-    const int32_t *table = all->table + s * all->table_stride;
+    const int32_t *table = all->table + (all->line ? all->line[s] : s) * all->table_stride;
     tile keys, values;
     float weight[TILE], q_sum[repeats];
     memset(acc, 0, repeats * width * sizeof(float));

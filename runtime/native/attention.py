@@ -25,7 +25,7 @@ class _Decodes(ctypes.Structure):
     _fields_ = [
         ("k", KVPages),
         ("v", KVPages),
-        *((name, ctypes.c_size_t) for name in ("q", "out", "table", "row", "first", "end")),
+        *((name, ctypes.c_size_t) for name in ("q", "out", "table", "line", "row", "first", "end")),
         *((name, ctypes.c_int64) for name in ("sequences", "table_stride", "q_stride")),
         *((name, ctypes.c_int64) for name in ("heads", "groups", "width", "block", "page_rows", "slot_rows")),
         ("scale", ctypes.c_float),
@@ -35,13 +35,15 @@ class _Decodes(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Decodes:
-    """Sequences with one query each: its row in the batch, the slots first … end - 1 that it sees, its pages."""
+    """Sequences with one query each: its row in the batch, the slots first … end - 1 that it sees, its pages: a line of
+    a table, the first ones in turn where none is named."""
 
     row_N: torch.Tensor  # int64
     first_N: torch.Tensor  # int32
     end_N: torch.Tensor  # int32
     table_NP: torch.Tensor  # int32
     slots: int  # seen by all of them
+    line_N: torch.Tensor | None = None  # int64
 
 
 def takes(q_THD: torch.Tensor, *pages: Pages) -> bool:
@@ -63,9 +65,10 @@ def decode(
     if q_THD.stride()[1:] != (width, 1):
         q_THD = q_THD.contiguous()
     block, groups = k.block, k.groups
+    line = 0 if part.line_N is None else part.line_N.data_ptr()
     work = _Decodes(
         described(k), described(v), q_THD.data_ptr(), out_THD.data_ptr(),
-        part.table_NP.data_ptr(), part.row_N.data_ptr(), part.first_N.data_ptr(), part.end_N.data_ptr(),
+        part.table_NP.data_ptr(), line, part.row_N.data_ptr(), part.first_N.data_ptr(), part.end_N.data_ptr(),
         len(part.row_N), part.table_NP.shape[1], q_THD.stride(0), heads, groups, width, block,
         k.page_rows, k.slot_rows, scale, softcap or 0.0,
     )  # fmt: skip

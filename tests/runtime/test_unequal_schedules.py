@@ -74,9 +74,9 @@ def test_tokens_do_not_depend_on_how_they_are_scheduled() -> None:
         )  # fmt: skip
         requests = [((STEMS[rng.randrange(3)] * 2)[: rng.randint(1, 16)], rng.randint(1, 12)) for _ in range(8)]
         outcomes = []
-        for budget, prefix_cache, pages, most in product((2, 100), (True, False), (200, 6), (8, 1)):
+        for budget, prefix_cache, pages, at_once in product((2, 100), (True, False), (200, 6), (8, 1)):
             scheduling = SchedulerSettings(
-                token_budget=budget, max_sequences=most, prefix_cache=prefix_cache, headroom_tokens=0
+                token_budget=budget, max_sequences=at_once, prefix_cache=prefix_cache, headroom_tokens=0
             )
             bench = GroupBench(pages, 4, settings=scheduling, eviction=eviction)
             for prompt, max_tokens in requests:
