@@ -72,16 +72,17 @@ class GroupPool:
             if len(self._spare[seat]):  # were kept for the prompt
                 self.subpages.give(self._spare[seat])
                 self._spare[seat] = self._spare[seat][:0]
-        at = np.array(seats)
-        held = self._held[at]
-        line, column = np.nonzero(self.lengths[at] == held * self.page_tokens)
+        at = np.sort(np.array(seats))
+        lines = _lines(at)
+        line, column = np.nonzero(self.lengths[lines] == self._held[lines] * self.page_tokens)
         if len(line) > self.subpages.obtainable:
             return False
         if len(line):
-            seat, index = at[line], held[line, column]
+            seat = at[line]
+            index = self._held[seat, column]
             self._widen(int(index.max()) + 1)
             self.tables[seat, column, index] = self.subpages.take(len(line))
-            self._held[seat, column] += 1
+            self._held[seat, column] = index + 1
         return True
 
     def extend(self, seat: int, tokens: int) -> bool:
@@ -104,7 +105,10 @@ class GroupPool:
 
     def stored(self, seats: Sequence[int], tokens: Sequence[int]) -> None:
         """So many tokens more are stored, in all tables of each."""
-        self.lengths[np.array(seats)] += np.array(tokens, dtype=np.int32)[:, None]
+        if min(tokens) == max(tokens):
+            self.lengths[_lines(np.sort(np.array(seats)))] += tokens[0]
+        else:
+            self.lengths[np.array(seats)] += np.array(tokens, dtype=np.int32)[:, None]
 
     # A sequence is evicted from
 
@@ -197,3 +201,9 @@ class GroupPool:
     def _widen(self, pages: int) -> None:
         if pages > self.tables.shape[2]:
             self._seats(len(self.lengths), max(pages, 2 * self.tables.shape[2]))
+
+
+def _lines(seats: np.ndarray) -> np.ndarray | slice:
+    """Rising seats as an index, which copies nothing where they follow one another."""
+    follow = seats[-1] - seats[0] + 1 == len(seats)
+    return slice(int(seats[0]), int(seats[-1]) + 1) if follow else seats

@@ -80,7 +80,7 @@ typedef struct {
 } run;
 
 static run run_at(const decodes *all, int64_t s, int64_t at, int64_t end) {
-    const int32_t *table = all->table + s * all->table_stride;
+    const int32_t *table = all->table + (all->line ? all->line[s] : s) * all->table_stride;
     run found = {end - at < TILE ? end - at : TILE, at, table, 0};
     if (!all->coded || at < all->sinks) {
         if (all->coded && all->sinks - at < found.count) found.count = all->sinks - at;

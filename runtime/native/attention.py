@@ -27,7 +27,7 @@ class _Decodes(ctypes.Structure):
         ("v", KVPages),
         ("k_coded", KVPages),
         ("v_coded", KVPages),
-        *((name, ctypes.c_size_t) for name in ("q", "out", "table", "row", "first", "end", "coded")),
+        *((name, ctypes.c_size_t) for name in ("q", "out", "table", "line", "row", "first", "end", "coded")),
         *((name, ctypes.c_int64) for name in ("sequences", "table_stride", "q_stride")),
         *((name, ctypes.c_int64) for name in ("heads", "groups", "width", "sinks")),
         ("scale", ctypes.c_float),
@@ -37,7 +37,8 @@ class _Decodes(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Decodes:
-    """Sequences with one query each: its row in the batch, the slots first … end - 1 that it sees, its pages."""
+    """Sequences with one query each: its row in the batch, the slots first … end - 1 that it sees, its pages: a line of
+    a table, the first ones in turn where none is named."""
 
     row_N: torch.Tensor  # int64
     first_N: torch.Tensor  # int32
@@ -46,6 +47,7 @@ class Decodes:
     slots: int  # seen by all of them
     coded_N: torch.Tensor | None = None  # int32, of AttentionBatch
     sinks: int = 0
+    line_N: torch.Tensor | None = None  # int64
 
 
 def takes(q_THD: torch.Tensor, *pages: Pages) -> bool:
@@ -66,10 +68,11 @@ def decode(
     heads, width = q_THD.shape[1:]
     if q_THD.stride()[1:] != (width, 1):
         q_THD = q_THD.contiguous()
-    groups, coded = k.groups, 0 if part.coded_N is None else part.coded_N.data_ptr()
+    groups = k.groups
+    coded, line = (0 if x is None else x.data_ptr() for x in (part.coded_N, part.line_N))
     work = _Decodes(
         _paged(k), _paged(v), described(k.coded), described(v.coded), q_THD.data_ptr(), out_THD.data_ptr(),
-        part.table_NP.data_ptr(), part.row_N.data_ptr(), part.first_N.data_ptr(), part.end_N.data_ptr(), coded,
+        part.table_NP.data_ptr(), line, part.row_N.data_ptr(), part.first_N.data_ptr(), part.end_N.data_ptr(), coded,
         len(part.row_N), part.table_NP.shape[1], q_THD.stride(0), heads, groups, width, part.sinks,
         scale, softcap or 0.0,
     )  # fmt: skip

@@ -9,7 +9,8 @@ typedef struct { /* ctypes mirrors it in attention.py */
     kv_pages k, v, k_coded, v_coded;
     const float *q;
     float *out;
-    const int32_t *table;       /* [sequences, table_stride] */
+    const int32_t *table;       /* [lines, table_stride] */
+    const int64_t *line;        /* of each sequence; NULL: the first ones in turn */
     const int64_t *row;         /* of each sequence's query in q and out */
     const int32_t *first, *end; /* the slots it sees: tokens, where pages are coded as a whole */
     const int32_t *coded;       /* of each sequence the pages behind `sinks` tokens that are coded; or NULL */

@@ -101,13 +101,14 @@ def _compiled(
     first_A = torch.zeros(len(end_A), dtype=torch.int32)
     if window is not None:
         first_A = torch.from_numpy((end_A - window).clip(0)).int()
-    table = layer.table if part.order_A is None else layer.table[part.owner_A]
+    line_A = layer.line if part.order_A is None else layer.line[part.owner_A]
     decodes = native.Decodes(
         row_N=torch.arange(len(end_A)),
         first_N=first_A,
         end_N=torch.from_numpy(end_A).int(),
-        table_NP=torch.from_numpy(table).contiguous(),
+        table_NP=torch.from_numpy(part.tables),
         slots=int(end_A.sum()) - int(first_A.sum()),
+        line_N=torch.from_numpy(line_A),
     )
     out_ARD = torch.empty(q_ARD.shape)
     native.decode(out_ARD, q_ARD.contiguous(), k, v, decodes, scale, softcap)

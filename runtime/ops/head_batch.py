@@ -28,18 +28,18 @@ FEW_QUERIES = 8  # of a sequence that are done one by one, where there is C for 
 
 @dataclass(eq=False)
 class HeadLayer:
-    """One layer. `row_A`: where each token's keys and values go (int64, by token and head). `table` [S G, I]. `own_A`:
-    the slot of each query, counted within its table; `kv_len` [S G]: slots stored, this step's tokens included."""
+    """One layer. `row_A`: where each token's keys and values go (int64, by token and head). `line` [S G]: of tables.
+    `own_A`: the slot of each query, counted within its table; `kv_len` [S G]: slots stored, this step's included."""
 
     row_A: Tensor
-    table: np.ndarray
+    line: np.ndarray
     own_A: np.ndarray
     kv_len: np.ndarray
 
 
 class Seated:
-    """The tokens of some sequences with seats. `token_M`: where they are in the flat batch, None if they are all of
-    it."""
+    """The tokens of some sequences with seats. `token_M`: where they are in the flat batch. `few`: whether they are few
+    in each sequence. `owner_A`: the sequence and head of each token and head, by sequence, head and token."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Seated:
         *,
         few: bool,
     ) -> None:
-        self.few = few  # queries of each sequence
+        self.few = few
         self._groups, self._block, self._device = groups, block, device
         self._seats, self._counts = seats, counts
         self.token_M = torch.from_numpy(token_M).to(device)
@@ -65,7 +65,7 @@ class Seated:
         page_MN = groups.tables[seats[self._owner_M][:, None], np.arange(groups.columns), self._slot_MN // block]
         self._row_MN = page_MN + self._slot_MN % block * heads
         self._head_starts = np.concatenate([[0], np.cumsum(np.repeat(counts, heads))])
-        self.owner_A = np.repeat(np.arange(len(seats) * heads), np.repeat(counts, heads))  # its line of the tables
+        self.owner_A = np.repeat(np.arange(len(seats) * heads), np.repeat(counts, heads))
         self._order_A: np.ndarray | None = None
         self.order_A: Tensor | None = None  # None: by token and head is the same as by sequence, head and token
         if counts.max() > 1:
@@ -80,23 +80,28 @@ class Seated:
         columns = slice(layer * heads, (layer + 1) * heads)
         slot_A = self._slot_MN[:, columns].reshape(-1)
         kv_len = self._groups.lengths[self._seats, columns] + self._counts[:, None].astype(np.int32)
-        most = -(-int(kv_len.max()) // self._block)
-        table = self._groups.tables[self._seats, columns, :most]
+        line = self._seats[:, None] * self._groups.columns + np.arange(columns.start, columns.stop)
         return HeadLayer(
             row_A=torch.from_numpy(self._row_MN[:, columns].reshape(-1)).to(self._device),
-            table=np.ascontiguousarray(table).reshape(-1, most),
+            line=line.reshape(-1),
             own_A=slot_A if self._order_A is None else slot_A[self._order_A],
             kv_len=kv_len.reshape(-1),
         )
+
+    @property
+    def tables(self) -> np.ndarray:
+        """All lines [seats N, I], where they are."""
+        return self._groups.tables.reshape(-1, self._groups.tables.shape[2])
 
     def batch(self, of: HeadLayer) -> AttentionBatch:
         """A layer's sequences and heads as a batch of sequences with one head."""
         own_A = torch.from_numpy(of.own_A).to(self._device)
         count = np.repeat(self._counts, self._groups.heads)
+        table = self.tables[of.line, : -(-int(of.kv_len.max()) // self._block)]
         batch = AttentionBatch(
             starts_S1=torch.from_numpy(self._head_starts.astype(np.int32)).to(self._device),
             kv_len_S=torch.from_numpy(of.kv_len).to(self._device),
-            table_SP=torch.from_numpy(of.table).to(self._device),
+            table_SP=torch.from_numpy(np.ascontiguousarray(table)).to(self._device),
             position_T=own_A,
             index_T=own_A,
             slot_T=own_A,
