@@ -31,7 +31,9 @@ def lines_of(module: str, *arguments: str, folder: Path, interpret: bool) -> lis
 
 
 @pytest.mark.parametrize(
-    "kernels", [("attention",), ("coded",), ("frames",), ("low_bit",), ("sweep",), ("kv_store", "norm", "rotary")], ids="-".join
+    "kernels",
+    [("attention",), ("coded",), ("frames",), ("low_bit",), ("sweep",), ("kv_store", "norm", "rotary")],
+    ids="-".join,
 )
 def test_kernels_agree_with_their_references(kernels: tuple[str, ...], tmp_path: Path) -> None:
     lines = lines_of("kernel_cases", *kernels, folder=tmp_path, interpret=True)
