@@ -1,5 +1,5 @@
-"""A huge bias in one channel of the keys: 4 bits for a token's channels lose everything else, 4 bits per channel do not;
-and scores through the runtime are those of an engine."""
+"""A huge bias in one channel of the keys: 4 bits for a token's channels lose everything else, 4 bits per channel do
+not; and scores through the runtime are those of an engine."""
 
 from __future__ import annotations
 
