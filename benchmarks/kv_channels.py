@@ -2,11 +2,11 @@
 
     python benchmarks/kv_channels.py --data DIR [--models tinystories-656k stories-7m] [--samples 8] [--out FILE]
 
-Windows of 512 tokens of TinyStories in exact numerics (fp32); scored are the positions from 256 on, for most of whose
+Windows of 512 tokens of TinyStories in exact numerics (fp32); scored are the positions from 256 on, most of whose
 context has left the window that is kept in full. Bytes of a token are those allocated for a sequence of 512 tokens, in
-bf16: for coded pages, whole pages of 16 tokens, the full ones included. Each model is measured as it is, and with a bias
-of norm 900 planted in one channel of the keys of its first and last layer (make_biased_model.py), which changes nothing
-in full.
+bf16: for coded pages, whole pages of 16 tokens, the full ones included. Each model is measured as it is, and with a
+bias of norm 900 planted in one channel of the keys of its first and last layer (make_biased_model.py), which changes
+nothing in full.
 """
 
 import argparse

@@ -73,8 +73,8 @@ class KVCache(Pass):
     )
     keys: Literal["token", "channel"] = Field(
         "token",
-        description="what shares a scale of int8 or int4 keys: a token's channels, or a channel's tokens in a page, which "
-        "huge channels do not harm; pages are then coded whole",
+        description="what shares a scale of int8 or int4 keys: a token's channels, or a channel's tokens in a page, "
+        "which huge channels do not harm; pages are then coded whole",
     )
     sinks: int | None = Field(
         None,

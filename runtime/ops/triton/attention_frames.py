@@ -1,8 +1,8 @@
 """Paged attention in Triton where some pages are coded as a whole: keys per channel, values per token, int8 or int4.
 
 As in attention.py, a program owns the query heads of one key-value head and several tokens of one sequence, and few
-decodes are shared out. Its keys come in two ranges, tiles of full pages and tiles of coded ones: no tile holds both, nor
-parts of two coded pages. Scales and lowest numbers of a page's channels go to the queries (Liu et al., 2024,
+decodes are shared out. Its keys come in two ranges, tiles of full pages and tiles of coded ones: no tile holds both,
+nor parts of two coded pages. Scales and lowest numbers of a page's channels go to the queries (Liu et al., 2024,
 arXiv:2402.02750), those of values to probabilities. A head's channels are done in halves, as a byte of int4 holds them.
 With a sliding window, tiles in front of it are read, too, and masked.
 

@@ -109,7 +109,7 @@ DECODES = [
     ([260], (2, 1, 16, 16), F32, 32, {}),
 ]
 
-# parts; heads, groups, width, tokens of a coded page; dtype, segments, settings. Pages of 4 tokens, points at 10 + page.
+# parts; heads, groups, width, tokens of a coded page; dtype, segments, settings. Full pages have 4 tokens.
 FRAMES = [
     (parts, shape, dtype, segments, settings)
     for parts, dtype in (
