@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import distillation
+import kv_eviction
+import kv_long_context
+import kv_long_context_plot
 import loss_memory
 import narrow
 import pruning
@@ -219,6 +222,16 @@ def sparse_lines(results: dict[str, object]) -> str:
     return sparse_linear.table(results, ("2:4", "70 %"))
 
 
+def kv_quality_tables() -> str:
+    """The pictures of eviction, which are drawn anew, and the tables."""
+    results = read("kv-long-context")
+    if results is None:
+        return "(not measured)"
+    paths = kv_long_context_plot.draw(results, RESULTS)
+    pictures = [f"![{path.stem}](../{path.relative_to(HERE.parent).as_posix()})" for path in paths]
+    return "\n".join([kv_long_context.render(results), "", *pictures])
+
+
 def figure_tables() -> str:
     tables = (quality_tables, speed_tables, memory_lines, throughput_tables, simulation_lines, batching_lines)
     return "\n\n".join(part for part in (table() for table in tables) if part)
@@ -236,6 +249,8 @@ PLACES = {  # markers -> where they are, and what is between them
     "teacher-cache": (HERE.parent / "docs" / "distillation.md", rendered("teacher-cache", teacher_cache.render)),
     "loss-memory": (HERE.parent / "docs" / "distillation.md", rendered("loss-memory", loss_memory.render)),
     "recovery": (HERE.parent / "docs" / "distillation.md", rendered("recovery", recovery.render)),
+    "kv-eviction": (HERE.parent / "docs" / "kv-eviction.md", rendered("kv-eviction", kv_eviction.render)),
+    "kv-long-context": (HERE.parent / "docs" / "kv-eviction.md", kv_quality_tables),
     "sparse-linear": (HERE.parent / "docs" / "runtime.md", rendered("sparse-linear", sparse_lines)),
 }
 

@@ -12,6 +12,7 @@ it is, since pages are counted and not words.
 
 import argparse
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -26,6 +27,7 @@ from runtime.llm import LLM
 from runtime.params import SamplingParams
 
 BLOCK = 16
+IDLE_LOAD = 1.5
 
 
 def main() -> None:
@@ -38,17 +40,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=tools.HERE / "results" / "kv-eviction.json")
     asked = parser.parse_args()
-    load = tools.describe_machine()
+    environment = tools.describe_machine() | {"threads": asked.threads, "load_before": os.getloadavg()[0]}
     torch.set_num_threads(asked.threads)
     result = {
-        "environment": load | {"threads": asked.threads},
+        "environment": environment,
         "protocol": " ".join(__doc__.split("\n\n")[2].split()),
+        "asked": {name: getattr(asked, name) for name in ("sequences", "requests", "prompt", "generate", "rounds")},
         "model": asked.model.name,
         "capacity": capacity(asked),
         "long_prompts": long_prompts(asked),
     }
-    (tools.HERE / "results" / "kv-eviction.json").write_text(json.dumps(result, indent=2) + "\n")
+    asked.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 
@@ -130,6 +134,26 @@ def long_prompts(asked: argparse.Namespace) -> list[dict]:
                 }
             )
     return found
+
+
+def render(results: dict) -> str:
+    """Sequences and pages; speeds only of a machine that did nothing else."""
+    capacity, asked = results["capacity"], results["asked"]
+    whole, quarter = capacity["all"], capacity["quarter"]
+    lines = [
+        f"{results['model']}, {asked['requests']} requests of {asked['prompt']} tokens that generate "
+        f"{asked['generate']}, in a pool of {whole['pool_bytes']:,} bytes: {whole['most_sequences']} sequences at once "
+        f"if all is kept, {quarter['most_sequences']} with a quarter (snapkv), {capacity['sequences_ratio']:.1f} times "
+        "as many.",
+    ]
+    if results["environment"]["load_before"] <= IDLE_LOAD:
+        lines.append(f"Tokens a second at saturation: {capacity['speed_ratio']:.2f} times as many.")
+    lines += ["", "| prompt | most bytes of pages, budget 512 (keydiff) | all kept |", "|--:|--:|--:|"]
+    lines += [
+        f"| {found['tokens']:,} | {found['most_bytes']:,} | {found['bytes_without']:,} |"
+        for found in results["long_prompts"]
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

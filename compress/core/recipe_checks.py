@@ -125,6 +125,10 @@ def gate_problem(recipe: "Recipe") -> Problem | None:
         return Problem(
             ("gate", "max_refusal_change"), "needs a measurement", "add evaluate: {refusals: {}}", at_key=True
         )
+    if gate.max_recall_drop is not None and (evaluate is None or evaluate.long_context is None):
+        return Problem(
+            ("gate", "max_recall_drop"), "needs a measurement", "add evaluate: {long_context: {}}", at_key=True
+        )
     tasks = evaluate.tasks if evaluate else ()
     if gate.max_accuracy_drop is not None and not tasks:
         return Problem(("gate", "max_accuracy_drop"), "needs a measurement", "add evaluate: {tasks: […]}", at_key=True)

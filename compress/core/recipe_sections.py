@@ -189,6 +189,9 @@ class Gate(Section):
     max_refusal_change: Fraction | None = Field(
         None, description="prompts that one model refuses and the other answers, e.g. 2%"
     )
+    max_recall_drop: Fraction | None = Field(
+        None, description="most that the right answers of any long-context task at any length may fall, e.g. 5%"
+    )
     max_size: Size | None = Field(None, description="bytes of all files, e.g. 120MB or 4GiB")
     min_accuracy: dict[Text, Fraction] = Field(default_factory=dict, description="least accuracy by task")
     max_accuracy_drop: Fraction | None = Field(None, description="most that the accuracy of any task may fall, e.g. 1%")

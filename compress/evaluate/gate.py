@@ -30,6 +30,7 @@ def check_gate(gate: Gate | None, evaluation: Mapping[str, Any] | None, sizes: M
         _above("the share of changed refusals is", _changed_refusals(measured), gate.max_refusal_change, _percent),
         _above("the artifact takes", sizes.get("bytes"), gate.max_size, format_bytes),
     ]
+    failures += _forgotten(gate.max_recall_drop, (measured.get("long_context") or {}).get("tasks") or {})
     tasks = measured.get("tasks") or {}
     failures += [_too_inaccurate(name, bound, tasks.get(name)) for name, bound in gate.min_accuracy.items()]
     if gate.max_accuracy_drop is not None:
@@ -77,6 +78,20 @@ def _dropped(name: str, bound: float, task: Mapping[str, Any]) -> str:
     if -figures["difference"] <= bound:
         return ""
     return f"the accuracy of {name} fell by {_percent(-figures['difference'])}, more than the {_percent(bound)} allowed"
+
+
+def _forgotten(bound: float | None, tasks: Mapping[str, Any]) -> list[str]:
+    """Long contexts of which fewer questions are answered than the bound allows."""
+    if bound is None:
+        return []
+    cells = [(f"{task} in {int(length):,} tokens", cell) for task in tasks for length, cell in tasks[task].items()]
+    if not cells or any(cell["difference"] is None for _, cell in cells):
+        return [f"the drop of right answers in long contexts was not measured, but the gate allows {_percent(bound)}"]
+    return [
+        f"right answers of {name} fell by {_percent(-cell['difference'])}, more than the {_percent(bound)} allowed"
+        for name, cell in cells
+        if -cell["difference"] > bound
+    ]
 
 
 def _percent(share: float) -> str:

@@ -50,3 +50,17 @@ def test_a_bound_without_its_figure_fails(evaluation):
 
 def test_no_gate_is_passed():
     assert check_gate(None, None, {}) == []
+
+
+def test_every_task_and_length_keeps_the_bound_on_recall() -> None:
+    tasks = {
+        "needle": {"512": {"difference": -0.25}, "4096": {"difference": -0.1}},
+        "table": {"512": {"difference": 0.1}},
+    }
+    assert check_gate(Gate(max_recall_drop=0.25), {"long_context": {"tasks": tasks}}, {}) == []
+    [missed] = check_gate(Gate(max_recall_drop=0.2), {"long_context": {"tasks": tasks}}, {})
+    assert missed == "right answers of needle in 512 tokens fell by 25 %, more than the 20 % allowed"
+    tasks["table"]["512"] = {"difference": None}
+    for measured in ({}, {"long_context": {"tasks": tasks}}):
+        [missed] = check_gate(Gate(max_recall_drop=0.2), measured, {})
+        assert "was not measured" in missed

@@ -120,7 +120,10 @@ def test_a_report_shows_them() -> None:
     assert refusal_rows({}) == refusal_rows({"refusals": None}) == []
 
 
-@pytest.mark.parametrize(("bound", "missing"), [("max_flip_rate", "perplexity"), ("max_refusal_change", "refusals")])
+@pytest.mark.parametrize(
+    ("bound", "missing"),
+    [("max_flip_rate", "perplexity"), ("max_refusal_change", "refusals"), ("max_recall_drop", "long_context")],
+)
 def test_a_bound_needs_its_measurement(tmp_path: Path, bound: str, missing: str) -> None:
     data = {"model": "m", "stages": [{"quantize": {"method": "rtn"}}], "gate": {bound: "5%"}}
     with pytest.raises(RecipeError, match="needs a measurement") as error:
