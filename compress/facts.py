@@ -108,18 +108,17 @@ def _kept(artifact: Checkpoint) -> dict[str, Any]:
     """Bytes of a token's keys and values, as they would be in full and as the artifact keeps them, and what is dropped;
     nothing where it has no policy for them."""
     from kv_compress._ranges import head_sizes
-    from kv_compress.eviction import count_bytes, eviction_of
+    from kv_compress.eviction import eviction_of
     from kv_compress.policy import FULL, KVPolicy, policy_in
+    from kv_compress.stage import BLOCK
 
     policy = policy_in(artifact.config)
     if policy is None:
         return {}
     sizes, eviction = head_sizes(artifact), eviction_of(policy)
-    full, kept = (
-        sum(layer.token_bytes(*size, artifact.dtype.itemsize) for layer, size in zip(of.layers, sizes, strict=True))
-        for of in (KVPolicy.uniform(FULL, len(sizes)), policy)
-    )
-    kept += count_bytes(policy) * sum(heads for heads, _ in sizes)
+    both = KVPolicy.uniform(FULL, len(sizes)), policy
+    full, kept = (of.token_bytes(sizes, artifact.dtype.itemsize, BLOCK) for of in both)
+    kept += policy.count_bytes * sum(heads for heads, _ in sizes)
     return {"kv_cache": {"full_token_bytes": full, "token_bytes": kept, "eviction": eviction and eviction.words}}
 
 

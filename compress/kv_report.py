@@ -12,7 +12,6 @@ from pathlib import Path
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import UsageError
 from kv_compress._ranges import head_sizes, query_heads
-from kv_compress.eviction import count_bytes
 from kv_compress.policy import CODECS, FULL, Coding, KVPolicy, policy_in
 from kv_compress.stage import RECENT, SINKS
 
@@ -82,7 +81,7 @@ def kv_report(
     kept = own or full
     layers = tuple(
         LayerBytes(index, query, heads, width, _said(of.keys), _said(of.values),
-                   of.token_bytes(heads, width, itemsize) + count_bytes(own) * heads,
+                   of.token_bytes(heads, width, itemsize) + kept.count_bytes * heads,
                    plain.token_bytes(heads, width, itemsize))
         for index, (query, (heads, width), of, plain) in enumerate(
             zip(queries, sizes, kept.layers, full.layers, strict=True)
@@ -94,7 +93,7 @@ def kv_report(
             ways += _paged(name, policy, sizes, memory_bytes, context, itemsize, block_size)
             continue
         size = policy.token_bytes(sizes, itemsize, block_size)
-        size += count_bytes(policy) * sum(heads for heads, _ in sizes)
+        size += policy.count_bytes * sum(heads for heads, _ in sizes)
         pages = memory_bytes // (size * block_size)
         for share in shares:
             needed = -(-max(1, int(context * share)) // block_size)

@@ -12,9 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compress.core.errors import InputError, UsageError
 from compress.core.quantities import parse_size
 from kv_compress._budget import Points
-from kv_compress.policy import KVPolicy
-
-_COUNT_BYTES = 8
+from kv_compress.policy import ADDING_UP, KVPolicy
 
 Method = Literal[
     "streaming",
@@ -142,17 +140,11 @@ class EvictionSettings(BaseModel):
     @property
     def counts(self) -> bool:
         """Whether the attention that each slot gets is added up from its beginning on."""
-        return self._queries == "all"
+        return self.method in ADDING_UP
 
     @property
     def _queries(self) -> str:
         return importlib.import_module(f"kv_compress.{self.method}").QUERIES
-
-
-def count_bytes(policy: KVPolicy | None) -> int:
-    """Bytes beside the key and value of each head: of the attention that a slot got, where a policy adds that up."""
-    settings = eviction_of(policy)
-    return _COUNT_BYTES if settings is not None and settings.counts else 0
 
 
 def eviction_of(policy: KVPolicy | None) -> EvictionSettings | None:

@@ -20,6 +20,8 @@ CODECS: Mapping[str, Int8 | Int4 | Fp8] = {codec.name: codec for codec in (Int8(
 PRECISIONS = (FULL, *CODECS)
 PER_CHANNEL_BYTES = 4  # an fp16 scale and an fp16 lowest number for each channel of a page
 LARGEST_WINDOW = 1 << 20  # tokens that a file may ask to be kept in full
+ADDING_UP = frozenset({"h2o"})  # methods of eviction that add up the attention which each slot gets
+COUNT_BYTES = 8  # of such a sum
 LARGEST_POLICY = 1 << 12  # layers and heads that a file may speak of
 _BESIDE = {"eviction", "sinks", "recent"}
 _PER = ("token", "channel")
@@ -165,6 +167,11 @@ class KVPolicy:
                 "the policy codes whole pages, of which eviction cannot drop single tokens", where=where,
                 hint="use codes of single tokens (keys per token, no sinks, no recent) with eviction, or no eviction",
             )  # fmt: skip
+
+    @property
+    def count_bytes(self) -> int:
+        """Bytes beside a token's key and value in each head: of the attention that it got, where that is added up."""
+        return COUNT_BYTES if self.eviction is not None and self.eviction.get("method") in ADDING_UP else 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest and config.json."""

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from compress.core.errors import InputError, UsageError
 from compress.core.passes import Job, Pass, Plan
-from kv_compress.eviction import EvictionSettings, count_bytes
+from kv_compress.eviction import EvictionSettings
 from kv_compress.policy import FULL, LARGEST_WINDOW, Coding, KVPolicy, LayerPolicy
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class KVCache(Pass):
         itemsize = checkpoint.dtype.itemsize
         full = KVPolicy.uniform(FULL, len(sizes))
         before, after = (of.token_bytes(sizes, itemsize, BLOCK) for of in (full, policy))
-        after += count_bytes(policy) * sum(heads for heads, _ in sizes)
+        after += policy.count_bytes * sum(heads for heads, _ in sizes)
         bytes_out = sum(info.bytes for info in checkpoint.tensors.values())
         looked_at = calibration if self.calibrated else None
         cost = reading_cost(checkpoint, looked_at, blocks=checkpoint.num_blocks, heads=0, beside_bytes=0)

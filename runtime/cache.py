@@ -13,7 +13,6 @@ from torch import Tensor
 
 from compress.core.errors import ResourceError, UsageError
 from kv_compress._coding import code_dtype
-from kv_compress.eviction import count_bytes
 from kv_compress.policy import CODECS, FULL, Coding, KVPolicy
 from runtime.models.config import LayerConfig, ModelConfig
 from runtime.ops.attention_tiled import UNITS, add_shares
@@ -62,7 +61,7 @@ class KVCache:
         self.frames = self.points = None  # all pages hold equally many tokens
         self.attended = [
             torch.zeros((pages, block_size, layer.kv_heads), dtype=torch.int64, device=device)
-            for layer in (config.layers if count_bytes(self.policy) else ())
+            for layer in (config.layers if self.policy.count_bytes else ())
         ]
         self.k = [k.codes for k, _ in self._layers]
         self.v = [v.codes for _, v in self._layers]
@@ -137,10 +136,10 @@ def policy_for(config: ModelConfig, policy: KVPolicy | None) -> KVPolicy:
 
 def token_bytes(config: ModelConfig, dtype: torch.dtype, policy: KVPolicy | None = None) -> list[int]:
     """Bytes of one token in each layer."""
-    beside = count_bytes(policy)
+    policy = policy_for(config, policy)
     return [
-        of.token_bytes(layer.kv_heads, layer.head_dim, dtype.itemsize) + beside * layer.kv_heads
-        for layer, of in zip(config.layers, policy_for(config, policy).layers, strict=True)
+        of.token_bytes(layer.kv_heads, layer.head_dim, dtype.itemsize) + policy.count_bytes * layer.kv_heads
+        for layer, of in zip(config.layers, policy.layers, strict=True)
     ]
 
 

@@ -114,9 +114,9 @@ class DecodeGraphs:
             self._graphs[rows] = graph
 
     def covers(self, batch: AttentionBatch) -> bool:
-        """Whether a batch is all decodes and fits a captured size."""
+        """Whether a batch is all decodes in whole pages and fits a captured size."""
         rows, pages = batch.table_SP.shape
-        return batch.max_query == 1 and rows <= max(self._graphs) and pages <= self._pages
+        return batch.by_head is None and batch.max_query == 1 and rows <= max(self._graphs) and pages <= self._pages
 
     def run(self, ids_N: torch.Tensor, batch: AttentionBatch, rows: torch.Tensor) -> torch.Tensor:
         """Logits of some rows of a batch that is covered; valid until the next call."""

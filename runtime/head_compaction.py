@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class HeadCompactor:
         return cls(
             cache,
             settings,
-            [model.rotaries[kind].frequency_F for kind in model.rotary_of_layer],
+            [cast(Tensor, model.rotaries[kind].frequency_F) for kind in model.rotary_of_layer],
             [layer.scale for layer in model.config.layers],
             model.config.attention_softcap,
         )

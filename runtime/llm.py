@@ -127,9 +127,6 @@ class LLM:
         if cuda_graphs and model.capturable and cache.frames is None and cache.pages > pool.pages:
             whole = DecodeGraphs.of(model, cache, pool.pages_for(self.max_length), settings.max_sequences)
         self.ledger = replace(ledger, graphs_bytes=0 if whole is None else whole.bytes)
-        if eviction is not None and cache.frames is not None:
-            raise UsageError("whole pages are coded, of which eviction cannot drop single tokens",
-                             hint="use codes of single tokens with eviction, such as kv_cache='int4'")  # fmt: skip
         kind = HeadCompactor if by_head else Compactor
         compactor = None if eviction is None else kind.of(model, cache, eviction)
         runner = Runner(model, cache, device, whole=whole, compactor=compactor)

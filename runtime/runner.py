@@ -124,10 +124,6 @@ class Runner:
                 self.cache.code_pages(done.source, done.target)
 
     def _logits(self, ids_T: Tensor, batch: AttentionBatch, index_N: Tensor) -> Tensor:
-        if self.whole is not None and _is_plain(batch) and self.whole.covers(batch):
+        if self.whole is not None and batch.after_attention is None and self.whole.covers(batch):
             return self.whole.run(ids_T, batch, index_N)
         return self.model(ids_T, batch, self.cache, index_N)
-
-
-def _is_plain(batch: AttentionBatch) -> bool:
-    return batch.after_attention is None and batch.by_head is None

@@ -69,7 +69,7 @@ class _Decoder(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = [
         *((name, c_size_t) for name in ("x", "logits", "position", "slot", "end", "table", "wanted")),
-        ("coded", c_size_t),
+        *((name, c_size_t) for name in ("coded", "head_row", "head_line", "head_end")),
         *((name, c_int64) for name in ("rows", "table_stride", "wanted_rows")),
         ("threads", c_int32),
     ]
@@ -87,6 +87,7 @@ class SmallSteps:
     def __init__(self, model: Decoder, cache: KVCache) -> None:
         self._model = model
         self._biases: list[Tensor] = []
+        self._scaled = any(pages.scale_G is not None for both in cache.layers() for pages in both)
         layers = [
             self._layer(block, layer, pages, rope)
             for block, layer, pages, rope in zip(
@@ -127,8 +128,10 @@ class SmallSteps:
             return None
 
     def covers(self, batch: AttentionBatch) -> bool:
-        """Whether a batch has few enough tokens."""
-        return batch.starts[-1] < self.many_rows and uses_native(batch.position_T)
+        """Whether a batch has few enough tokens. Those with tables for each layer and head are not done beside others,
+        and not in fp8, whose scales are the layer's and head's."""
+        few = batch.starts[-1] < self.many_rows and uses_native(batch.position_T)
+        return few and (batch.by_head is None or (batch.by_head.whole is None and not self._scaled))
 
     def run(self, ids_T: Tensor, batch: AttentionBatch, rows_N: Tensor) -> Tensor:
         """fp32 logits [N, V] of rows (rising) of a batch that is covered; keys and values of all are stored."""
@@ -142,9 +145,14 @@ class SmallSteps:
             end_T = (end_T.repeat_interleave(count_S) - behind_T).int()
             table_TP = table_TP.repeat_interleave(count_S, dim=0)
             coded_T = None if coded_T is None else coded_T.repeat_interleave(count_S)
+        by_head: list[Tensor] = []
+        if batch.by_head is not None:
+            *by_head, table_TP = batch.by_head.lines()
         tensors = (x_TK, logits_NV, batch.position_T, batch.slot_T, end_T, table_TP, rows_N)
         coded = 0 if coded_T is None else coded_T.data_ptr()
-        step = _Step(*(x.data_ptr() for x in tensors), coded, *table_TP.shape, len(rows_N), torch.get_num_threads())
+        heads = [x.data_ptr() for x in by_head] or [0, 0, 0]
+        sizes = len(ids_T), table_TP.shape[1], len(rows_N), torch.get_num_threads()
+        step = _Step(*(x.data_ptr() for x in tensors), coded, *heads, *sizes)
         if library().loaded.decoder_step(ctypes.byref(self._decoder), ctypes.byref(step)):
             raise MemoryError(f"no memory for a step of {len(ids_T)} rows")
         return model.capped(logits_NV)

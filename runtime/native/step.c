@@ -53,6 +53,10 @@ typedef struct {
     const int32_t *end, *table;     /* [M], [M][table_stride] */
     const int64_t *wanted;          /* [N], rising */
     const int32_t *coded;           /* [M], or NULL, as in operations.h */
+    /* Where each row has tables for each layer and head (runtime/groups.py), else NULL: [layers][M][G], where keys and
+       values go, how many slots are seen, and which line of `table`. Layers are alike, and lie one after another. */
+    const int64_t *head_row, *head_line;
+    const int32_t *head_end;
     int64_t rows, table_stride, wanted_rows;
     int32_t threads;
 } step;
@@ -61,8 +65,8 @@ typedef struct {
 typedef struct {
     float *normal, *wide, *q, *k, *y;
     float *cosine, *sine; /* [rope][M][R] */
-    int64_t *row;
-    int32_t *first;
+    int64_t *row;   /* [M][G] */
+    int32_t *first; /* [M][G] */
 } scratch;
 
 static int threads_for(int64_t work, const step *now) { return work < SERIAL_WORK ? 1 : now->threads; }
@@ -71,20 +75,22 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* One allocation, or NULL. */
 static void *allocate(const decoder *model, int64_t M, scratch *made) {
-    int64_t wide = 0, q = 0, k = 0, angles = 0;
+    int64_t wide = 0, q = 0, k = 0, angles = 0, groups = 1;
     for (int64_t i = 0; i < model->layer_count; i++) {
         const layer *l = model->layers + i;
         wide = larger(wide, larger((l->heads + 2 * l->groups) * l->width, 2 * l->inner));
         q = larger(q, larger(l->heads * l->width, l->inner));
         k = larger(k, l->groups * l->width);
+        groups = larger(groups, l->groups);
     }
     for (int64_t i = 0; i < model->rope_count; i++) angles += model->ropes[i].rotated;
     const int64_t y = larger(q, model->hidden);
     char *memory = malloc((size_t)M * (sizeof(float) * (size_t)(model->hidden + wide + q + k + y + 2 * angles)
-                                       + sizeof(int64_t) + sizeof(int32_t)));
+                                       + (size_t)groups * (sizeof(int64_t) + sizeof(int32_t))));
     if (!memory) return NULL;
     made->row = (int64_t *)memory;
-    made->normal = (float *)(made->row + M);
+    for (int64_t i = 0; i < M * groups; i++) made->row[i] = i;
+    made->normal = (float *)(made->row + M * groups);
     made->wide = made->normal + M * model->hidden;
     made->q = made->wide + M * wide;
     made->k = made->q + M * q;
@@ -131,6 +137,40 @@ static void add(const decoder *model, const step *now, float *y, const float *we
     for (int64_t i = 0; i < count; i++) now->x[i] += y[i];
 }
 
+/* The same memory as pages of one row (one token and head) each. */
+static kv_pages rows_of(const kv_pages *pages, int64_t groups) {
+    kv_pages found = *pages;
+    found.bytes_apart /= pages->tokens * groups;
+    found.numbers_apart /= pages->tokens * groups;
+    found.tokens = found.slot_rows = 1;
+    return found;
+}
+
+/* Stores a layer's keys and values and attends to them, each row and head by itself. */
+static int by_head(const decoder *model, const layer *l, const step *now, scratch *at, int64_t v_at, int64_t v_stride) {
+    const int64_t M = now->rows, G = l->groups, skipped = (l - model->layers) * M * G;
+    const int64_t *row = now->head_row + skipped;
+    const int32_t *end = now->head_end + skipped;
+    /* those of the first layer begin where those of all layers do */
+    kv_pages k = rows_of(&model->layers->k, G), v = rows_of(&model->layers->v, G);
+    kv_store(&k, at->k, l->width, row, M * G, 1, l->width);
+    for (int64_t m = 0; m < M; m++)
+        kv_store(&v, at->wide + m * v_stride + v_at, l->width, row + m * G, G, 1, l->width);
+    int64_t seen = 0;
+    for (int64_t i = 0; i < M * G; i++) {
+        at->first[i] = (int32_t)(l->window ? larger(0, end[i] - l->window) : 0);
+        seen += end[i] - at->first[i];
+    }
+    k.tokens = v.tokens = l->k.tokens, k.slot_rows = v.slot_rows = G; /* a page goes by its first row */
+    const decodes all = {
+        .q = at->q, .k = k, .v = v, .out = at->y, .table = now->table, .line = now->head_line + skipped,
+        .row = at->row, .first = at->first, .end = end, .sequences = M * G, .table_stride = now->table_stride,
+        .q_stride = l->heads / G * l->width, .heads = l->heads / G, .groups = 1, .width = l->width,
+        .scale = l->scale, .softcap = model->softcap,
+    };
+    return paged_decode(&all, threads_for(seen * l->width, now));
+}
+
 static int attention(const decoder *model, const layer *l, const step *now, scratch *at) {
     const int64_t M = now->rows, q_width = l->heads * l->width, k_width = l->groups * l->width;
     const int64_t stride = q_width + 2 * k_width;
@@ -144,6 +184,8 @@ static int attention(const decoder *model, const layer *l, const step *now, scra
     }
     rotary(at->wide, at->wide + q_width, at->cosine + angles, at->sine + angles, at->q, at->k, M, l->heads, l->groups,
         l->width, model->ropes[l->rope].rotated, stride, stride, threads_for(M * (q_width + k_width), now));
+    if (now->head_row)
+        return by_head(model, l, now, at, q_width + k_width, stride) || product(&l->output, now, at->y, at->normal);
     kv_store(&l->k, at->k, k_width, now->slot, M, l->groups, l->width);
     kv_store(&l->v, at->wide + q_width + k_width, stride, now->slot, M, l->groups, l->width);
     int64_t seen = 0;
@@ -194,7 +236,6 @@ int decoder_step(const decoder *model, const step *asked) {
     void *memory = allocate(model, now->rows, &at);
     if (!memory) return 1;
     fill_angles(model, now, &at);
-    for (int64_t m = 0; m < now->rows; m++) at.row[m] = m;
     int failed = 0;
     for (int64_t i = 0; i < model->layer_count && !failed; i++) {
         const layer *l = model->layers + i;

@@ -88,6 +88,14 @@ class Seated:
             kv_len=kv_len.reshape(-1),
         )
 
+    def by_layer(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What HeadBatch.lines tells of these tokens."""
+        line_MN = self._seats[self._owner_M][:, None] * self._groups.columns + np.arange(self._groups.columns)
+        numbers = self._row_MN, line_MN, (self._slot_MN + 1).astype(np.int32)
+        shape = len(self._owner_M), self._groups.layers, self._groups.heads
+        row, line, end = (each.reshape(shape).transpose(1, 0, 2) for each in numbers)
+        return row, line, end
+
     @property
     def tables(self) -> np.ndarray:
         """All lines [seats N, I], where they are."""
@@ -152,6 +160,17 @@ class HeadBatch:
             )
         mine = np.flatnonzero(seats < 0)
         return cls(whole, torch.from_numpy(_tokens(starts[mine], counts[mine])).to(device), found)
+
+    def lines(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of all tokens by layer, token and head: where keys and values go (int64), the line of the tables (int64) and
+        the slots that are seen (int32); and the tables. Only where every sequence has a seat."""
+        parts = [part.by_layer() for part in self.parts]
+        order = np.argsort(np.concatenate([part.token_M.numpy() for part in self.parts]))
+        row, line, end = (
+            torch.from_numpy(np.ascontiguousarray(np.concatenate(of, axis=1)[:, order]))
+            for of in zip(*parts, strict=True)
+        )
+        return row, line, end, torch.from_numpy(self.parts[0].tables)
 
 
 def _tokens(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -55,11 +55,12 @@ class HeadPages(Pages):
 def split_layers(whole: Pages, count: int, scales: Sequence[Tensor | None], rotated: Sequence[bool]) -> list[Pages]:
     """The pages of `count` layers that lie one after another in `whole`, each with its pages of single heads."""
     rows = whole.codes.shape[0] * whole.block * whole.groups
-    codes, numbers = (None if x is None else x.view(rows, 1, 1, -1) for x in (whole.codes, whole.numbers))
+    codes, numbers = whole.codes.view(rows, 1, 1, -1), whole.numbers
+    numbers = None if numbers is None else numbers.view(rows, 1, 1, -1)
     found = []
     for layer, (scale_G, rotate) in enumerate(zip(scales, rotated, strict=True)):
-        its = [None if x is None else x.chunk(count)[layer] for x in (whole.codes, whole.numbers)]
+        its_numbers = None if whole.numbers is None else whole.numbers.chunk(count)[layer]
         one = None if scale_G is None else torch.ones_like(scale_G[:1])
         heads = HeadPages(codes, whole.codec, numbers, one, rotate, layer=layer, slots=whole.block, apart=whole.groups)
-        found.append(Pages(its[0], whole.codec, its[1], scale_G, rotate, heads=heads))
+        found.append(Pages(whole.codes.chunk(count)[layer], whole.codec, its_numbers, scale_G, rotate, heads=heads))
     return found

@@ -102,7 +102,7 @@ def test_what_cannot_be_cut_up_is_refused_by_name(tiny_model: TinyModel, monkeyp
         Recover(shard=True).plan(checkpoint, tokens)
     with pytest.raises(UsageError, match="one process trains"):
         Logits(shard=True, cache=Cache()).plan(checkpoint, tokens)
-    assert "there is one" in Logits(shard=True).plan(checkpoint, tokens).notices[0]
+    assert any("there is one" in said for said in Logits(shard=True).plan(checkpoint, tokens).notices)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UsageError, match="8 bits are not cut up") as refused:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.core.errors import UsageError
+from compress.core.errors import InputError
 from kv_compress.eviction import Budget, EvictionSettings
 from kv_compress.policy import Coding, KVPolicy, LayerPolicy
 from runtime.llm import LLM
@@ -175,5 +175,5 @@ def test_what_fits_is_known_and_what_is_allocated(tiny_model: TinyModel) -> None
 
 
 def test_single_tokens_cannot_be_dropped(tiny_model: TinyModel) -> None:
-    with pytest.raises(UsageError, match="of which eviction cannot drop single tokens"):
+    with pytest.raises(InputError, match="of which eviction cannot drop single tokens"):
         LLM(tiny_model("llama"), kv_cache=POLICY, eviction=EvictionSettings(budget=Budget(tokens=64)))
