@@ -15,6 +15,8 @@ from kv_compress.policy import Coding, KVPolicy, LayerPolicy
 from runtime.llm import LLM
 from runtime.params import SamplingParams
 from runtime.scheduler import RequestTooLong
+from runtime.step import Recoding
+from runtime.trace import replay
 from tests.conftest import TinyModel
 from tests.runtime._naive import prompts_of
 
@@ -172,6 +174,15 @@ def test_what_fits_is_known_and_what_is_allocated(tiny_model: TinyModel) -> None
         llm.generate([[5] * 160], max_tokens=10)
     full = LLM(tiny_model("llama"), block_size=BLOCK, kv_bytes=14 * 3072, dtype=torch.float32, device="cpu")
     assert full.kv_tokens == 56
+
+
+def test_a_recording_is_replayed(tiny_model: TinyModel, tmp_path: Path) -> None:
+    with LLM(tiny_model("llama"), block_size=BLOCK, kv_cache=POLICY, record=tmp_path / "trace", device="cpu") as llm:
+        llm.generate(PROMPTS, **ASKED)
+        pages = llm.engine.scheduler.points.page_tokens
+    done = [each for _, step in replay(tmp_path / "trace") for each in step.compressions]
+    assert len(done) == sum((len(prompt) + 25 - 4 - RECENT) // pages for prompt in PROMPTS)
+    assert all(isinstance(each, Recoding) and len(each.source) == pages // BLOCK for each in done)
 
 
 def test_single_tokens_cannot_be_dropped(tiny_model: TinyModel) -> None:

@@ -86,9 +86,7 @@ def attentions() -> Iterator[Build]:
 def mixtures() -> Iterator[Build]:
     for group, width, decode, segments, dtype, window, softcap, bits in [
         (4, 128, True, 8, "bf16", False, False, 4),
-        (4, 128, True, 8, "bf16", False, False, 8),
-        (2, 256, False, 1, "bf16", True, True, 4),
-        (3, 96, False, 1, "fp16", False, True, 4),
+        (3, 96, False, 1, "fp16", True, True, 8),
     ]:
         tile = attention.tile_for(decode=decode, group=group, width=width, element_bytes=TYPES[dtype])
         constants = {

@@ -59,9 +59,9 @@ def mixture(
                 side.coded.write(x_KGD[begin : begin + page_tokens].to(device), frame)
                 places = torch.arange(page_tokens, device=device) + frame * page_tokens
                 mean_KGD[begin : begin + page_tokens] = side.coded.read(places).to(mean_KGD)
-            for at in [*range(min(SINKS, len(x_KGD))), *range(end, len(x_KGD))]:
-                slot = at if at < SINKS else at - coded * (page_tokens - BLOCK)
-                side.codes[table[slot // BLOCK], slot % BLOCK] = x_KGD[at].to(device)
+            at = torch.tensor([*range(min(SINKS, len(x_KGD))), *range(end, len(x_KGD))])
+            slot = torch.where(at < SINKS, at, at - coded * (page_tokens - BLOCK))
+            side.codes[torch.tensor(table)[slot // BLOCK].to(device), slot.to(device) % BLOCK] = x_KGD[at].to(device)
             found.append(mean_KGD)
     stored, new = zip(*parts, strict=True)
     batch = AttentionBatch.build(stored, new, slots, tables, block_size=BLOCK, device=device, frames=frames)
