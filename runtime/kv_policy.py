@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError
 from compress.core.kv_scheme import is_scale, scale_names, scheme_in
 from compress.core.model_files import KV_CACHE_KEY
-from kv_compress.eviction import EvictionSettings
 from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy, policy_in
 from runtime.models.config import LayerConfig
+
+if TYPE_CHECKING:
+    from kv_compress.eviction import EvictionSettings
 
 
 def policy_of(checkpoint: Checkpoint, layers: Sequence[LayerConfig], asked: KVPolicy | str | None) -> KVPolicy | None:
