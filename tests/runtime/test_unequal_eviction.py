@@ -16,6 +16,7 @@ from kv_compress.policy import Coding, KVPolicy, LayerPolicy
 from runtime import head_compaction
 from runtime.llm import LLM
 from runtime.ops.backend import torch_only
+from runtime.small_steps import SmallSteps
 from tests.conftest import TinyModel
 from tests.runtime._folders import edited
 from tests.runtime._naive import prompts_of
@@ -56,6 +57,16 @@ class Watched:
                 self.kept.setdefault(done.sequence, {})[ends[done.sequence]] = of_layers
             return found
 
+        self.through_c = 0  # whole steps of sequences with tables for each layer and head
+        if isinstance(whole := llm.engine.runner.whole, SmallSteps):
+            covers = whole.covers
+
+            def watched_covers(batch) -> bool:
+                covered = covers(batch)
+                self.through_c += covered and batch.by_head is not None
+                return covered
+
+            monkeypatch.setattr(whole, "covers", watched_covers)
         monkeypatch.setattr(head_compaction, "keep_among", watched_keep)
         monkeypatch.setattr(llm.engine.runner, "run", watched_run)
 
@@ -94,6 +105,8 @@ def test_what_is_gone_is_as_if_masked(method: str, tiny_model: TinyModel, monkey
             worst = max(float((logits - expected[at]).abs().max()) for at, logits in found.items())
             assert worst < 1e-4
             assert max(float((logits - plain[at]).abs().max()) for at, logits in found.items()) > 100 * worst
+        has_c = native and isinstance(llm.engine.runner.whole, SmallSteps)
+        assert (watched.through_c > 5) == (has_c and numerics == "fast")
         if method == "adakv":  # or equal counts would pass, too
             assert any(len(a) != len(b) for at in watched.kept.values() for each in at.values() for a, b in each)
 
