@@ -81,7 +81,7 @@ class BlockPool:
         self._known = self._prefixes.content  # by page: in it are the pages whose content is known
         self._page_tokens = page.tokens
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached pages, the least recently used first
-        self._hits = self._misses = self._evictions = 0
+        self._hits = self._misses = self._hit_tokens = self._evictions = 0
 
     @classmethod
     def from_memory(cls, memory_bytes: int, page: PageType, *, prefix_cache: bool = True) -> BlockPool:
@@ -106,9 +106,14 @@ class BlockPool:
     @property
     def statistics(self) -> PoolStatistics:
         """Counts as of now."""
-        hit_tokens = self._hits * self.page.tokens
         return PoolStatistics(
-            len(self._free), len(self._idle), self._owned, self._hits, self._misses, hit_tokens, self._evictions
+            len(self._free),
+            len(self._idle),
+            self._owned,
+            self._hits,
+            self._misses,
+            self._hit_tokens,
+            self._evictions,
         )
 
     def cut_for(self, layers: int, heads: int) -> None:
@@ -173,6 +178,7 @@ class BlockPool:
         """Start the sequence, which must hold no pages, on the pages that `lookup` just found."""
         self._share(sequence, found.pages, found.stretch, found.computed)
         self._hits += len(found.pages)
+        self._hit_tokens += found.computed
         stretch = sequence.stretches[found.stretch]
         self._misses += self._pages_to_look_up(sequence, stretch) - len(found.pages)
 

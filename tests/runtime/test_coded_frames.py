@@ -152,6 +152,9 @@ def test_tokens_depend_on_nothing_that_an_engine_does(tiny_model: TinyModel) -> 
     tight = LLM(folder, token_budget=64, kv_bytes=18 * 3072, **options)
     assert told(chunked) == told(tight) == wanted
     assert chunked.stats().pages.hits > 8 and tight.stats().preemptions > 1
+    before = chunked.stats().pages.hit_tokens
+    chunked.generate(PROMPTS[3:], **ASKED)  # 61 tokens: the sinks, two coded pages, and four full ones up to 60
+    assert chunked.stats().pages.hit_tokens - before == 60
     [one] = alone.generate(PROMPTS[:1], **ASKED)
     both = tight.generate(PROMPTS[:1], n=2, **ASKED)
     assert [each.token_ids for each in both] == [one.token_ids] * 2
