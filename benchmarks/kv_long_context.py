@@ -8,7 +8,8 @@ the prompt's end, when the question is known ("end"), or at every 256 tokens of 
 ("within"). Counted: right answers, tokens of an answer, questions that only the whole cache has right; bytes of the
 pages that a sequence holds behind its prompt, and the most that it ever held, reading the prompt included.
 
-Perplexity: of a model of stories on windows of 512 tokens, evicted at every 32 of them, to so many slots.
+Perplexity: of a model of stories on the first 384 tokens of long stories, one at a time, since the model has seen no
+two together; evicted at every 32 of them, to so many slots.
 
 Beside them stand the whole cache, lots drawn at the same budget (random), and the whole cache in the same memory
 ("cut"): of a prompt as many of its last tokens, of a window pieces of so many tokens, each read by itself.
@@ -37,10 +38,10 @@ from runtime.completion import Completion
 from runtime.llm import LLM
 from runtime.params import SamplingParams
 
-METHODS = ("h2o", "snapkv", "tova", "expected_attention", "keydiff", "key_norm", "streaming", "random")
+METHODS = ("random", "snapkv", "h2o", "keydiff", "streaming", "expected_attention", "tova", "key_norm")
 KEPT = (0.5, 0.25, 0.125)
 WITHIN = ("prefill_chunk", "prefill_end", "decode")
-WINDOW, EVERY = 512, 32
+WINDOW, EVERY = 384, 32
 FULL = {"method": "all", "when": "", "kept": 1.0}
 
 
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--within", type=float, nargs="*", default=[0.25], help="shares that are tried within prompts")
     parser.add_argument("--out", type=Path, default=tools.HERE / "results" / "kv-long-context.json")
+    parser.add_argument("--only", choices=("recall", "perplexity"), help="leave the other part of --out as it is")
     parser.add_argument("--table", action="store_true", help="show what --out holds, and draw it; measure nothing")
     asked = parser.parse_args()
     if asked.table:
@@ -69,15 +71,19 @@ def main() -> None:
         "recall": [],
         "perplexity": [],
     }
+    if asked.only is not None:
+        other = {"recall": "perplexity", "perplexity": "recall"}[asked.only]
+        results[other] = json.loads(asked.out.read_text())[other]
 
     def keep(kind: str, found: dict) -> None:
         results[kind].append(found)
         asked.out.write_text(json.dumps(results, indent=1) + "\n")
         print(kind, {name: value for name, value in found.items() if name != "regressed"}, flush=True)
 
-    recall(asked, keep)
-    for model in asked.models:
+    for model in asked.models if asked.only != "recall" else ():
         perplexity(asked.data / "models" / model, asked.data / "text" / "tinystories-b.txt", asked.windows, keep)
+    if asked.only != "perplexity":
+        recall(asked, keep)
 
 
 def recall(asked: argparse.Namespace, keep) -> None:
@@ -90,8 +96,9 @@ def recall(asked: argparse.Namespace, keep) -> None:
         rows = [(question, *question.ids(encode)) for question in wanted]
         right: set[int] = set()
         ways = [FULL] + [{"method": "cut", "when": "", "kept": kept} for kept in KEPT]
-        ways += [{"method": method, "when": "end", "kept": kept} for method in METHODS for kept in KEPT]
-        ways += [{"method": method, "when": "within", "kept": kept} for method in METHODS for kept in asked.within]
+        for method in METHODS:
+            ways += [{"method": method, "when": "end", "kept": kept} for kept in KEPT]
+            ways += [{"method": method, "when": "within", "kept": kept} for kept in asked.within]
         for way in ways:
             found, answers = asked_all(folder, way, rows)
             mine = {number for number, answer in enumerate(answers) if answer.right}
@@ -110,23 +117,23 @@ def asked_all(folder: Path, way: dict, rows: list) -> tuple[dict, list]:
         folder, dtype=torch.float32, device="cpu", max_sequences=1, prefix_cache=False, kv_bytes="64MiB",
         token_budget=4096, eviction=eviction,
     )  # fmt: skip
+    during = watched(llm)
     answers, held, most = [], [], []
     for question, prompt, answer in rows:
         ids = prompt[-round(way["kept"] * len(prompt)) :] if way["method"] == "cut" else prompt
         params = SamplingParams(max_tokens=len(answer) + ROOM, temperature=0.0, stop=("\n",))
         llm.add(ids, params)
-        tokens, text, owned = [], "", []
-        behind = 0
+        tokens, text, behind = [], "", 0
+        during.clear()
         while llm.has_work:
             updates = llm.step()
-            owned.append(llm.stats().pages.owned)
-            behind = behind or (owned[-1] if updates else 0)
+            behind = behind or (llm.stats().pages.owned if updates else 0)
             for update in updates:
                 tokens += update.token_ids
                 text += update.text
         answers.append(judged(Completion(text, tuple(tokens), "stop"), question.answer, answer))
         held.append(behind)
-        most.append(max(owned))
+        most.append(max(during))
     page = llm.engine.scheduler.pool.page.bytes
     return {
         "bytes": round(page * sum(held) / len(held)),
@@ -135,33 +142,56 @@ def asked_all(folder: Path, way: dict, rows: list) -> tuple[dict, list]:
     }, answers
 
 
+def watched(llm: LLM) -> list[int]:
+    """The pages that are owned while each step is computed, from now on: before what it evicts is given back."""
+    runner, owned = llm.engine.runner, []
+    run = runner.run
+
+    def watched_run(step, wanted):
+        owned.append(llm.stats().pages.owned)
+        return run(step, wanted)
+
+    runner.run = watched_run
+    return owned
+
+
 def perplexity(folder: Path, text: Path, count: int, keep) -> None:
     """Of windows of a text, token by token given what stayed of those before it."""
     tokenizer = load_tokenizer(folder)
-    stories = text.read_text(encoding="utf-8")[: count * WINDOW * 8].split("<|endoftext|>")
-    joined = "".join("<|start_story|>" + story.strip() for story in stories)
-    ids = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = [ids[at : at + WINDOW] for at in range(0, len(ids), WINDOW)][:count]
+    windows = []
+    for story in text.read_text(encoding="utf-8").split("<|endoftext|>"):
+        if len(windows) < count and len(story) > 3 * WINDOW:  # characters: fewer are never so many tokens
+            ids = tokenizer("<|start_story|>" + story.strip(), add_special_tokens=False, verbose=False)["input_ids"]
+            windows += [ids[:WINDOW]] if len(ids) >= WINDOW else []
     ways = [FULL] + [{"method": method, "when": "within", "kept": kept} for method in METHODS for kept in KEPT]
     ways += [{"method": "cut", "when": "", "kept": kept} for kept in KEPT]
     for way in ways:
         slots, eviction = round(way["kept"] * WINDOW), None
         if way["when"]:
             eviction = EvictionSettings(method=way["method"], budget=Budget(tokens=slots), every=EVERY, when=WITHIN)
-        llm = LLM(folder, dtype=torch.float32, device="cpu", max_sequences=8, prefix_cache=False, eviction=eviction)
+        llm = LLM(folder, dtype=torch.float32, device="cpu", max_sequences=1, prefix_cache=False, eviction=eviction)
         lines = [line[at : at + slots] for line in windows for at in range(0, WINDOW, slots)]
-        lines = lines if way["method"] == "cut" else windows
-        found = llm.generate(lines, max_tokens=0, prompt_logprobs=0, temperature=0.0)
-        logprobs = [token.logprob for each in found for token in each.prompt_logprobs or () if token is not None]
-        page = llm.engine.scheduler.pool.page
-        stored = -(-(slots if way["method"] != "all" else WINDOW) // page.tokens) * page.bytes
-        most = stored if eviction is None else -(-(slots + EVERY) // page.tokens) * page.bytes
+        during = watched(llm)
+        read = [read_line(llm, line) for line in (lines if way["method"] == "cut" else windows)]
+        logprobs = [logprob for found, _ in read for logprob in found]
         keep(
             "perplexity",
             {"model": folder.name} | way
-            | {"bytes": stored, "peak_bytes": most, "tokens": len(logprobs),
-               "perplexity": math.exp(-sum(logprobs) / len(logprobs))},
+            | {"bytes": max(held for _, held in read), "peak_bytes": llm.engine.scheduler.pool.page.bytes * max(during),
+               "tokens": len(logprobs), "perplexity": math.exp(-sum(logprobs) / len(logprobs))},
         )  # fmt: skip
+
+
+def read_line(llm: LLM, line: list[int]) -> tuple[list[float], int]:
+    """Log-probabilities of a text's tokens, and bytes of the pages that it holds in the end."""
+    llm.add(line, SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0.0, ignore_eos=True))
+    found = []
+    while llm.has_work:
+        for update in llm.step():
+            found += [token.logprob for token in update.prompt_logprobs or () if token is not None]
+    page, kept = llm.engine.scheduler.pool.page, llm.engine.scheduler.points
+    slots = len(line) if kept is None else min(len(line), kept.kept(len(line)))
+    return found, page.bytes * -(-slots // page.tokens)
 
 
 def render(results: dict) -> str:
@@ -174,7 +204,7 @@ def render(results: dict) -> str:
     ]
     for model in dict.fromkeys(way["model"] for way in results["perplexity"]):
         ways = [way for way in results["perplexity"] if way["model"] == model]
-        lines += ["", f"Perplexity, {model}, windows of {WINDOW} tokens.", ""]
+        lines += ["", f"Perplexity, {model}, stories of {WINDOW} tokens.", ""]
         lines += table(ways, lambda way: f"{way['perplexity']:.2f}")
     return "\n".join(lines)
 

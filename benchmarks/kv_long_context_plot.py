@@ -56,7 +56,7 @@ def picture(name: str, ways: list[dict]):
     axes.set_xlabel("keys and values of a sequence behind its prompt (kB, pages as allocated)")
     axes.set_ylabel("right answers (%)" if is_recall else "perplexity")
     better = "upper left" if is_recall else "lower left"
-    title = "recall of long contexts" if is_recall else f"{name.removeprefix('kv-perplexity-')}, windows of 512 tokens"
+    title = "recall of long contexts" if is_recall else f"{name.removeprefix('kv-perplexity-')}, long stories"
     axes.set_title(f"{title}: {better} is better", loc="left", fontsize=11)
     figure.legend(loc="outside right upper", borderaxespad=0.2)
     return figure
