@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from compress.core._trim import trim_memory
+from compress.core._trim import return_freed_memory, trim_memory
 from compress.core.processes import Processes
 from compress.core.safetensors_layout import Entry, dtype_name, tensor_bytes
 
@@ -44,6 +44,7 @@ class Shards:
 
     def __init__(self, checkpoint: Checkpoint, processes: Processes, device: str) -> None:
         self._processes = processes
+        return_freed_memory()
         self.model = stream(checkpoint, torch.float32, processes, device, trained=True)
         self._step = fully_shard(_Step(self.model), mesh=_mesh(processes, device))
         for module in self._step.modules():
