@@ -49,8 +49,15 @@ def picture(name: str, ways: list[dict]):
             axes.plot(*points, "*", color=INK, markersize=13, label="all kept")
             continue
         colour, line = PLAIN.get(method, (COLOURS.get(method, INK), "-"))
-        label = {"cut": "cut context", "random": "random"}.get(method, method)
-        axes.plot(*points, line, marker="o", markersize=5, linewidth=1.4, color=colour, label=label)
+        style = {"marker": "x", "zorder": 4} if method == "cut" else {"marker": "o"}
+        label = method
+        if method == "cut":
+            beyond = "" if is_recall else ": " + ", ".join(f"{value:.1f}" for value in points[1])
+            label = f"cut context{beyond}"
+        axes.plot(*points, line, markersize=5, linewidth=1.4, color=colour, label=label, **style)
+    if not is_recall:  # a context that is cut is far worse: its figures are in the key
+        shown = [way["perplexity"] for way in ways if way["method"] != "cut"]
+        axes.set_ylim(min(shown) - 0.1, max(shown) + 0.3)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("keys and values of a sequence behind its prompt (kB, pages as allocated)")
