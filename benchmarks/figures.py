@@ -15,6 +15,7 @@ import distillation
 import kv_eviction
 import kv_long_context
 import kv_long_context_plot
+import kv_speed
 import loss_memory
 import narrow
 import pruning
@@ -250,6 +251,7 @@ PLACES = {  # markers -> where they are, and what is between them
     "loss-memory": (HERE.parent / "docs" / "distillation.md", rendered("loss-memory", loss_memory.render)),
     "recovery": (HERE.parent / "docs" / "distillation.md", rendered("recovery", recovery.render)),
     "kv-eviction": (HERE.parent / "docs" / "kv-eviction.md", rendered("kv-eviction", kv_eviction.render)),
+    "kv-speed": (HERE.parent / "docs" / "kv-cache.md", rendered("kv-speed", kv_speed.render)),
     "kv-long-context": (HERE.parent / "docs" / "kv-eviction.md", kv_quality_tables),
     "sparse-linear": (HERE.parent / "docs" / "runtime.md", rendered("sparse-linear", sparse_lines)),
 }

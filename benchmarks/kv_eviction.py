@@ -137,7 +137,7 @@ def long_prompts(asked: argparse.Namespace) -> list[dict]:
 
 
 def render(results: dict) -> str:
-    """Sequences and pages; speeds only of a machine that did nothing else."""
+    """Sequences, speed and pages."""
     capacity, asked = results["capacity"], results["asked"]
     whole, quarter = capacity["all"], capacity["quarter"]
     lines = [
@@ -146,8 +146,9 @@ def render(results: dict) -> str:
         f"if all is kept, {quarter['most_sequences']} with a quarter (snapkv), {capacity['sequences_ratio']:.1f} times "
         "as many.",
     ]
-    if results["environment"]["load_before"] <= IDLE_LOAD:
-        lines.append(f"Tokens a second at saturation: {capacity['speed_ratio']:.2f} times as many.")
+    load = results["environment"]["load_before"]
+    beside = f", in turns, beside other work (load {load:.1f})" if load > IDLE_LOAD else ""
+    lines.append(f"Tokens a second at saturation: {capacity['speed_ratio']:.2f} times as many{beside}.")
     lines += ["", "| prompt | most bytes of pages, budget 512 (keydiff) | all kept |", "|--:|--:|--:|"]
     lines += [
         f"| {found['tokens']:,} | {found['most_bytes']:,} | {found['bytes_without']:,} |"
