@@ -14,7 +14,6 @@ from runtime.models.config import ModelConfig
 from runtime.models.reading import read
 from tests.conftest import TinyModel
 
-
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral")
 BOTH_FORMS = [(family, odd) for family in FAMILIES for odd in (False, True) if (family, odd) != ("gemma3_text", True)]
 
