@@ -160,6 +160,11 @@ class KVPolicy:
                 wrong = _misfit(coding, heads, width)
                 if wrong:
                     raise InputError(f"layer {index} of the policy: {wrong}", where=where)
+        self.require_sound(where)
+
+    def require_sound(self, where: str = "") -> None:
+        """InputError for what fits no model."""
+        for index, layer in enumerate(self.layers):
             if layer.values.per == "channel":
                 raise InputError(f"layer {index} of the policy: only keys are coded per channel", where=where)
         if self.is_paged and self.eviction is not None:
@@ -167,6 +172,11 @@ class KVPolicy:
                 "the policy codes whole pages, of which eviction cannot drop single tokens", where=where,
                 hint="use codes of single tokens (keys per token, no sinks, no recent) with eviction, or no eviction",
             )  # fmt: skip
+
+    def is_alike(self, heads_and_widths: Iterable[tuple[int, int]]) -> bool:
+        """Whether all layers, with so many key-value heads of such widths, hold keys and values of one kind."""
+        codecs = ((layer.keys.codec, layer.values.codec) for layer in self.layers)
+        return len(set(zip(heads_and_widths, codecs, strict=True))) == 1
 
     @property
     def count_bytes(self) -> int:
@@ -232,4 +242,4 @@ def _coding(data: object, where: str) -> Coding:
 
 
 def _is_scale(number: object) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < 1e30
+    return isinstance(number, int | float) and not isinstance(number, bool) and 1e-30 < number < 1e30

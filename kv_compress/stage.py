@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from compress.core.errors import InputError, UsageError
+from compress.core.kv_scheme import scheme_in
+from compress.core.model_files import KV_CACHE_KEY
 from compress.core.passes import Job, Pass, Plan
-from kv_compress.eviction import EvictionSettings
-from kv_compress.policy import FULL, LARGEST_WINDOW, Coding, KVPolicy, LayerPolicy
+from kv_compress.eviction import EvictionSettings, eviction_of
+from kv_compress.policy import FULL, LARGEST_WINDOW, Coding, KVPolicy, LayerPolicy, policy_in
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
 
 SINKS, RECENT = 4, 64  # tokens kept in full where keys are coded per channel, unless a recipe says otherwise
+HALF_BYTES = 2  # of a number in bf16, in which the runtime may hold keys and values of any model
 BLOCK = 16  # tokens of a page in the runtime, unless it is told otherwise
 
 Precision = Literal["full", "int8", "int4", "fp8"]
@@ -149,12 +152,33 @@ class KVCache(Pass):
         )
         policy = KVPolicy(tuple(layers), eviction, sinks, recent)
         try:
-            policy.require_fits(head_sizes(checkpoint))
-            if policy.is_paged:
-                policy.coding_points(head_sizes(checkpoint), checkpoint.dtype.itemsize, BLOCK)
+            sizes = head_sizes(checkpoint)
+            policy.require_fits(sizes)
+            for itemsize in sorted({HALF_BYTES, checkpoint.dtype.itemsize}) if policy.is_paged else ():
+                policy.coding_points(sizes, itemsize, BLOCK)  # the runtime may hold an fp32 model in bf16
+            if self.eviction is not None and self.eviction.is_unequal and not policy.is_alike(sizes):
+                raise UsageError(
+                    f"{self.eviction.method} lets layers and heads keep unequal numbers of keys, and the layers' keys "
+                    "and values differ in heads, channels or codecs",
+                    where="kv_cache.eviction.method",
+                    hint="choose another method, or one precision for all layers",
+                )
         except InputError as error:
             raise UsageError(error.message, where="kv_cache") from None
         return policy
+
+    @staticmethod
+    def require_obeyed(config: Mapping[str, Any]) -> None:
+        """InputError for a policy in a config.json that the runtime would refuse, or that `kv_cache_scheme`, which is
+        there too, does not say."""
+        where = f"config.json: {KV_CACHE_KEY}"
+        policy = policy_in(config)
+        if policy is None:
+            return
+        policy.require_sound(where)
+        eviction_of(policy)
+        if scheme_in(config) is not None and not policy.is_scheme:
+            raise InputError("is more than kv_cache_scheme says, which other engines would obey", where=where)
 
 
 def _pair(precision: Precision | KeysAndValues) -> tuple[Precision, Precision]:
@@ -172,6 +196,10 @@ def _numbers(text: str, count: int, where: str) -> Iterator[int]:
     for part in text.replace(" ", "").split(","):
         first, _, last = part.rpartition("-") if part.lstrip("-").count("-") else (part, "", part)
         numbers = range(int(first), int(last) + 1)
+        if not numbers or int(first) < 0 <= int(last):
+            raise UsageError(
+                f"{part!r} is no range of layers", where=where, hint="write the lower number first, such as 0-3"
+            )
         for number in numbers:
             if not -count <= number < count:
                 raise UsageError(f"there is no layer {number}: the model has {count}", where=where)

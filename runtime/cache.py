@@ -170,11 +170,7 @@ def _layers_by_head(
 ) -> list[tuple[Pages, Pages]]:
     """Keys and values of all layers in one allocation each."""
     first, count = config.layers[0], len(config.layers)
-    kinds = {
-        (layer.kv_heads, layer.head_dim, of.keys.codec, of.values.codec)
-        for layer, of in zip(config.layers, policy.layers, strict=True)
-    }
-    if len(kinds) > 1:
+    if not policy.is_alike((layer.kv_heads, layer.head_dim) for layer in config.layers):
         raise UsageError(
             "layers cannot keep unequal numbers of keys, since theirs differ in heads, channels or codecs",
             hint="choose a method of eviction with equal numbers, or one codec for all layers",

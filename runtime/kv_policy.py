@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.core.checkpoint import Checkpoint
-from compress.core.errors import InputError
+from compress.core.errors import InputError, UsageError
 from compress.core.kv_scheme import is_scale, scale_names, scheme_in
 from compress.core.model_files import KV_CACHE_KEY
 from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy, policy_in
@@ -22,6 +22,8 @@ def policy_of(checkpoint: Checkpoint, layers: Sequence[LayerConfig], asked: KVPo
     """The policy, None where keys and values are kept as they are. InputError for one that does not fit the layers,
     UsageError for a codec that does not exist."""
     where = str(checkpoint.folder / "config.json")
+    if asked is not None and not isinstance(asked, str | KVPolicy):
+        raise UsageError(f"kv_cache is a codec's name or a KVPolicy (kv_compress.policy), not {asked!r:.60}")
     if isinstance(asked, str):
         policy = KVPolicy.uniform(asked, len(layers))
     else:

@@ -22,8 +22,10 @@ _WIDE = 50.0
 def check(
     model: Annotated[str, typer.Argument(help="Model: folder or hub id.", show_default=False)],
     text: Annotated[str, typer.Option("--text", help="Data set to look at: hub id, folder, file, or demo.")] = "demo",
-    samples: Annotated[int, typer.Option("--samples", help="Rows of text.")] = 8,
-    length: Annotated[int, typer.Option("--length", help="Tokens of a row; at most what the model takes.")] = 512,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Rows of text.")] = 8,
+    length: Annotated[
+        int, typer.Option("--length", min=2, help="Tokens of a row; at most what the model takes.")
+    ] = 512,
     prefix: Annotated[str, typer.Option("--prefix", help="Text before each document.", show_default=False)] = "",
     budget: Annotated[
         str | None,

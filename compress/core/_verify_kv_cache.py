@@ -6,9 +6,10 @@ from typing import Any
 
 from compress.core._verify_folder import Contents
 from compress.core.architectures import lookup
-from compress.core.errors import ArtifactError
+from compress.core.errors import ArtifactError, InputError
 from compress.core.kv_scheme import is_scale, scale_names, scheme_in
 from compress.core.manifest import MANIFEST_NAME
+from compress.core.methods import find_pass
 from compress.core.model_files import KV_CACHE_KEY
 from compress.core.safetensors_io import load_tensor
 
@@ -30,12 +31,23 @@ def check_kv_cache(contents: Contents) -> str:
     layers = policy.get("layers") if isinstance(policy, dict) else None
     if policy is not None and (not isinstance(layers, list) or len(layers) != count):
         raise ArtifactError(f"does not speak of {count} layers", where=f"config.json: {KV_CACHE_KEY}")
+    _require_obeyed(contents)
     if scheme_in(contents.config) is None:
         stray = [name for name in contents.tensors if is_scale(name)]
         if stray and policy is None:
             raise ArtifactError("is a scale of keys or values, of which config.json says nothing", where=stray[0])
         return f"{len(layers or [])} layers"
     return _scales(contents, layers)
+
+
+def _require_obeyed(contents: Contents) -> None:
+    """ArtifactError for a policy that the bundled runtime refuses."""
+    stage: Any = find_pass("kv_cache", "kv_cache")
+    try:
+        stage.require_obeyed(contents.config)
+    except InputError as error:
+        where = error.where if error.where and error.where.startswith("config.json") else f"config.json: {KV_CACHE_KEY}"
+        raise ArtifactError(error.message, where=where) from None
 
 
 def _scales(contents: Contents, layers: list[Any] | None) -> str:

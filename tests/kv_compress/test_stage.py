@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError, RecipeError, UsageError
+from compress.core.model_files import KV_CACHE_KEY
 from compress.core.recipe import parse_recipe
 from compress.core.verify import verify
 from compress.pipeline import RunOptions, run
@@ -197,3 +198,45 @@ def test_keys_per_channel_travel_with_the_artifact(tiny_model: TinyModel, tmp_pa
         settings = KVCache.model_validate_json(json.dumps(asked | wrong))
         with pytest.raises(UsageError, match=message):
             settings.plan(checkpoint, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"precision": "int4", "overrides": [{"layers": "0", "precision": "int8"}], "eviction": {"method": "adakv"}},
+            "differ in heads, channels or codecs",
+        ),
+        ({"precision": "int8", "overrides": [{"layers": "1-0", "precision": "full"}]}, "'1-0' is no range"),
+        ({"precision": "int8", "overrides": [{"layers": "-2-1", "precision": "full"}]}, "'-2-1' is no range"),
+    ],
+)
+def test_what_the_runtime_would_refuse_is_not_planned(
+    tiny_model: TinyModel, asked: dict[str, Any], message: str
+) -> None:
+    if "eviction" in asked:
+        asked["eviction"]["budget"] = {"tokens": 64}
+    settings = KVCache.model_validate_json(json.dumps(asked))
+    with pytest.raises(UsageError, match=message):
+        settings.plan(Checkpoint.open(tiny_model("llama")), None)
+
+
+INT8 = {"keys": {"codec": "int8"}, "values": {"codec": "int8"}}
+FP8 = {"codec": "fp8", "scale": [0.5]}
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"layers": ["x"]}, "not its keys and values"),
+        ({"layers": [INT8], "sinks": -3}, "is no policy"),
+        ({"layers": [INT8], "eviction": {"method": "foo"}}, "eviction.method"),
+        ({"layers": [{"keys": {"codec": "int8"}, "values": {"codec": "int8", "per": "channel"}}]}, "only keys"),
+        ({"layers": [{"keys": FP8, "values": FP8}], "sinks": 16}, "more than kv_cache_scheme says"),
+    ],
+)
+def test_policies_that_no_runtime_obeys_are_told(policy: dict[str, Any], message: str) -> None:
+    scheme = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True, "strategy": "tensor"}
+    config = {KV_CACHE_KEY: policy, "quantization_config": {"kv_cache_scheme": scheme}}
+    with pytest.raises(InputError, match=message):
+        KVCache.require_obeyed(config)
