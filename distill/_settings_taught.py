@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from compress.core.places import locate
 from distill._divergences import Divergence
@@ -45,6 +45,15 @@ class Taught(Led):
     mix: float = Field(0.5, ge=0, le=1, description="beta of jsd, alpha of skew_kl and skew_rkl")
     alpha: float = Field(0.2, gt=0, le=10, description="of alpha_beta")
     beta: float = Field(0.7, gt=0, le=10, description="of alpha_beta")
+
+    @field_validator("mix")
+    @classmethod
+    def _leaves_a_divergence(cls, mix: float, found: ValidationInfo) -> float:
+        """The ends of the range compare a distribution with itself."""
+        divergence = found.data.get("divergence")
+        if (divergence == "jsd" and mix in (0, 1)) or (divergence in ("skew_kl", "skew_rkl") and mix == 1):
+            raise ValueError(f"with {mix:g} {divergence} is 0 whatever the student says")
+        return mix
 
     def steps(self, tokens: Tokens) -> int:
         """How many steps these tokens are."""

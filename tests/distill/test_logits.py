@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.core.calibration import Tokens
 from compress.core.checkpoint import Checkpoint
-from compress.core.errors import ArtifactError, InputError
+from compress.core.errors import ArtifactError, InputError, RecipeError
 from compress.core.events import Event, Metric, Progress
 from compress.core.files import sha256_file
 from compress.core.model_files import MASKED_KEY
@@ -89,6 +89,13 @@ def test_every_family_learns(tiny_model: TinyModel, tmp_path: Path, family: str,
     assert verify(result.artifact).ok
     assert {info.dtype for info in student.tensors.values()} == {"BF16"}
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(("divergence", "mix"), [("jsd", 0), ("jsd", 1), ("skew_kl", 1), ("skew_rkl", 1)])
+def test_a_divergence_that_is_nothing_is_refused(tmp_path: Path, divergence: str, mix: float) -> None:
+    with pytest.raises(RecipeError, match=f"with {mix} {divergence} is 0"):
+        recipe_of(tmp_path, tmp_path, lessons(divergence=divergence, mix=mix))
+    recipe_of(tmp_path, tmp_path, lessons(divergence=divergence, mix=0.5))
 
 
 def test_the_plan_says_if_the_text_is_short(tiny_model: TinyModel, tmp_path: Path) -> None:
