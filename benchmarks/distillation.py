@@ -6,12 +6,14 @@
 A quarter of the feed-forward channels go (OSSCAR), then the rest is trained: towards the original (forward KL and
 hidden states), or on the text alone (cross entropy), with the same settings, the same rows of texts a and c in the same
 order. Scored are the first 200 stories of text b, as in quality.py. `won back` is the share of the bits per byte that
-pruning lost. Minutes are those of the training stage. All texts are training text of stories-7m.
+pruning lost. Minutes are those of the training stage, beside other work where the load says so. All texts are training
+text of stories-7m.
 """
 
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -47,6 +49,7 @@ def measure(model: str, case: str, place: Workplace, tokens: int) -> dict[str, o
         "calibration": {"dataset": str(training_text(place, model))},
         "stages": list(stages(case, tokens)),
     }
+    load = os.getloadavg()[0]
     written = Path(f"{output}.json")
     written.write_text(json.dumps(recipe))
     command = [sys.executable, "-m", "compress", "run", "--recipe", str(written), "--output", str(output), "--quiet"]
@@ -54,7 +57,8 @@ def measure(model: str, case: str, place: Workplace, tokens: int) -> dict[str, o
     found = score(output, place.model(model), place.evaluation(model))
     run = json.loads((Path(f"{output}.report") / "run.json").read_text())
     trained = [stage["seconds"] / 60 for stage in run["stages"] if stage["kind"] == "distill"]
-    return {"model": model, "case": case, "perplexity": found.perplexity, "kl": found.kl, "minutes": sum(trained)}
+    figures = {"perplexity": found.perplexity, "kl": found.kl, "minutes": sum(trained), "load_before": load}
+    return {"model": model, "case": case, "tokens": tokens if trained else 0, **figures}
 
 
 def run(asked: argparse.Namespace) -> None:
@@ -70,7 +74,6 @@ def run(asked: argparse.Namespace) -> None:
     results = {
         "protocol": " ".join(__doc__.split("\n\n")[2].split()),
         "environment": tools.describe_machine() | {"threads": asked.threads},
-        "tokens": asked.tokens,
         "training": TRAINING,
         "original": {model: record["perplexity"] for model, record in originals.items()},
         "cases": found,
@@ -80,16 +83,19 @@ def run(asked: argparse.Namespace) -> None:
 
 
 def render(results: dict[str, object]) -> str:
-    lines = ["| model | | perplexity | KL to the original | won back | minutes |", "|---|---|--:|--:|--:|--:|"]
+    lines = ["| model | | tokens | perplexity | KL to the original | won back | minutes (load) |"]
+    lines.append("|---|---|--:|--:|--:|--:|--:|")
     for model, original in results["original"].items():
-        cases = {case["case"]: case for case in results["cases"] if case["model"] == model}
-        lines.append(f"| {model} | original | {original:.2f} | | | |")
-        lost = math.log(cases["pruned"]["perplexity"] / original)
-        for name, case in cases.items():
-            won = math.log(cases["pruned"]["perplexity"] / case["perplexity"]) / lost
-            cells = "| |" if name == "pruned" else f"{100 * won:.0f} % | {case['minutes']:.1f} |"
-            lines.append(f"| | {name} | {case['perplexity']:.2f} | {case['kl']:.3f} | {cells}")
-    return "\n".join(lines)
+        cases = [case for case in results["cases"] if case["model"] == model]
+        pruned = next(case["perplexity"] for case in cases if case["case"] == "pruned")
+        lines.append(f"| {model} | original | | {original:.2f} | | | |")
+        for case in cases:
+            won = math.log(pruned / case["perplexity"]) / math.log(pruned / original)
+            trained = f"{100 * won:.0f} % | {case['minutes']:.1f} ({case.get('load_before', 0):.0f}) |"
+            figures = f"{case['perplexity']:.2f} | {case['kl']:.4f}"
+            tokens = f"{case['tokens']:,}" if case["tokens"] else ""
+            lines.append(f"| | {case['case']} | {tokens} | {figures} | {trained if case['tokens'] else '| |'}")
+    return "\n".join([*lines, *(["", results["remark"]] if "remark" in results else [])])
 
 
 def main() -> None:
