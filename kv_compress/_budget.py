@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from kv_compress.pyramidkv import budgets
 
-_WITHOUT_END = 1 << 62
+WITHOUT_END = 1 << 62
 
 
 class Point(NamedTuple):
@@ -57,7 +57,7 @@ class Points:
     spread: int = 0
     alone: bool = False
 
-    def after(self, slots: int, position: int, prompt: int, end: int = _WITHOUT_END) -> Point | None:
+    def after(self, slots: int, position: int, prompt: int, end: int = WITHOUT_END) -> Point | None:
         """The first point behind `position`, and no later than `end`, at which anything is evicted, if `slots` slots
         hold the tokens before `position`, which is the last point or 0; the prompt has `prompt` tokens."""
         at = self._next(position, prompt)

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kv_compress._budget import Point
-
-_WITHOUT_END = 1 << 62
+from kv_compress._budget import WITHOUT_END, Point
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ class CodingPoints:
         """The point of this number, from 1."""
         return self.sinks + number * self.every + self.recent
 
-    def after(self, slots: int, position: int, prompt: int, end: int = _WITHOUT_END) -> Point | None:
+    def after(self, slots: int, position: int, prompt: int, end: int = WITHOUT_END) -> Point | None:
         """The first point behind `position`, the last point or 0, and no later than `end`; `slots` slots hold what is
         before it. The prompt's length is of no matter."""
         at = self.position(self.passed(position) + 1)

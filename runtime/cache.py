@@ -55,9 +55,7 @@ class KVCache:
                 ]
         except (torch.OutOfMemoryError, RuntimeError) as error:
             wanted = pages * page_bytes(config, block_size, dtype, policy)
-            raise ResourceError(
-                f"{wanted} bytes for {pages} pages of keys and values cannot be had", hint="give the cache less memory"
-            ) from error
+            raise not_to_be_had(wanted, pages) from error
         self.frames = self.points = None  # all pages hold equally many tokens
         self.attended = [
             torch.zeros((pages, block_size, layer.kv_heads), dtype=torch.int64, device=device)
@@ -125,6 +123,12 @@ class KVCache:
             yield from k.tensors()
             yield from v.tensors()
         yield from self.attended
+
+
+def not_to_be_had(wanted_bytes: int, pages: int) -> ResourceError:
+    """What there is to say if a cache of so many pages finds no memory."""
+    message = f"{wanted_bytes} bytes for {pages} pages of keys and values cannot be had"
+    return ResourceError(message, hint="give the cache less memory")
 
 
 def policy_for(config: ModelConfig, policy: KVPolicy | None) -> KVPolicy:

@@ -15,11 +15,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from compress.core.errors import ResourceError
 from kv_compress._coded_pages import CodingPoints
 from kv_compress._coding import code_dtype
 from kv_compress.policy import CODECS, FULL, Coding, KVPolicy
-from runtime.cache import KVCache, policy_for
+from runtime.cache import KVCache, not_to_be_had, policy_for
 from runtime.models.config import LayerConfig, ModelConfig
 from runtime.ops.coded_pages import CodedPages, Frames
 from runtime.ops.pages import Pages
@@ -46,10 +45,7 @@ class FrameCache:
         try:
             self._memory = torch.zeros((pages, frame_bytes), dtype=torch.uint8, device=device)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            raise ResourceError(
-                f"{pages * frame_bytes} bytes for {pages} pages of keys and values cannot be had",
-                hint="give the cache less memory",
-            ) from error
+            raise not_to_be_had(pages * frame_bytes, pages) from error
         coded = iter(self._coded_pages(config, dtype))
         begin, sides = 0, []
         for layer, of in zip(config.layers, policy.layers, strict=True):

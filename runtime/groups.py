@@ -59,10 +59,6 @@ class GroupPool:
         self.subpages.give(np.concatenate([self._table(seat), self._spare[seat]]))
         self._vacant.append(seat)
 
-    def owned(self, seat: int) -> int:
-        """Sub-pages that a seat has."""
-        return int(self._held[seat].sum()) + len(self._spare[seat])
-
     # A sequence grows
 
     def grow(self, seats: Sequence[int]) -> bool:

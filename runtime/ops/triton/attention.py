@@ -10,6 +10,7 @@ M rows of a program (tokens times heads of a group), N keys of a tile.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,17 +71,62 @@ def attend(
     `segments` (a power of two) fixes the number of parts that a decode's keys are cut into; else it follows from the
     number of sequences.
     """
-    k, v = as_pages(k), as_pages(v)
+    return in_launches(_launch, q_THD, as_pages(k), as_pages(v), batch, segments, scale, window, softcap)
+
+
+def in_launches(
+    launch: Callable[..., None],
+    q_THD: torch.Tensor,
+    k: Pages,
+    v: Pages,
+    batch: AttentionBatch,
+    segments: int | None,
+    *how: float | None,
+) -> torch.Tensor:
+    """The result of `launch(out, q, k, v, batch, first, end, segments, *how)`, which does sequences first … end - 1:
+    once for decodes, once for chunks."""
     q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     decodes, sequences = batch.decodes, len(batch.kv_len)
     if decodes:
         if segments is None:
             segments = segments_for(decodes * k.groups, batch.max_kv, processors(q_THD.device))
-        _launch(out_THD, q_THD, k, v, batch, 0, decodes, segments, scale, window, softcap)
+        launch(out_THD, q_THD, k, v, batch, 0, decodes, segments, *how)
     if decodes < sequences:
-        _launch(out_THD, q_THD, k, v, batch, decodes, sequences, 1, scale, window, softcap)
+        launch(out_THD, q_THD, k, v, batch, decodes, sequences, 1, *how)
     return out_THD
+
+
+def room_for(out_THD: torch.Tensor, segments: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where segments put their results, largest scores and sums; the result itself where there is but one."""
+    if segments == 1:
+        return out_THD, out_THD, out_THD
+    tokens, heads, width = out_THD.shape
+    part = torch.empty((tokens, heads, segments, width), dtype=torch.float32, device=out_THD.device)
+    top, total = torch.empty((2, tokens, heads, segments), dtype=torch.float32, device=out_THD.device)
+    return part, top, total
+
+
+def join(
+    out_THD: torch.Tensor,
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    starts_S1: torch.Tensor,
+    queries: int,
+    segments: int,
+) -> None:
+    """What segments have left in the room for it becomes the result, for so many queries from the first start on."""
+    if segments == 1:
+        return
+    heads, width = out_THD.shape[1:]
+    _merge[(queries, heads)](
+        out_THD,
+        *parts,
+        starts_S1,
+        HEADS=heads,
+        WIDTH=width,
+        BLOCK_D=max(16, triton.next_power_of_2(width)),
+        SEGMENTS=segments,
+    )
 
 
 def _launch(
@@ -97,27 +143,21 @@ def _launch(
     softcap: float | None,
 ) -> None:
     """Attention of sequences first … end - 1."""
-    tokens, heads, width = q_THD.shape
+    heads, width = q_THD.shape[1:]
     block, groups = k.block, k.groups
     group = heads // groups
     queries = batch.starts[end] - batch.starts[first]
     tile = tile_for(decode=queries == end - first, group=group, width=width, element_bytes=q_THD.element_size())
     block_q = tile.m // group
     block_d = max(16, triton.next_power_of_2(width))
-    if segments == 1:
-        part, top, total = out_THD, out_THD, out_THD
-    else:
-        part = torch.empty((tokens, heads, segments, width), dtype=torch.float32, device=q_THD.device)
-        top, total = torch.empty((2, tokens, heads, segments), dtype=torch.float32, device=q_THD.device)
+    parts = room_for(out_THD, segments)
     _attend[(queries // block_q + end - first, groups, segments)](
         q_THD,
         k.codes,
         v.codes,
         *_beside(k),
         *_beside(v),
-        part,
-        top,
-        total,
+        *parts,
         batch.starts_S1[first:],
         batch.kv_len_S[first:],
         batch.table_SP[first:],
@@ -154,18 +194,7 @@ def _launch(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if segments > 1:
-        _merge[(queries, heads)](
-            out_THD,
-            part,
-            top,
-            total,
-            batch.starts_S1[first:],
-            HEADS=heads,
-            WIDTH=width,
-            BLOCK_D=block_d,
-            SEGMENTS=segments,
-        )
+    join(out_THD, parts, batch.starts_S1[first:], queries, segments)
 
 
 def _beside(pages: Pages) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,6 @@ Shape suffixes: T tokens, H query heads, D head width; in the kernel M rows of a
 of half a head.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +17,8 @@ import triton.language as tl
 from runtime.ops.batch import AttentionBatch
 from runtime.ops.coded_pages import CodedPages
 from runtime.ops.pages import Pages
-from runtime.ops.triton.attention import _FLOOR, _merge, _sequence_of, _tanh, segments_for, tile_for
-from runtime.ops.triton.device import processors
+from runtime.ops.triton.attention import _FLOOR, _LOG2_E, _sequence_of, _tanh, in_launches, join, room_for, tile_for
 
-_LOG2_E = math.log2(math.e)
 BITS = {"int8": 8, "int4": 4}
 
 
@@ -44,16 +40,7 @@ def attend(
     segments: int | None = None,
 ) -> torch.Tensor:
     """`paged_attention` over frames that `takes` allows; see attention.attend for the rest."""
-    q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    decodes, sequences = batch.decodes, len(batch.kv_len)
-    if decodes:
-        if segments is None:
-            segments = segments_for(decodes * k.groups, batch.max_kv, processors(q_THD.device))
-        _launch(out_THD, q_THD, k, v, batch, 0, decodes, segments, scale, window, softcap)
-    if decodes < sequences:
-        _launch(out_THD, q_THD, k, v, batch, decodes, sequences, 1, scale, window, softcap)
-    return out_THD
+    return in_launches(_launch, q_THD, k, v, batch, segments, scale, window, softcap)
 
 
 def _launch(
@@ -72,26 +59,20 @@ def _launch(
     """Attention of sequences first … end - 1."""
     if k.coded is None or v.coded is None or batch.frames is None or batch.coded_S is None:
         raise ValueError("these pages hold no coded ones")
-    tokens, heads, width = q_THD.shape
+    heads, width = q_THD.shape[1:]
     group = heads // k.groups
     queries = batch.starts[end] - batch.starts[first]
     tile = tile_for(decode=queries == end - first, group=group, width=width, element_bytes=q_THD.element_size())
     block_q = tile.m // group
     block_e = max(16, triton.next_power_of_2((width + 1) // 2))
-    if segments == 1:
-        part, top, total = out_THD, out_THD, out_THD
-    else:
-        part = torch.empty((tokens, heads, segments, width), dtype=torch.float32, device=q_THD.device)
-        top, total = torch.empty((2, tokens, heads, segments), dtype=torch.float32, device=q_THD.device)
+    parts = room_for(out_THD, segments)
     _attend_frames[(queries // block_q + end - first, k.groups, segments)](
         q_THD,
         k.codes,
         v.codes,
         *_parts(k.coded),
         *_parts(v.coded),
-        part,
-        top,
-        total,
+        *parts,
         batch.starts_S1[first:],
         batch.kv_len_S[first:],
         batch.table_SP[first:],
@@ -125,18 +106,7 @@ def _launch(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if segments > 1:
-        _merge[(queries, heads)](
-            out_THD,
-            part,
-            top,
-            total,
-            batch.starts_S1[first:],
-            HEADS=heads,
-            WIDTH=width,
-            BLOCK_D=max(16, triton.next_power_of_2(width)),
-            SEGMENTS=segments,
-        )
+    join(out_THD, parts, batch.starts_S1[first:], queries, segments)
 
 
 def _parts(coded: CodedPages) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,7 +26,7 @@ SETTINGS = [{}, {"window": 23}, {"softcap": 2.0}]
 )
 def test_attention_is_that_over_the_numbers_that_codes_mean(route: str, kind: str) -> None:
     if route == "native" and library().loaded is None:
-        pytest.skip("needs gcc")
+        pytest.skip("needs a C compiler")
     for width, settings in zip((16, 24, 64), SETTINGS, strict=True):
         paged, k, v, batch = mixture(PARTS, kind, heads=6, groups=2, width=width, page_tokens=20 + width)
         with torch_only() if route == "torch" else nullcontext():
