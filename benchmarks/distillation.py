@@ -1,13 +1,13 @@
 """What distillation wins back of what pruning lost, beside plain fine-tuning on as many tokens.
 
-    python benchmarks/distillation.py --data DIR [--models stories-7m demo] [--tokens 2400000] [--threads 2]
+    python benchmarks/distillation.py --data DIR [--models stories-7m tinystories-656k] [--tokens 2400000] [--threads 2]
     python benchmarks/distillation.py --table       # print the table of what results/distillation.json holds
 
 A quarter of the feed-forward channels go (OSSCAR), then the rest is trained: towards the original (forward KL and
-hidden states), or on the text alone (cross entropy), with the same settings, the same rows of texts a and c in the same
-order. Scored are the first 200 stories of text b, as in quality.py. `won back` is the share of the bits per byte that
-pruning lost. Minutes are those of the training stage, beside other work where the load says so. All texts are training
-text of stories-7m.
+hidden states), on the text alone (cross entropy), or on half of each, with the same settings, the same rows of texts a
+and c in the same order. Scored are the first 200 stories of text b, as in quality.py. `won back` is the share of the
+bits per byte that pruning lost. Minutes are those of the training stage, beside other work where the load says so. All
+texts are training text of stories-7m.
 """
 
 import argparse
@@ -25,17 +25,20 @@ from quality import Workplace, score_original
 from training_text import LOOKED_AT, training_text
 
 PRUNE = {"prune": {"method": "channels", "ratio": 0.25, "samples": LOOKED_AT}}
-TRAINING = {"batch": 8, "learning_rate": 2e-4, "final": 0.0, "precision": "bf16", "save_every": 1000}
+TRAINING = {"batch": 8, "final": 0.0, "precision": "bf16", "save_every": 1000}
+LEARNING_RATES = {"stories-7m": 2e-4, "tinystories-656k": 1e-3, "demo": 5e-4}
 CASES = {
     "pruned": [PRUNE],
     "fine-tuned": [PRUNE, {"distill": {"method": "logits", "cross_entropy": 1.0, **TRAINING}}],
     "distilled": [PRUNE, {"distill": {"method": "features", **TRAINING}}],
+    "half of each": [PRUNE, {"distill": {"method": "features", "cross_entropy": 0.5, **TRAINING}}],
 }
 
 
-def stages(case: str, tokens: int) -> Iterator[dict[str, object]]:
+def stages(case: str, model: str, tokens: int) -> Iterator[dict[str, object]]:
+    training = {"tokens": tokens, "learning_rate": LEARNING_RATES[model]}
     for stage in CASES[case]:
-        yield {kind: settings | ({"tokens": tokens} if kind == "distill" else {}) for kind, settings in stage.items()}
+        yield {kind: settings | (training if kind == "distill" else {}) for kind, settings in stage.items()}
 
 
 def measure(model: str, case: str, place: Workplace, tokens: int) -> dict[str, object]:
@@ -47,7 +50,7 @@ def measure(model: str, case: str, place: Workplace, tokens: int) -> dict[str, o
     recipe = {
         "model": str(place.model(model)),
         "calibration": {"dataset": str(training_text(place, model))},
-        "stages": list(stages(case, tokens)),
+        "stages": list(stages(case, model, tokens)),
     }
     load = os.getloadavg()[0]
     written = Path(f"{output}.json")
@@ -74,7 +77,7 @@ def run(asked: argparse.Namespace) -> None:
     results = {
         "protocol": " ".join(__doc__.split("\n\n")[2].split()),
         "environment": tools.describe_machine() | {"threads": asked.threads},
-        "training": TRAINING,
+        "training": TRAINING | {"learning_rate": {model: LEARNING_RATES[model] for model in asked.models}},
         "original": {model: record["perplexity"] for model, record in originals.items()},
         "cases": found,
     }
@@ -101,7 +104,7 @@ def render(results: dict[str, object]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="the folder with models/ and text/")
-    parser.add_argument("--models", nargs="+", default=["stories-7m", "demo"])
+    parser.add_argument("--models", nargs="+", default=["stories-7m", "tinystories-656k"], choices=LEARNING_RATES)
     parser.add_argument("--tokens", type=int, default=2_400_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=tools.REPOSITORY / ".bench" / "distillation")
