@@ -37,6 +37,7 @@ def check(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File for the stage of a recipe, .yaml.", show_default=False)
     ] = None,
+    numerics: opt.Numerics = "fast",
     device: opt.Device = "auto",
     dtype: opt.DType = "auto",
     offline: opt.Offline = False,
@@ -46,14 +47,17 @@ def check(
 ) -> None:
     """Measure what each codec does to keys and values, layer by layer.
 
-    With --budget: choose each layer's precision, try it on the text, and write the stage of a recipe.
+    With --budget: choose each layer's precision, try it on the text, and write the stage of a recipe. Bytes are those
+    that the runtime allocates, in its numerics on this device; --dtype is for measuring.
     """
     say = speak(json=json, quiet=quiet, verbose=verbose)
     most = _share(max_increase)
     _require_output(budget, output)
+    opt.check_numerics(numerics)
     opt.check_dtype(dtype)
     from compress.core.calibration import load_tokens
     from compress.core.checkpoint import Checkpoint
+    from compress.core.numerics import dtype_name, runtime_dtype
     from compress.core.places import locate
     from compress.core.recipe import Calibration
     from compress.core.walk import compute_dtype
@@ -68,11 +72,11 @@ def check(
     network = checkpoint.build_model(compute_dtype(checkpoint, dtype, place), place)
     layers = _statistics.measure(network, tokens)
     biases = _statistics.key_bias_norms(checkpoint.tensors, checkpoint.tensor)
-    itemsize = checkpoint.dtype.itemsize
+    held = runtime_dtype(numerics, place)
 
     def tried(name: str, kept: "Sequence[Kept]") -> dict[str, Any]:
         loss = _statistics.losses(network, tokens, _preflight.policy_of(kept, layers))
-        bytes_ = _preflight.token_bytes(kept, layers, itemsize)
+        bytes_ = _preflight.token_bytes(kept, layers, held.itemsize)
         bits = 8 * bytes_ / _preflight.numbers(layers)
         found = {"name": name, "bytes_per_token": bytes_, "bits_per_number": bits, "perplexity": math.exp(loss)}
         return found | {"increase": math.expm1(loss - plain)}
@@ -80,16 +84,16 @@ def check(
     plain = _statistics.losses(network, tokens, None)
     kept = None
     if budget is not None:
-        kept = _preflight.choose(layers, _preflight.budget_bytes(budget, layers), itemsize)
+        kept = _preflight.choose(layers, _preflight.budget_bytes(budget, layers), held.itemsize)
     rows = [tried(codec, _preflight.uniform(codec, layers)) for codec in ("full", *_CODECS)]
     rows += [tried("chosen", kept)] if kept else []
-    _show(say, layers, biases, kept, rows)
+    _show(say, layers, biases, kept, rows, dtype_name(held))
     stage = None
     if kept is not None:
         _require_good(rows[-1], most, layers, kept)
         stage = _preflight.fragment(kept)
         say.answer(_written(stage, output))
-    say.finish("kv check", layers=_plain(layers, biases, kept), tried=rows, stage=stage)
+    say.finish("kv check", full_dtype=dtype_name(held), layers=_plain(layers, biases, kept), tried=rows, stage=stage)
 
 
 def _share(text: str) -> float:
@@ -129,7 +133,12 @@ def _require_good(chosen: dict[str, Any], most: float, layers: "Sequence[Layer]"
 
 
 def _show(
-    say: Output, layers: "Sequence[Layer]", biases: dict[int, float], kept: "Sequence[Kept] | None", rows: list[Any]
+    say: Output,
+    layers: "Sequence[Layer]",
+    biases: dict[int, float],
+    kept: "Sequence[Kept] | None",
+    rows: list[Any],
+    dtype: str,
 ) -> None:
     from compress.cli.tables import add_row, grid
     from compress.cli.words import NOTHING, figure
@@ -145,7 +154,8 @@ def _show(
     table = grid("all layers", "bytes a token", "bits a number", "perplexity", "change")
     for row in rows:
         bits, perplexity = f"{row['bits_per_number']:.2f}", figure(row["perplexity"])
-        add_row(table, row["name"], f"{row['bytes_per_token']:,}", bits, perplexity, f"{100 * row['increase']:+.2f} %")
+        name = f"full, in {dtype}" if row["name"] == "full" else row["name"]
+        add_row(table, name, f"{row['bytes_per_token']:,}", bits, perplexity, f"{100 * row['increase']:+.2f} %")
     say.show(table)
     for index, layer in enumerate(layers):
         if biases.get(index, 0.0) > _HUGE_BIAS or layer.key_spread > _WIDE:
