@@ -108,10 +108,10 @@ def _kept(artifact: Checkpoint) -> dict[str, Any]:
     """Bytes of a token's keys and values, as the runtime would hold them in full and as the artifact keeps them, and
     what is dropped; nothing where it has no policy for them."""
     from compress.core.numerics import dtype_name, runtime_dtype
+    from kv_compress._coded_pages import BLOCK
     from kv_compress._ranges import head_sizes
     from kv_compress.eviction import eviction_of
     from kv_compress.policy import FULL, KVPolicy, policy_in
-    from kv_compress.stage import BLOCK
 
     policy = policy_in(artifact.config)
     if policy is None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import UsageError
 from compress.core.numerics import dtype_name
+from kv_compress._coded_pages import RECENT, SINKS
 from kv_compress._ranges import head_sizes, query_heads
 from kv_compress.policy import CODECS, FULL, Coding, KVPolicy, policy_in
-from kv_compress.stage import RECENT, SINKS
 
 if TYPE_CHECKING:
     import torch

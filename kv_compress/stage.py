@@ -13,16 +13,13 @@ from compress.core.errors import InputError, UsageError
 from compress.core.kv_scheme import scheme_in
 from compress.core.model_files import KV_CACHE_KEY
 from compress.core.passes import Job, Pass, Plan
+from kv_compress._coded_pages import BLOCK, HALF_BYTES, RECENT, SINKS
 from kv_compress.eviction import EvictionSettings, eviction_of
 from kv_compress.policy import FULL, LARGEST_WINDOW, Coding, KVPolicy, LayerPolicy, policy_in
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
-
-SINKS, RECENT = 4, 64  # tokens kept in full where keys are coded per channel, unless a recipe says otherwise
-HALF_BYTES = 2  # of a number in bf16, in which the runtime may hold keys and values of any model
-BLOCK = 16  # tokens of a page in the runtime, unless it is told otherwise
 
 Precision = Literal["full", "int8", "int4", "fp8"]
 _RANGES = re.compile(r"\s*-?\d+(\s*-\s*\d+)?\s*(,\s*-?\d+(\s*-\s*\d+)?\s*)*")

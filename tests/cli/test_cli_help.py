@@ -37,7 +37,7 @@ OPTIONS = {
     "compare": "output json quiet",
     "kv report": "memory context numerics device dtype offline json quiet",
     "kv check": (
-        "text samples length prefix budget max-increase output numerics device dtype offline json quiet verbose"
+        "text samples length prefix budget context max-increase output numerics device dtype offline json quiet verbose"
     ),
     "doctor": "json quiet verbose",
     "recipes list": "json quiet",
