@@ -20,10 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from compress.core.numerics import runtime_dtype
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 from runtime.layers.dense import DenseLinear
-from runtime.layers.linear import LinearLayer, compute_dtype, make_linear
+from runtime.layers.linear import LinearLayer, make_linear
 from runtime.native.library import library
 
 SHAPES = [(1536, 576), (4864, 896), (2048, 2048), (8192, 2048)]  # [out, in]
@@ -79,7 +80,7 @@ def random_weight(shape: tuple[int, int], scheme: Scheme, generator: torch.Gener
 
 def contestants(shape: tuple[int, int], generator: torch.Generator) -> list[Contestant]:
     """Dense layers first."""
-    weight, compute = torch.randn(shape, generator=generator), compute_dtype("fast", "cpu")
+    weight, compute = torch.randn(shape, generator=generator), runtime_dtype("fast", "cpu")
     dtypes = {"dense fp32": torch.float32, "dense bf16": torch.bfloat16}
     found = [Contestant(name, copies(DenseLinear(weight, None, dtype)), dtype) for name, dtype in dtypes.items()]
     for scheme in SCHEMES:

@@ -105,21 +105,23 @@ def _still_true(notices: Iterable[str], artifact: Checkpoint) -> Iterator[str]:
 
 
 def _kept(artifact: Checkpoint) -> dict[str, Any]:
-    """Bytes of a token's keys and values, as they would be in full and as the artifact keeps them, and what is dropped;
-    nothing where it has no policy for them."""
+    """Bytes of a token's keys and values, as the runtime would hold them in full and as the artifact keeps them, and
+    what is dropped; nothing where it has no policy for them."""
+    from compress.core.numerics import dtype_name, runtime_dtype
+    from kv_compress._coded_pages import BLOCK
     from kv_compress._ranges import head_sizes
     from kv_compress.eviction import eviction_of
     from kv_compress.policy import FULL, KVPolicy, policy_in
-    from kv_compress.stage import BLOCK
 
     policy = policy_in(artifact.config)
     if policy is None:
         return {}
-    sizes, eviction = head_sizes(artifact), eviction_of(policy)
+    sizes, eviction, held = head_sizes(artifact), eviction_of(policy), runtime_dtype()
     both = KVPolicy.uniform(FULL, len(sizes)), policy
-    full, kept = (of.token_bytes(sizes, artifact.dtype.itemsize, BLOCK) for of in both)
-    kept += policy.count_bytes * sum(heads for heads, _ in sizes)
-    return {"kv_cache": {"full_token_bytes": full, "token_bytes": kept, "eviction": eviction and eviction.words}}
+    full, kept = (of.token_bytes(sizes, held.itemsize, BLOCK) for of in both)
+    words = eviction and eviction.words
+    found = {"full_token_bytes": full, "full_dtype": dtype_name(held), "token_bytes": kept, "eviction": words}
+    return {"kv_cache": found}
 
 
 def _parameters(checkpoint: Checkpoint) -> int:

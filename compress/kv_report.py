@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import UsageError
+from compress.core.numerics import dtype_name
+from kv_compress._coded_pages import RECENT, SINKS
 from kv_compress._ranges import head_sizes, query_heads
 from kv_compress.policy import CODECS, FULL, Coding, KVPolicy, policy_in
-from kv_compress.stage import RECENT, SINKS
+
+if TYPE_CHECKING:
+    import torch
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
 PER_CHANNEL = "int4, keys per channel"
@@ -50,8 +55,10 @@ class Fits:
 
 @dataclass(frozen=True)
 class KVReport:
-    """`ungrouped_bytes`: of a token in full if every query head had a key and a value of its own."""
+    """`full_dtype`: what numbers are held in where they are kept in full; `ungrouped_bytes`: of a token in full if
+    every query head had a key and a value of its own."""
 
+    full_dtype: str
     layers: tuple[LayerBytes, ...]
     full_bytes: int
     ungrouped_bytes: int
@@ -63,15 +70,16 @@ def kv_report(
     *,
     memory_bytes: int,
     context: int,
-    itemsize: int,
+    dtype: torch.dtype,
     block_size: int = 16,
     shares: Sequence[float] = SHARES,
 ) -> KVReport:
-    """Of a model folder. `itemsize`: bytes of a number that is kept in full; `context`: tokens of a sequence."""
+    """Of a model folder. `dtype`: of a number that is kept in full (compress.core.numerics says which one the runtime
+    takes); `context`: tokens of a sequence."""
     if min(context, block_size, memory_bytes) < 1:
         raise UsageError("memory, context and pages must be at least 1")
     checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint.open(folder)
-    sizes, queries = head_sizes(checkpoint), query_heads(checkpoint)
+    sizes, queries, itemsize = head_sizes(checkpoint), query_heads(checkpoint), dtype.itemsize
     own = policy_in(checkpoint.config)
     full = KVPolicy.uniform(FULL, len(sizes))
     policies = {FULL: full} | {name: KVPolicy.uniform(name, len(sizes)) for name in CODECS}
@@ -93,14 +101,13 @@ def kv_report(
             ways += _paged(name, policy, sizes, memory_bytes, context, itemsize, block_size)
             continue
         size = policy.token_bytes(sizes, itemsize, block_size)
-        size += policy.count_bytes * sum(heads for heads, _ in sizes)
         pages = memory_bytes // (size * block_size)
         for share in shares:
             needed = -(-max(1, int(context * share)) // block_size)
             longest = int(pages * block_size / share)
             ways.append(Fits(name, share, size, size * block_size, pages * block_size, pages // needed, longest))
     ungrouped = sum(2 * query * width * itemsize for query, (_, width) in zip(queries, sizes, strict=True))
-    return KVReport(layers, sum(layer.full_bytes for layer in layers), ungrouped, tuple(ways))
+    return KVReport(dtype_name(dtype), layers, sum(layer.full_bytes for layer in layers), ungrouped, tuple(ways))
 
 
 def _said(coding: Coding) -> str:

@@ -15,6 +15,10 @@ from dataclasses import dataclass
 
 from kv_compress._budget import WITHOUT_END, Point
 
+BLOCK = 16  # tokens of a full page in the runtime, unless it is told otherwise
+SINKS, RECENT = 4, 64  # tokens kept in full where keys are coded per channel, unless a recipe says otherwise
+HALF_BYTES = 2  # of a number in bf16, in which the runtime may hold keys and values of any model
+
 
 @dataclass(frozen=True, slots=True)
 class CodingPoints:

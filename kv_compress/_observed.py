@@ -34,20 +34,28 @@ class Seen:
 
     def weights(self, k_BGSD: Tensor | None = None) -> Tensor:
         """Attention weights [B, G, R, T, S], fp32, with these keys instead of its own."""
-        keys = self.k_BGSD if k_BGSD is None else k_BGSD
-        heads = keys.shape[1]
-        q_BGRTD = self.q_BHTD.unflatten(1, (heads, -1)).float()
-        scores = torch.einsum("bgrtd,bgsd->bgrts", q_BGRTD, keys.float()) * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        if self.mask_BTS is not None:
-            scores = scores + self.mask_BTS[:, None, None].float()
-        return scores.softmax(-1)
+        return self._shares(self._scores(self.k_BGSD if k_BGSD is None else k_BGSD))
 
     def attend(self, weights_BGRTS: Tensor, v_BGSD: Tensor | None = None) -> Tensor:
         """What attention gives [B, H, T, D], fp32, with these values instead of its own."""
         values = self.v_BGSD if v_BGSD is None else v_BGSD
         return torch.einsum("bgrts,bgsd->bgrtd", weights_BGRTS, values.float()).flatten(1, 2)
+
+    def attend_mixed(self, k_BGSD: Tensor, v_BGSD: Tensor, others_TS: Tensor) -> Tensor:
+        """What attention gives where a token finds some tokens (`others_TS`) with these keys and values, the others
+        with their own."""
+        weights = self._shares(torch.where(others_TS, self._scores(k_BGSD), self._scores(self.k_BGSD)))
+        return self.attend(weights * others_TS, v_BGSD) + self.attend(weights * ~others_TS)
+
+    def _scores(self, k_BGSD: Tensor) -> Tensor:
+        q_BGRTD = self.q_BHTD.unflatten(1, (k_BGSD.shape[1], -1)).float()
+        scores = torch.einsum("bgrtd,bgsd->bgrts", q_BGRTD, k_BGSD.float()) * self.scale
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def _shares(self, scores_BGRTS: Tensor) -> Tensor:
+        if self.mask_BTS is not None:
+            scores_BGRTS = scores_BGRTS + self.mask_BTS[:, None, None].float()
+        return scores_BGRTS.softmax(-1)
 
 
 Observe = Callable[[Seen], Tensor | None]

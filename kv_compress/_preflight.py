@@ -2,74 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
 
 from compress.core.errors import UsageError
 from compress.core.knapsack import knapsack
 from compress.core.quantities import parse_size
-from kv_compress._statistics import Choice, Layer, choices
-from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy
+from kv_compress._coded_pages import BLOCK, HALF_BYTES, RECENT, SINKS, CodingPoints
+from kv_compress._kept import Kept, numbers, points_of, sequence_bytes, token_bytes
+from kv_compress._statistics import Layer, choices
+from kv_compress.policy import FULL
 
 MOST_BITS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """How one layer keeps its keys and its values."""
-
-    keys: str = FULL
-    values: str = FULL
-    rotate: bool = False
-
-    def policy(self, layer: Layer) -> LayerPolicy:
-        """With the scales that fp8 has on this layer."""
-        codings = []
-        for codec, keys in ((self.keys, True), (self.values, False)):
-            scale = (layer.scale(keys=keys),) if codec == "fp8" else ()
-            codings.append(Coding(codec, self.rotate and codec != FULL, scale))
-        return LayerPolicy(*codings)
-
-    def error(self, layer: Layer) -> float:
-        """What both cost attention's output, as a share of its energy."""
-        return layer.key_errors[self._choice(self.keys)] + layer.value_errors[self._choice(self.values)]
-
-    @property
-    def words(self) -> str:
-        """ "int8", "int8 / int4" (keys / values), "int4, rotated"."""
-        both = self.keys if self.keys == self.values else f"{self.keys} / {self.values}"
-        return f"{both}, rotated" if self.rotate else both
-
-    @property
-    def precision(self) -> str | dict[str, str]:
-        """As a recipe writes it."""
-        return self.keys if self.keys == self.values else {"keys": self.keys, "values": self.values}
-
-    def _choice(self, codec: str) -> Choice:
-        return codec, self.rotate and codec != FULL
-
-
-def uniform(codec: str, layers: Sequence[Layer]) -> list[Kept]:
-    """The same everywhere."""
-    return [Kept(codec, codec)] * len(layers)
-
-
-def policy_of(kept: Sequence[Kept], layers: Sequence[Layer]) -> KVPolicy:
-    """The policy that the runtime obeys."""
-    return KVPolicy(tuple(each.policy(layer) for each, layer in zip(kept, layers, strict=True)))
-
-
-def token_bytes(kept: Sequence[Kept], layers: Sequence[Layer], itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers, scales included."""
-    sizes = zip(policy_of(kept, layers).layers, layers, strict=True)
-    return sum(policy.token_bytes(layer.heads, layer.width, itemsize) for policy, layer in sizes)
-
-
-def numbers(layers: Sequence[Layer]) -> int:
-    """Numbers in one token's keys and values."""
-    return sum(2 * layer.heads * layer.width for layer in layers)
 
 
 def budget_bytes(text: str, layers: Sequence[Layer]) -> float:
@@ -86,8 +30,28 @@ def budget_bytes(text: str, layers: Sequence[Layer]) -> float:
     return bits * numbers(layers) / 8
 
 
+def propose(layers: Sequence[Layer], budget: float, itemsize: int, context: int) -> list[list[Kept]]:
+    """What fits: each token coded by itself, and whole pages, keys per channel, each as precise as can be. The one with
+    the least sum of errors comes first. UsageError where neither fits."""
+    paged = choose_paged(layers, budget, itemsize, context)
+    try:
+        found = [choose(layers, budget, itemsize)]
+    except UsageError:
+        if paged is None:
+            raise
+        found = []
+    found += [] if paged is None else [paged]
+    return sorted(found, key=lambda kept: total_error(kept, layers))
+
+
+def total_error(kept: Sequence[Kept], layers: Sequence[Layer]) -> float:
+    """The sum over the layers."""
+    return sum(each.error(layer) for each, layer in zip(kept, layers, strict=True))
+
+
 def choose(layers: Sequence[Layer], budget: float, itemsize: int) -> list[Kept]:
-    """What loses least within the budget (exactly: HiGHS). UsageError where not even the smallest fits."""
+    """Of tokens that are coded by themselves, what loses least within the budget (exactly: HiGHS). UsageError where not
+    even the smallest fits."""
     every = [_options(layer) for layer in layers]
     losses = [[kept.error(layer) for kept in options] for options, layer in zip(every, layers, strict=True)]
     sizes = [[token_bytes([kept], [layer], itemsize) for kept in of] for of, layer in zip(every, layers, strict=True)]
@@ -102,19 +66,47 @@ def choose(layers: Sequence[Layer], budget: float, itemsize: int) -> list[Kept]:
     return [options[number] for options, number in zip(every, found, strict=True)]
 
 
-def fragment(kept: Sequence[Kept]) -> dict[str, Any]:
-    """The kv_cache stage of a recipe that says the same: what most layers have, and what others have instead."""
-    usual = Counter(kept).most_common(1)[0][0]
-    others: dict[Kept, list[int]] = {}
-    for index, each in enumerate(kept):
-        if each != usual:
-            others.setdefault(each, []).append(index)
-    overrides = [
-        {"layers": _ranges(indices), "precision": each.precision, "rotate": each.rotate}
-        for each, indices in others.items()
-    ]
-    stage: dict[str, Any] = {"precision": usual.precision, "rotate": usual.rotate}
-    return {"kv_cache": stage | ({"overrides": overrides} if overrides else {})}
+def choose_paged(layers: Sequence[Layer], budget: float, itemsize: int, context: int) -> list[Kept] | None:
+    """Of whole pages, keys per channel, what loses least within the budget, which is a token's share of a sequence of
+    `context` tokens. None where nothing fits, where the text was too short to tell, or where no keys are better off.
+
+    A page must hold so and so many tokens for that; the fewer they are, the more precise they can be, and what fits
+    into a page is a sum over layers: each number of tokens is one exact choice (HiGHS).
+    """
+    every = [_paged_options(layer) for layer in layers]
+    losses = [[kept.error(layer) for kept in options] for options, layer in zip(every, layers, strict=True)]
+    room, sinks = BLOCK * numbers(layers) * itemsize, -(-SINKS // BLOCK) * BLOCK
+    for tokens in (BLOCK * 3 // 2, *range(2 * BLOCK, room, BLOCK)) if all(every) else ():
+        sizes = [_page_bytes(options, layer, tokens, itemsize) for options, layer in zip(every, layers, strict=True)]
+        if sum(map(min, sizes)) > room:
+            break
+        points = CodingPoints(BLOCK, tokens, sinks, RECENT, "", 2 if tokens % BLOCK else 1)
+        fits = sequence_bytes(points, layers, itemsize, context) <= budget
+        found = knapsack(losses, sizes, room) if fits else None
+        if found is not None:
+            kept = [options[number] for options, number in zip(every, found, strict=True)]
+            if _is_had(kept, layers, budget, itemsize, context):
+                return kept
+    return None
+
+
+def _page_bytes(options: Sequence[Kept], layer: Layer, tokens: int, itemsize: int) -> list[int]:
+    found = []
+    for kept in options:
+        policy = kept.policy(layer)
+        sides = (policy.keys, policy.values)
+        found.append(sum(side.page_bytes(tokens, layer.heads, layer.width, itemsize) for side in sides))
+    return found
+
+
+def _is_had(kept: Sequence[Kept], layers: Sequence[Layer], budget: float, itemsize: int, context: int) -> bool:
+    """Whether some keys are per channel, whether the runtime takes it in either dtype, and whether it fits."""
+    if not any(each.per_channel for each in kept):
+        return False
+    with suppress(UsageError):
+        points_of(kept, layers, HALF_BYTES)
+        return token_bytes(kept, layers, itemsize, context) <= budget
+    return False
 
 
 def _options(layer: Layer) -> list[Kept]:
@@ -129,12 +121,6 @@ def _options(layer: Layer) -> list[Kept]:
     return sorted(found, key=lambda kept: (kept.keys, kept.values, kept.rotate))
 
 
-def _ranges(indices: Sequence[int]) -> str:
-    """[0, 3, 4, 5] as "0, 3-5"."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+def _paged_options(layer: Layer) -> list[Kept]:
+    pairs = ((keys, values) for keys in sorted(layer.paged_key_errors) for values in sorted(layer.paged_value_errors))
+    return [Kept(keys, values, paged=True) for keys, values in pairs]

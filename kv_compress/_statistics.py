@@ -1,7 +1,8 @@
 """What the preflight finds out about the keys and values of a model on calibration text, layer by layer.
 
 Errors are of attention's output: Σ |o' - o|² / Σ |o|² over all tokens, keys or values alone being what the codec leaves
-of them. Both together come to about the sum.
+of them. Both together come to about the sum. Where whole pages are coded, first and latest tokens are in full, and only
+queries count that find coded pages.
 
 Shape suffixes: B rows, G key-value heads, S tokens, D channels of a head.
 """
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kv_compress._coding import round_trip
+from kv_compress._coded_pages import CodingPoints
 from kv_compress._observed import Seen, observed
+from kv_compress._paged_rows import attend_paged, coded_rows
 from kv_compress.fp8 import scale_for
-from kv_compress.policy import FULL, Coding, KVPolicy
+from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy
 
 if TYPE_CHECKING:
     from compress.core.tokens import Tokens
@@ -27,11 +29,13 @@ SINK_TOKENS = 4  # at the beginning of a text
 CODECS = ("int8", "int4", "fp8")
 Choice = tuple[str, bool]
 """A codec, and whether keys or values are rotated before it."""
+PER_CHANNEL = ("int8", "int4")  # codecs that keys are coded with per channel, where whole pages are
 
 
 @dataclass
 class Layer:
-    """One layer's figures. Ranges are the largest number of each channel over all tokens."""
+    """One layer's figures. Ranges are the largest number of each channel over all tokens. `paged_…`: where whole pages
+    are coded, int8 and int4 keys per channel; by codec, empty where the text has no row that is long enough."""
 
     heads: int
     width: int
@@ -41,6 +45,8 @@ class Layer:
     tokens: int = 0
     key_errors: dict[Choice, float] = field(default_factory=dict)
     value_errors: dict[Choice, float] = field(default_factory=dict)
+    paged_key_errors: dict[str, float] = field(default_factory=dict)
+    paged_value_errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def key_spread(self) -> float:
@@ -58,16 +64,23 @@ class Layer:
         return scale_for(float((self.key_range_GD if keys else self.value_range_GD).max()))
 
 
+def codecs(width: int) -> tuple[str, ...]:
+    """Codecs for heads of so many channels, two of which share a byte of int4."""
+    return tuple(codec for codec in CODECS if codec != "int4" or width % 2 == 0)
+
+
 def choices(width: int) -> list[Choice]:
     """What keys or values may be kept as. Rotation needs a width that is a power of two, and gains floats nothing."""
-    rotated = [(codec, True) for codec in ("int8", "int4")] if width & (width - 1) == 0 else []
-    return [(FULL, False), *((codec, False) for codec in CODECS), *rotated]
+    turned = [(codec, True) for codec in codecs(width) if codec != "fp8"] if width & (width - 1) == 0 else []
+    return [(FULL, False), *((codec, False) for codec in codecs(width)), *turned]
 
 
-def measure(model: Any, tokens: Tokens) -> list[Layer]:
-    """The figures of every layer. The text is read twice: fp8's scales follow from what the first reading finds."""
+def measure(model: Any, tokens: Tokens, points: CodingPoints | None = None) -> list[Layer]:
+    """The figures of every layer; with `points` those of whole pages, too, which are coded there. The text is read
+    twice: fp8's scales follow from what the first reading finds."""
     layers: dict[int, Layer] = {}
     energies: dict[int, float] = {}
+    late_energies: dict[int, float] = {}
 
     def look(seen: Seen) -> Tensor:
         weights = seen.weights()
@@ -91,7 +104,20 @@ def measure(model: Any, tokens: Tokens) -> list[Layer]:
                 (layer.value_errors, seen.attend(weights, values)),
             ):
                 errors[choice] = errors.get(choice, 0.0) + float((result - plain).square().sum())
+        if points is not None and plain.shape[2] > points.position(1) + 1:
+            try_pages(seen, layer, plain, points)
         return plain
+
+    def try_pages(seen: Seen, layer: Layer, plain: Tensor, points: CodingPoints) -> None:
+        late = slice(points.position(1), None)
+        late_energies[seen.layer] = late_energies.get(seen.layer, 0.0) + float(plain[:, :, late].square().sum())
+        for codec in codecs(layer.width):
+            for errors, policy in (
+                (layer.paged_key_errors, LayerPolicy(keys=paged_coding(codec, layer, keys=True))),
+                (layer.paged_value_errors, LayerPolicy(values=paged_coding(codec, layer, keys=False))),
+            ):
+                missed = (attend_paged(seen, policy, points) - plain)[:, :, late]
+                errors[codec] = errors.get(codec, 0.0) + float(missed.square().sum())
 
     for observe in (look, try_codecs):
         with observed(model, observe):
@@ -102,26 +128,44 @@ def measure(model: Any, tokens: Tokens) -> list[Layer]:
         for errors in (layer.key_errors, layer.value_errors):
             errors |= {choice: error / max(energies[index], 1e-30) for choice, error in errors.items()}
             errors[FULL, False] = 0.0
+        for paged in (layer.paged_key_errors, layer.paged_value_errors) if index in late_energies else ():
+            paged |= {codec: error / max(late_energies[index], 1e-30) for codec, error in paged.items()}
+            paged[FULL] = 0.0
     return [layers[index] for index in sorted(layers)]
 
 
-def losses(model: Any, tokens: Tokens, policy: KVPolicy | None) -> float:
-    """Mean negative log-likelihood of the tokens, in nats, with keys and values as the policy would leave them."""
+def paged_coding(codec: str, layer: Layer, *, keys: bool) -> Coding:
+    """Keys or values of a layer where whole pages are coded."""
+    scale = (layer.scale(keys=keys),) if codec == "fp8" else ()
+    return Coding(codec, scale=scale, per="channel" if keys and codec in PER_CHANNEL else "token")
+
+
+def token_losses(
+    model: Any, tokens: Tokens, policy: KVPolicy | None, points: CodingPoints | None = None
+) -> list[Tensor]:
+    """Negative log-likelihoods of the tokens of each row but its first, in nats, with keys and values as the policy
+    would leave them. A policy that codes whole pages needs its `points`."""
 
     def code(seen: Seen) -> Tensor | None:
         if policy is None:
             return None
         layer = policy.layers[seen.layer]
-        keys, values = _as(layer.keys, seen.k_BGSD), _as(layer.values, seen.v_BGSD)
+        if points is not None:
+            return attend_paged(seen, layer, points)
+        keys, values = coded_rows(layer.keys, seen.k_BGSD), coded_rows(layer.values, seen.v_BGSD)
         return seen.attend(seen.weights(keys), values)
 
-    total, count = 0.0, 0
+    found = []
     with observed(model, code):
         for ids_S, logits_SV in _read(model, tokens):
             logs_SV = torch.log_softmax(logits_SV[:-1].float(), -1)
-            total -= float(logs_SV.gather(-1, ids_S[1:, None]).double().sum())
-            count += len(ids_S) - 1
-    return total / max(1, count)
+            found.append(-logs_SV.gather(-1, ids_S[1:, None])[:, 0].double().cpu())
+    return found
+
+
+def losses(model: Any, tokens: Tokens, policy: KVPolicy | None) -> float:
+    """The mean of `token_losses`."""
+    return float(torch.cat(token_losses(model, tokens, policy)).mean())
 
 
 def key_bias_norms(tensors: Mapping[str, Any], load: Any) -> dict[int, float]:
@@ -153,10 +197,4 @@ def _range(x_BGSD: Tensor) -> Tensor:
 
 def _coded(x_BGSD: Tensor, choice: Choice, scale: float) -> Tensor:
     codec, rotate = choice
-    return _as(Coding(codec, rotate, (scale,) if codec == "fp8" else ()), x_BGSD)
-
-
-def _as(coding: Coding, x_BGSD: Tensor) -> Tensor:
-    scale_G = torch.tensor(coding.scale, device=x_BGSD.device) if coding.scale else None
-    x_BSGD = x_BGSD.transpose(1, 2).contiguous()
-    return round_trip(coding.codec, x_BSGD, scale_G, rotate=coding.rotate).transpose(1, 2)
+    return coded_rows(Coding(codec, rotate, (scale,) if codec == "fp8" else ()), x_BGSD)

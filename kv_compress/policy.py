@@ -118,12 +118,14 @@ class KVPolicy:
         return bool(self.sinks or self.recent) or any(coding.per == "channel" for coding in self._codings())
 
     def token_bytes(self, sizes: Iterable[tuple[int, int]], itemsize: int, block: int) -> int:
-        """Bytes of a token in all layers, rounded up; where pages are coded, of one in a coded page."""
+        """Bytes of a token in all layers, sums of attention included; where pages are coded, of one in a coded page,
+        rounded up."""
         sizes = list(sizes)
         if self.is_paged:
             room = block * sum(2 * heads * width * itemsize for heads, width in sizes)
             return -(-room // self.coding_points(sizes, itemsize, block).page_tokens)
-        return sum(layer.token_bytes(*size, itemsize) for layer, size in zip(self.layers, sizes, strict=True))
+        counts = self.count_bytes * sum(heads for heads, _ in sizes)
+        return counts + sum(layer.token_bytes(*size, itemsize) for layer, size in zip(self.layers, sizes, strict=True))
 
     def coding_points(self, sizes: Iterable[tuple[int, int]], itemsize: int, block: int) -> CodingPoints:
         """Where pages are coded, of a policy for which they are: a coded page has the bytes of `block` tokens in full,

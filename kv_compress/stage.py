@@ -13,16 +13,13 @@ from compress.core.errors import InputError, UsageError
 from compress.core.kv_scheme import scheme_in
 from compress.core.model_files import KV_CACHE_KEY
 from compress.core.passes import Job, Pass, Plan
+from kv_compress._coded_pages import BLOCK, HALF_BYTES, RECENT, SINKS
 from kv_compress.eviction import EvictionSettings, eviction_of
 from kv_compress.policy import FULL, LARGEST_WINDOW, Coding, KVPolicy, LayerPolicy, policy_in
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
-
-SINKS, RECENT = 4, 64  # tokens kept in full where keys are coded per channel, unless a recipe says otherwise
-HALF_BYTES = 2  # of a number in bf16, in which the runtime may hold keys and values of any model
-BLOCK = 16  # tokens of a page in the runtime, unless it is told otherwise
 
 Precision = Literal["full", "int8", "int4", "fp8"]
 _RANGES = re.compile(r"\s*-?\d+(\s*-\s*\d+)?\s*(,\s*-?\d+(\s*-\s*\d+)?\s*)*")
@@ -102,27 +99,30 @@ class KVCache(Pass):
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         from compress.core.memory import reading_cost
+        from compress.core.numerics import dtype_name, runtime_dtype
         from kv_compress._ranges import head_sizes
 
         policy = self.policy(checkpoint)
         sizes = head_sizes(checkpoint)
-        itemsize = checkpoint.dtype.itemsize
+        held = runtime_dtype()
         full = KVPolicy.uniform(FULL, len(sizes))
-        before, after = (of.token_bytes(sizes, itemsize, BLOCK) for of in (full, policy))
-        after += policy.count_bytes * sum(heads for heads, _ in sizes)
+        before, after = (of.token_bytes(sizes, held.itemsize, BLOCK) for of in (full, policy))
         bytes_out = sum(info.bytes for info in checkpoint.tensors.values())
         looked_at = calibration if self.calibrated else None
         cost = reading_cost(checkpoint, looked_at, blocks=checkpoint.num_blocks, heads=0, beside_bytes=0)
-        said = [f"keys and values of a token take {after:,} bytes instead of {before:,}"]
+        said = [f"keys and values of a token take {after:,} bytes instead of {before:,} in {dtype_name(held)}"]
         if policy.is_paged:
-            points = policy.coding_points(sizes, itemsize, BLOCK)
+            points = policy.coding_points(sizes, held.itemsize, BLOCK)
             said[0] += (
                 f", {points.page_tokens} in a page; the first {points.sinks} and the last {points.recent} to "
                 f"{points.recent + points.every - 1} are kept in full"
             )
         if self.eviction is not None:
-            self.eviction.points(after)
-            said.append(f"{self.eviction.method} drops some of them in the bundled runtime; other engines keep all")
+            tokens = self.eviction.points(after).tokens
+            kept = f", so that {tokens:,} tokens stay at each point" if self.eviction.budget.bytes is not None else ""
+            said.append(
+                f"{self.eviction.method} drops some of them in the bundled runtime{kept}; other engines keep all"
+            )
         return Plan((), bytes_out, cost.memory_bytes, bytes_out + cost.spill_bytes, cost.minutes, tuple(said))
 
     def run(self, job: Job) -> None:

@@ -16,8 +16,9 @@ from compress.core.architectures import Architecture
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError
 from compress.core.formats import NotKept, reader_for
+from compress.core.numerics import Numerics
 from compress.core.tensors import QuantTensor
-from runtime.layers.linear import Numerics, concatenate, make_linear
+from runtime.layers.linear import concatenate, make_linear
 from runtime.layers.merged import Merged
 from runtime.layers.norm import RMSNorm
 from runtime.layers.sparse import Packer

@@ -9,13 +9,13 @@ import torch
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError, UsageError
+from compress.core.numerics import Numerics, runtime_dtype
 from kv_compress.policy import KVPolicy
 from runtime._weights import Part, Weights
 from runtime.kv_policy import policy_of, scales_of
 from runtime.layers.attention import Attention
 from runtime.layers.embedding import Embedding
 from runtime.layers.experts import MixtureOfExperts
-from runtime.layers.linear import Numerics, compute_dtype
 from runtime.layers.mlp import MLP, activation_of
 from runtime.layers.sparse import Packer, Sparse
 from runtime.models.config import LayerConfig
@@ -44,13 +44,11 @@ def load(
 
     InputError names the setting that is not understood, or the tensor that is missing, misshapen or has no place.
     """
-    if numerics == "exact" and dtype not in (None, torch.float32):
-        raise UsageError(f"exact numerics compute in float32, not in {dtype}")
+    dtype = runtime_dtype(numerics, device, dtype)
     if sparse not in ("auto", "off"):
         raise UsageError(f"sparse is auto or off, not {sparse!r}")
     checkpoint = model if isinstance(model, Checkpoint) else _opened(Path(model))
     config = read(checkpoint.config, str(checkpoint.folder / "config.json"))
-    dtype = dtype or compute_dtype(numerics, device)
     packs = sparse == "auto" and numerics == "fast" and checkpoint.kind == "masked"
     weights = Weights(checkpoint, config, numerics, dtype, device, Packer() if packs else None)
     names = checkpoint.architecture

@@ -53,8 +53,11 @@ def report(
         int | None,
         typer.Option("--context", min=1, help="Tokens of a sequence. [default: the longest]", show_default=False),
     ] = None,
+    numerics: opt.Numerics = "fast",
     device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of what is kept in full: auto (the runtime's), float32, bfloat16.")
+    ] = "auto",
     offline: opt.Offline = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -74,23 +77,24 @@ def report(
         memory_bytes = parse_size(memory)
     except ValueError as error:
         raise UsageError(str(error), where="--memory") from None
-    opt.check_dtype(dtype)
+    opt.check_numerics(numerics)
+    asked = opt.check_dtype(dtype)
     import torch
 
     from compress.core.checkpoint import Checkpoint
+    from compress.core.numerics import runtime_dtype
     from compress.kv_report import kv_report
-    from runtime.layers.linear import compute_dtype
     from runtime.models.reading import read
 
-    kept_in = compute_dtype("fast", opt.choose_device(device)) if dtype == "auto" else getattr(torch, dtype)
+    held = runtime_dtype(numerics, opt.choose_device(device), None if asked == "auto" else getattr(torch, asked))
     checkpoint = Checkpoint.open(opt.model_name(model), offline=offline)
     context = context or read(checkpoint.config, str(checkpoint.folder / "config.json")).max_length
-    found = kv_report(checkpoint, memory_bytes=memory_bytes, context=context, itemsize=kept_in.itemsize)
-    _show(found, memory_bytes, context, str(kept_in).removeprefix("torch."), output)
+    found = kv_report(checkpoint, memory_bytes=memory_bytes, context=context, dtype=held)
+    _show(found, memory_bytes, context, output)
     output.finish("kv report", memory_bytes=memory_bytes, context=context, **asdict(found))
 
 
-def _show(found: "KVReport", memory_bytes: int, context: int, dtype: str, output: Output) -> None:
+def _show(found: "KVReport", memory_bytes: int, context: int, output: Output) -> None:
     from compress.cli.tables import add_row, grid
     from compress.core.quantities import format_bytes
 
@@ -100,7 +104,8 @@ def _show(found: "KVReport", memory_bytes: int, context: int, dtype: str, output
     output.show(layers)
     saved = found.ungrouped_bytes / found.full_bytes
     output.show(
-        f"a token takes {found.full_bytes:,} bytes in {dtype}; without grouped heads it would be {saved:g} times that"
+        f"a token takes {found.full_bytes:,} bytes in {found.full_dtype}; without grouped heads it would be {saved:g} "
+        "times that"
     )
     ways = grid("kept as", "share of tokens", "bytes of a token", f"sequences of {context:,}", "longest sequence")
     for way in found.ways:

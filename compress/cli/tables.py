@@ -57,7 +57,8 @@ def _size_rows(summary: Mapping[str, Any]) -> Iterator[Row]:
     kept = artifact.get("kv_cache")
     if kept:
         full, now = kept["full_token_bytes"], kept["token_bytes"]
-        yield "keys and values of a token", format_bytes(full), format_bytes(now), change(now / full - 1)
+        was = f"{format_bytes(full)} in {kept['full_dtype']}"
+        yield "keys and values of a token", was, format_bytes(now), change(now / full - 1)
         if kept["eviction"]:
             yield "tokens that keep theirs", "all", kept["eviction"], ""
 

@@ -31,8 +31,10 @@ def fingerprint(
     import torch
 
     from compress.core import native
+    from compress.core.numerics import dtype_name, runtime_dtype
     from compress.core.walk import compute_dtype
 
+    keeps = any(stage.kind == "kv_cache" for stage in recipe.stages)
     return (
         {
             "recipe": recipe.model_dump(mode="json"),
@@ -48,9 +50,10 @@ def fingerprint(
             "kernels": native.identity() if device == "cpu" else "torch",
             "threads": torch.get_num_threads(),
             "micro_batch": micro_batch,
-            "dtype": str(compute_dtype(checkpoint, dtype, device)).removeprefix("torch."),
+            "dtype": dtype_name(compute_dtype(checkpoint, dtype, device)),
             "evaluates": evaluates,
         }
+        | ({"keys_and_values": dtype_name(runtime_dtype())} if keeps else {})  # their bytes stand in the card
         | ({"processes": launched()} if launched() > 1 else {})
         | ({"fsdp": True} if launcher_shards() else {})
     )

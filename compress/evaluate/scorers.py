@@ -117,10 +117,10 @@ class RuntimeScorer:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        from runtime.layers.linear import compute_dtype
+        from compress.core.numerics import dtype_name, runtime_dtype
 
-        dtype = self._dtype or compute_dtype(self.numerics, self.device)
-        return {"through": "runtime", "numerics": self.numerics, "dtype": str(dtype).removeprefix("torch.")}
+        dtype = runtime_dtype(self.numerics, self.device, self._dtype)
+        return {"through": "runtime", "numerics": self.numerics, "dtype": dtype_name(dtype)}
 
     @torch.inference_mode()
     def logits(self, tokens: Tokens) -> Iterator[torch.Tensor]:

@@ -66,7 +66,8 @@ def _kept_rows(kept: Mapping[str, Any] | None) -> list[Row]:
         return []
     full, now = kept["full_token_bytes"], kept["token_bytes"]
     change = words.signed_percent(now / full - 1)
-    rows = [Row("keys and values of a token", format_bytes(full), format_bytes(now), change)]
+    before = f"{format_bytes(full)} in {kept['full_dtype']}"
+    rows = [Row("keys and values of a token", before, format_bytes(now), change)]
     return rows if kept["eviction"] is None else [*rows, Row("tokens that keep theirs", "all", kept["eviction"])]
 
 

@@ -1,20 +1,20 @@
 """One way to make a linear layer, whatever its weight is stored as and whichever numerics are asked for.
 
 exact  fp32; a row's result does not depend on the batch. For parity and equality tests.
-fast   the model's compute dtype (see compute_dtype) and packed kernels. A layer without one says so in `slow_reason`.
+fast   the dtype of compress.core.numerics and packed kernels. A layer without one says so in `slow_reason`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from compress.core.cpu import fast_on_cpu
 from compress.core.errors import UsageError
 from compress.core.int8_products import fast_int8_products, fits_int8
+from compress.core.numerics import Numerics, runtime_dtype
 from compress.core.tensors import QuantTensor
 from runtime.layers.base import LinearLayer
 from runtime.layers.compiled import CompiledLinear, fits_kernels
@@ -25,17 +25,7 @@ from runtime.layers.int4pack import Int4Linear, int4_group
 from runtime.layers.int8 import Int8Linear, Int8ProductLinear
 from runtime.layers.packed import DequantizingLinear
 
-__all__ = ["LinearLayer", "Numerics", "compute_dtype", "concatenate", "make_linear"]
-
-Numerics = Literal["exact", "fast"]
-
-
-def compute_dtype(numerics: Numerics, device: str | torch.device) -> torch.dtype:
-    """The dtype of activations: fp32 in exact mode and where bf16 products are slow, else bf16."""
-    if numerics == "exact":
-        return torch.float32
-    on_cpu = torch.device(device).type == "cpu"
-    return torch.bfloat16 if not on_cpu or fast_on_cpu(torch.bfloat16) else torch.float32
+__all__ = ["LinearLayer", "concatenate", "make_linear"]
 
 
 def make_linear(
@@ -49,7 +39,7 @@ def make_linear(
 ) -> LinearLayer:
     """A layer that computes x Wᵀ + b for weight [out, in] and bias [out].
 
-    `dtype` is that of dense products in fast mode, `compute_dtype` if left out. Packed weights stay packed, bf16 ones
+    `dtype` is that of dense products in fast mode, `runtime_dtype` if left out. Packed weights stay packed, bf16 ones
     stay bf16 where a kernel takes them beside fp32 inputs; weights are repacked at most once, here. `compiled`
     False leaves the kernels of `native` out, and torch's take their place.
     """
@@ -60,7 +50,7 @@ def make_linear(
     if isinstance(weight, Tensor):
         if numerics == "exact":
             return ExactDense(weight, bias)
-        dtype = dtype or compute_dtype(numerics, device)
+        dtype = runtime_dtype(numerics, device, dtype)
         if compiled and dtype is torch.float32 and fits_bf16_kernel(weight):
             return CompiledDense(weight, bias)
         return DenseLinear(weight, bias, dtype)

@@ -35,8 +35,10 @@ OPTIONS = {
     ),
     "report": "output json quiet",
     "compare": "output json quiet",
-    "kv report": "memory context device dtype offline json quiet",
-    "kv check": ("text samples length prefix budget max-increase output device dtype offline json quiet verbose"),
+    "kv report": "memory context numerics device dtype offline json quiet",
+    "kv check": (
+        "text samples length prefix budget context max-increase output numerics device dtype offline json quiet verbose"
+    ),
     "doctor": "json quiet verbose",
     "recipes list": "json quiet",
     "recipes show": "resolved set model json",

@@ -14,11 +14,11 @@ from compress.core.calibration import Tokens
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import UsageError
 from compress.core.events import silent
+from compress.core.numerics import runtime_dtype
 from compress.core.recipe import Evaluation
 from compress.evaluate.parity import compare_logits, measure_parity
 from compress.evaluate.scorers import RuntimeScorer, TransformersScorer
 from compress.evaluate.tasks import measure_tasks
-from runtime.layers.linear import compute_dtype
 
 DEMO = Path("compress/demo/model").absolute()
 STORY = "One day a small boat sailed to the island, and a bird sat down on its mast. "
@@ -31,7 +31,7 @@ def demo() -> Checkpoint:
 
 def tolerance(numerics: Literal["exact", "fast"], fp32: float, bf16: float) -> float:
     """Fast numerics compute in bf16 where the CPU has instructions for it."""
-    return fp32 if compute_dtype(numerics, "cpu") is torch.float32 else bf16
+    return fp32 if runtime_dtype(numerics, "cpu") is torch.float32 else bf16
 
 
 def requests(*arguments: tuple) -> list[SimpleNamespace]:

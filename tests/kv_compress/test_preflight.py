@@ -17,18 +17,9 @@ from compress.core.errors import UsageError
 from compress.core.recipe import Calibration
 from compress.evaluate.scorers import RuntimeScorer
 from kv_compress._coding import round_trip
+from kv_compress._kept import Kept, fragment, numbers, policy_of, token_bytes, uniform
 from kv_compress._observed import Seen, observed
-from kv_compress._preflight import (
-    Kept,
-    _options,
-    budget_bytes,
-    choose,
-    fragment,
-    numbers,
-    policy_of,
-    token_bytes,
-    uniform,
-)
+from kv_compress._preflight import _options, budget_bytes, choose
 from kv_compress._statistics import Layer, choices, key_bias_norms, losses, measure
 from kv_compress.stage import KVCache
 
@@ -164,3 +155,17 @@ def test_the_stage_says_what_most_layers_have_and_what_others_have_instead() -> 
             "overrides": [{"layers": "0, 4", "precision": {"keys": "fp8", "values": "int4"}, "rotate": False}],
         }
     }
+
+
+def test_words_of_pages_are_in_the_stage() -> None:
+    kept = [Kept("int4", "int4", paged=True)] * 3 + [Kept("full", "int8", paged=True)]
+    assert fragment(kept) == {
+        "kv_cache": {
+            "precision": "int4",
+            "keys": "channel",
+            "sinks": 4,
+            "recent": 64,
+            "overrides": [{"layers": "3", "precision": {"keys": "full", "values": "int8"}}],
+        }
+    }
+    assert [each.words for each in (kept[0], kept[3])] == ["int4, keys per channel", "full / int8"]

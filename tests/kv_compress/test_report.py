@@ -23,7 +23,7 @@ def test_bytes_are_those_that_the_runtime_allocates(tiny_model: TinyModel, famil
     checkpoint = Checkpoint.open(tiny_model(family, odd))
     config = read(checkpoint.config)
     for dtype in (torch.float32, torch.bfloat16):
-        found = kv_report(checkpoint, memory_bytes=10**6, context=300, itemsize=dtype.itemsize)
+        found = kv_report(checkpoint, memory_bytes=10**6, context=300, dtype=dtype)
         *ways, paged = found.ways
         assert paged.name == PER_CHANNEL
         channels = KVPolicy.uniform("int4", len(config.layers), keys="channel", sinks=4, recent=64)
@@ -50,7 +50,7 @@ def uniform(name: str | None, config: ModelConfig) -> KVPolicy | None:
 
 def test_what_fits_follows_by_hand(tiny_model: TinyModel) -> None:
     """3 layers of 2 heads of 16 channels: 768 bytes of a token in fp32, 216 in int8 with two bytes a head and side."""
-    found = kv_report(Checkpoint.open(tiny_model("llama")), memory_bytes=768 * 16 * 20, context=40, itemsize=4)
+    found = kv_report(Checkpoint.open(tiny_model("llama")), memory_bytes=768 * 16 * 20, context=40, dtype=torch.float32)
     ways = {(way.name, way.share): way for way in found.ways}
     assert (found.full_bytes, found.ungrouped_bytes) == (768, 1536)  # four query heads share two
     assert ways[FULL, 1.0].sequences == 20 // 3

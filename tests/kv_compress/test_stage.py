@@ -27,6 +27,7 @@ from runtime.params import SamplingParams
 from tests.conftest import TinyModel
 from tests.contracts.shelf import Shelf, tokens_for
 from tests.contracts.shelf import run as on_shelf
+from tests.kv_compress.conftest import RuntimeHolds
 
 STORY = "A small boat sailed to the island and a bird sat on its mast all day. "
 
@@ -74,7 +75,8 @@ def test_fp8_is_written_for_the_runtime_and_for_vllm(tiny_model: TinyModel, tmp_
     assert policy.to_json() == manifest["kv_cache"]
 
 
-def test_eviction_travels_with_the_artifact(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_eviction_travels_with_the_artifact(tiny_model: TinyModel, tmp_path: Path, runtime_holds: RuntimeHolds) -> None:
+    runtime_holds("float32")
     shutil.copytree(tiny_model("llama"), tmp_path / "model")
     eviction = {"method": "snapkv", "budget": {"tokens": 16}, "recent": 8, "sinks": 2, "when": ["prefill_end"]}
     out = made(tmp_path, {"kv_cache": {"precision": "int8", "eviction": eviction}})
@@ -83,7 +85,7 @@ def test_eviction_travels_with_the_artifact(tiny_model: TinyModel, tmp_path: Pat
     assert verify(out, source=tmp_path / "model").ok
     report = json.loads((tmp_path / "out.report" / "report.json").read_text())
     shown = {row["name"]: (row["before"], row["after"]) for row in [*report["rows"], *report["tiles"]]}
-    assert shown["keys and values of a token"] == ("768 B", "216 B")
+    assert shown["keys and values of a token"] == ("768 B in float32", "216 B")
     assert shown["tokens that keep theirs"] == ("all", "snapkv 16 tokens")
     assert shown["keys and values"] == ("", "3.56 × smaller") and "size" not in shown
 
@@ -125,7 +127,8 @@ def test_scales_clip_nothing_that_transformers_caches(tiny_model: TinyModel, fam
             assert number <= 448 * scale < 8 * number
 
 
-def test_layers_are_overridden_by_number_and_range(tiny_model: TinyModel) -> None:
+def test_layers_are_overridden_by_number_and_range(tiny_model: TinyModel, runtime_holds: RuntimeHolds) -> None:
+    runtime_holds("float32")
     checkpoint = Checkpoint.open(tiny_model("llama"))
     settings = KVCache.model_validate_json(
         '{"precision": {"keys": "int8", "values": "int4"}, "rotate": true,'
@@ -134,7 +137,7 @@ def test_layers_are_overridden_by_number_and_range(tiny_model: TinyModel) -> Non
     found = [(of.keys.codec, of.values.codec, of.keys.rotate) for of in settings.policy(checkpoint).layers]
     assert found == [("int8", "int8", True), ("full", "full", False), ("full", "full", False)]
     assert settings.plan(checkpoint, None).notices == (
-        "keys and values of a token take 584 bytes instead of 768",  # 72 + 2 * 256
+        "keys and values of a token take 584 bytes instead of 768 in float32",  # 72 + 2 * 256
     )
     with pytest.raises(UsageError, match="no layer 3"):
         KVCache.model_validate_json('{"overrides": [{"layers": "2-3", "precision": "full"}]}').policy(checkpoint)
@@ -165,7 +168,10 @@ def test_kv_cache_stands_last_and_needs_text_for_fp8_alone() -> None:
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe
 
 
-def test_keys_per_channel_travel_with_the_artifact(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_keys_per_channel_travel_with_the_artifact(
+    tiny_model: TinyModel, tmp_path: Path, runtime_holds: RuntimeHolds
+) -> None:
+    runtime_holds("float32")
     shutil.copytree(tiny_model("llama"), tmp_path / "model")
     asked = {"precision": "int4", "keys": "channel", "recent": 9}
     out = made(tmp_path, {"kv_cache": asked})
@@ -183,8 +189,8 @@ def test_keys_per_channel_travel_with_the_artifact(tiny_model: TinyModel, tmp_pa
 
     checkpoint = Checkpoint.open(tiny_model("llama"))
     assert KVCache(**asked).plan(checkpoint, None).notices == (
-        "keys and values of a token take 128 bytes instead of 768, 96 in a page; the first 16 and the last 9 to 104 "
-        "are kept in full",
+        "keys and values of a token take 128 bytes instead of 768 in float32, 96 in a page; the first 16 and the last "
+        "9 to 104 are kept in full",
     )
     mixed = KVCache.model_validate_json(
         '{"precision": "int4", "keys": "channel", "overrides": [{"layers": "0", "precision": "full"}]}'

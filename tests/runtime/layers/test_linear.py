@@ -11,13 +11,14 @@ import torch
 from compress.core import compiling
 from compress.core.errors import UsageError
 from compress.core.grid import fit_grid
+from compress.core.numerics import runtime_dtype
 from compress.core.rounded_inputs import rounded_inputs
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantTensor
 from runtime import native
 from runtime.layers.compiled import CompiledLinear
 from runtime.layers.gpu import GpuLinear
-from runtime.layers.linear import compute_dtype, concatenate, make_linear
+from runtime.layers.linear import concatenate, make_linear
 from runtime.layers.packed import DequantizingLinear
 from runtime.native.library import library
 
@@ -111,7 +112,7 @@ def test_torchs_kernels_give_the_same_to_bf16(scheme, shape) -> None:
 def test_dense_weights(numerics, dtype) -> None:
     weight, bias, x = random(20, 36), random(20), random(2, 5, 36)
     layer = make_linear(weight.to(dtype), bias, numerics=numerics)
-    y = layer(x.to(compute_dtype(numerics, "cpu")))
+    y = layer(x.to(runtime_dtype(numerics, "cpu")))
     wanted = torch.nn.functional.linear(x, weight.to(dtype).float(), bias)
     assert y.shape == (2, 5, 20)
     limit = 1e-2 if y.dtype is torch.bfloat16 else 1e-6
