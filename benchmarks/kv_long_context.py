@@ -8,8 +8,9 @@ Recall: questions of compress.evaluate.long_context (pass key, needle, one of fo
 filler, on the model of make_induction_model.py, which copies over any distance and has learned nothing. Evicted is at
 the prompt's end, when the question is known ("end"), or at every 256 tokens of the prompt, too, when it is not
 ("within"). Counted: right answers, tokens of an answer, questions that only the whole cache has right; bytes of the
-pages that a sequence holds behind its prompt, and the most that it ever held, reading the prompt included. The model
-has one head in each layer, so that adakv can share nothing out and is snapkv.
+pages that a sequence holds behind its prompt (where counts are unequal, of the pieces of pages: what lies between is
+free for other sequences), and the most of the pages that were ever owned, reading the prompt included. The model has
+one head in each layer, so that adakv can share nothing out and is snapkv.
 
 Perplexity: of a model of stories on the first 384 tokens of long stories, one at a time, since the model has seen no
 two together; evicted at every 32 of them, to so many slots.
@@ -152,28 +153,35 @@ def asked_all(folder: Path, way: dict, rows: list) -> tuple[dict, list]:
         during.clear()
         while llm.has_work:
             updates = llm.step()
-            behind = behind or (llm.stats().pages.owned if updates else 0)
+            behind = behind or (held_bytes(llm) if updates else 0)
             for update in updates:
                 tokens += update.token_ids
                 text += update.text
         answers.append(judged(Completion(text, tuple(tokens), "stop"), question.answer, answer))
         held.append(behind)
         most.append(max(during))
-    page = llm.engine.scheduler.pool.page.bytes
     return {
-        "bytes": round(page * sum(held) / len(held)),
-        "peak_bytes": round(page * sum(most) / len(most)),
+        "bytes": round(sum(held) / len(held)),
+        "peak_bytes": round(sum(most) / len(most)),
         "output_tokens": sum(answer.tokens for answer in answers) / len(answers),
     }, answers
 
 
+def held_bytes(llm: LLM) -> int:
+    """Of the pages that sequences hold, less the pieces of them that are free for any other sequence."""
+    pool = llm.engine.scheduler.pool
+    free = 0.0 if pool.groups is None else pool.groups.subpages.free / pool.groups.columns
+    return round(pool.page.bytes * (pool.statistics.owned - free))
+
+
 def watched(llm: LLM) -> list[int]:
-    """The pages that are owned while each step is computed, from now on: before what it evicts is given back."""
+    """Bytes of the pages that are owned while each step is computed, from now on: before what it evicts is given
+    back."""
     runner, owned = llm.engine.runner, []
     run = runner.run
 
     def watched_run(step, wanted):
-        owned.append(llm.stats().pages.owned)
+        owned.append(llm.stats().pages.owned * llm.engine.scheduler.pool.page.bytes)
         return run(step, wanted)
 
     runner.run = watched_run
@@ -195,24 +203,24 @@ def perplexity(asked: argparse.Namespace, folder: Path, keep) -> None:
         llm = LLM(folder, dtype=torch.float32, device="cpu", max_sequences=1, prefix_cache=False, eviction=eviction)
         lines = [line[at : at + slots] for line in windows for at in range(0, WINDOW, slots)]
         during = watched(llm)
-        read = [read_line(llm, line) for line in (lines if way["method"] == "cut" else windows)]
-        logprobs = [logprob for found, _ in read for logprob in found]
-        page = llm.engine.scheduler.pool.page.bytes
-        held = {"bytes": page * max(pages for _, pages in read), "peak_bytes": page * max(during)}
+        read = [read_line(llm, line, during) for line in (lines if way["method"] == "cut" else windows)]
+        logprobs = [logprob for found, *_ in read for logprob in found]
+        held = {"bytes": max(line[1] for line in read), "peak_bytes": max(line[2] for line in read)}
         found = {"tokens": len(logprobs), "perplexity": math.exp(-sum(logprobs) / len(logprobs))}
         keep("perplexity", {"model": folder.name} | way | held | found)
 
 
-def read_line(llm: LLM, line: list[int]) -> tuple[list[float], int]:
-    """Log-probabilities of a text's tokens, and the pages that it holds when it is read."""
+def read_line(llm: LLM, line: list[int], during: list[int]) -> tuple[list[float], int, int]:
+    """Log-probabilities of a text's tokens, the bytes that it holds when it is read, and the most until then."""
     llm.add(line, SamplingParams(max_tokens=2, prompt_logprobs=0, temperature=0.0, ignore_eos=True))
-    found, pages = [], 0
+    found, held, most = [], 0, 0
+    during.clear()
     while llm.has_work:
-        updates = llm.step()
-        pages = pages or (llm.stats().pages.owned if updates else 0)
-        for update in updates:
+        for update in llm.step():
             found += [token.logprob for token in update.prompt_logprobs or () if token is not None]
-    return found, pages
+            if not held:
+                held, most = held_bytes(llm), max(during)
+    return found, held, most
 
 
 if __name__ == "__main__":
