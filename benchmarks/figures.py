@@ -13,8 +13,8 @@ from pathlib import Path
 
 import distillation
 import kv_eviction
-import kv_long_context
 import kv_long_context_plot
+import kv_long_context_table
 import kv_speed
 import loss_memory
 import narrow
@@ -230,7 +230,7 @@ def kv_quality_tables() -> str:
         return "(not measured)"
     paths = kv_long_context_plot.draw(results, RESULTS)
     pictures = [f"![{path.stem}](../{path.relative_to(HERE.parent).as_posix()})" for path in paths]
-    return "\n".join([kv_long_context.render(results), "", *pictures])
+    return "\n".join([kv_long_context_table.render(results), "", *pictures])
 
 
 def figure_tables() -> str:

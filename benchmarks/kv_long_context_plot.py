@@ -5,6 +5,8 @@ from pathlib import Path
 COLOURS = {
     "h2o": "#d1495b",
     "snapkv": "#2f6fde",
+    "pyramidkv": "#7fb2f0",
+    "adakv": "#12357a",
     "tova": "#2a9d76",
     "expected_attention": "#8a6fd1",
     "keydiff": "#e0803a",
@@ -16,15 +18,17 @@ WIDTH, HEIGHT = 8.4, 4.6
 
 
 def draw(results: dict, folder: Path) -> list[Path]:
-    """kv-recall.svg and kv-perplexity-MODEL.svg; equal figures give equal bytes."""
-    parts = {"kv-recall": [way for way in results["recall"] if way["when"] != "within"]}
+    """kv-recall-LENGTH.svg and kv-perplexity-MODEL.svg; equal figures give equal bytes."""
+    parts: dict[str, list[dict]] = {}
+    for way in results["recall"]:
+        if way["when"] != "within":
+            parts.setdefault(f"kv-recall-{way['length']}", []).append(way)
     for way in results["perplexity"]:
         parts.setdefault(f"kv-perplexity-{way['model']}", []).append(way)
     paths = []
     for name, ways in parts.items():
-        if ways:
-            paths.append(folder / f"{name}.svg")
-            picture(name, ways).savefig(paths[-1], metadata={"Date": None, "Creator": None})
+        paths.append(folder / f"{name}.svg")
+        picture(name, ways).savefig(paths[-1], metadata={"Date": None, "Creator": None})
     return paths
 
 
@@ -35,7 +39,7 @@ def picture(name: str, ways: list[dict]):
     from compress.report.plots import INK, STYLE
 
     matplotlib.rcParams.update(STYLE)
-    is_recall = name == "kv-recall"
+    is_recall = name.startswith("kv-recall-")
 
     def quality(way: dict) -> float:
         return 100 * way["right"] / way["questions"] if is_recall else way["perplexity"]
@@ -63,7 +67,8 @@ def picture(name: str, ways: list[dict]):
     axes.set_xlabel("keys and values of a sequence behind its prompt (kB, pages as allocated)")
     axes.set_ylabel("right answers (%)" if is_recall else "perplexity")
     better = "upper left" if is_recall else "lower left"
-    title = "recall of long contexts" if is_recall else f"{name.removeprefix('kv-perplexity-')}, long stories"
+    subject = name.rsplit("-", 1)[1] if is_recall else name.removeprefix("kv-perplexity-")
+    title = f"recall, prompts of {int(subject):,} tokens" if is_recall else f"{subject}, long stories"
     axes.set_title(f"{title}: {better} is better", loc="left", fontsize=11)
     figure.legend(loc="outside right upper", borderaxespad=0.2)
     return figure

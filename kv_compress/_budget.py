@@ -13,8 +13,6 @@ from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
-from kv_compress.pyramidkv import budgets
-
 WITHOUT_END = 1 << 62
 
 
@@ -82,7 +80,7 @@ class Points:
 
     def budgets(self, kept: int, stored: Sequence[int]) -> tuple[int, ...]:
         """Slots that stay in each head of each layer, in the mean of its heads, if `stored` are there."""
-        return budgets(kept, self.least, stored, self.beta) if self.beta else (kept,) * len(stored)
+        return falling(kept, self.least, stored, self.beta) if self.beta else (kept,) * len(stored)
 
     def _next(self, position: int, prompt: int) -> int | None:
         if position < prompt:
@@ -104,3 +102,24 @@ def _peak(points: Points, slots: int, position: int, prompt: int, end: int) -> i
         most = max(most, point.slots + waste)
         slots, position, waste = point.kept, point.position, points.spread
     return max(most, slots + end - position + waste)
+
+
+def falling(kept: int, least: int, stored: Sequence[int], beta: float) -> tuple[int, ...]:
+    """Slots that stay in each head of each layer, `kept` in the mean, if `stored` are there, as PyramidKV wants it
+    (arXiv:2406.02069). What always stays (`least`) is in all of them; of the rest the last layer gets 1 / beta of the
+    mean, unless the first would get more than it has. Whole numbers whose sum is that of equal budgets, so that what is
+    stored in all is known beforehand."""
+    count, rest = len(stored), kept - least
+    highest = min(rest * (2 - 1 / beta), max(stored) - least)
+    fall = 2 * (highest - rest) / max(count - 1, 1)
+    wanted = [least + highest - fall * layer for layer in range(count)] if count > 1 else [float(kept)]
+    found = [min(int(share), has) for share, has in zip(wanted, stored, strict=True)]
+    in_line = sorted(range(count), key=lambda layer: int(wanted[layer]) - wanted[layer])
+    left = kept * count - sum(found)
+    while left > 0:  # what was rounded off, or is not there in a layer, goes to others
+        open_ = [layer for layer in in_line if found[layer] < stored[layer]]
+        for layer in open_[: max(left, 1)]:
+            more = min(max(left // len(open_), 1), stored[layer] - found[layer], left)
+            found[layer] += more
+            left -= more
+    return tuple(found)

@@ -37,6 +37,34 @@ class _Lanes:
     tiles: list[int]
 
 
+class _Running:
+    """Of each query, the largest score of the tiles so far, and the sum of their weights, which are e^(score - it)."""
+
+    def __init__(self, q_LGQRD: torch.Tensor) -> None:
+        self._top_LGQR = torch.full(q_LGQRD.shape[:-1], _FLOOR, device=q_LGQRD.device)
+        self._sum_LGQR = torch.zeros_like(self._top_LGQR)
+
+    def take(self, score_LGQRK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One more tile of the first lanes: its weights, in the place of the scores, and what those before fade by."""
+        top_LGQR, sum_LGQR = (x_LGQR[: len(score_LGQRK)] for x_LGQR in (self._top_LGQR, self._sum_LGQR))
+        new_LGQR = torch.maximum(top_LGQR, score_LGQRK.amax(-1))
+        weight_LGQRK = score_LGQRK.sub_(new_LGQR[..., None]).exp_()
+        fade_LGQR = (top_LGQR - new_LGQR).exp_()
+        sum_LGQR.mul_(fade_LGQR).add_(weight_LGQRK.sum(-1))
+        top_LGQR.copy_(new_LGQR)
+        return weight_LGQRK, fade_LGQR
+
+    @property
+    def total_LGQR(self) -> torch.Tensor:
+        """The sums of weights, never 0."""
+        return self._sum_LGQR.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def shares(self, score_LGQRK: torch.Tensor) -> torch.Tensor:
+        """A tile's shares of attention, once all have been taken."""
+        lanes = slice(len(score_LGQRK))
+        return (score_LGQRK - self._top_LGQR[lanes, ..., None]).exp_() / self.total_LGQR[lanes, ..., None]
+
+
 def attend_tiled(
     q_THD: torch.Tensor,
     k: Pages,
@@ -130,23 +158,15 @@ def _attend_lanes(
 ) -> None:
     """Write the results of the lanes' queries into `out_THD`."""
     heads, width = q_THD.shape[1:]
-    count = len(lanes.tiles)
     q_LGQRD = _placed(q_THD, lanes, k.groups)
-    acc_LGQRD = torch.zeros_like(q_LGQRD)
-    top_LGQR = torch.full(q_LGQRD.shape[:-1], _FLOOR, device=q_THD.device)
-    sum_LGQR = torch.zeros_like(top_LGQR)
+    acc_LGQRD, running = torch.zeros_like(q_LGQRD), _Running(q_LGQRD)
     for tile in range(lanes.tiles[0]):
         score_LGQRK, slot_LK = _scores(q_LGQRD, k, batch, lanes, tile, scale, window, softcap)
-        active = len(score_LGQRK)
-        old = top_LGQR[:active]
-        new = torch.maximum(old, score_LGQRK.amax(-1))
-        share_LGQRK = score_LGQRK.sub_(new[..., None]).exp_()
-        fade = (old - new).exp_()
-        sum_LGQR[:active] = sum_LGQR[:active] * fade + share_LGQRK.sum(-1)
-        acc_LGQRD[:active] = acc_LGQRD[:active] * fade[..., None] + _product(share_LGQRK, _gather(v, slot_LK))
-        top_LGQR[:active] = new
-    result = acc_LGQRD / sum_LGQR.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-    result = result.transpose(1, 2).reshape(count * QUERY_TILE, heads, width)
+        weight_LGQRK, fade_LGQR = running.take(score_LGQRK)
+        part_LGQRD = acc_LGQRD[: len(fade_LGQR)].mul_(fade_LGQR[..., None])
+        part_LGQRD += _product(weight_LGQRK, _gather(v, slot_LK))
+    result = acc_LGQRD / running.total_LGQR[..., None]
+    result = result.transpose(1, 2).reshape(-1, heads, width)
     out_THD[lanes.row] = result[lanes.place].to(out_THD.dtype)
 
 
@@ -162,20 +182,12 @@ def _add_lanes(
 ) -> None:
     """Once over the keys for each query's largest score and its sum, and once more for the shares."""
     q_LGQRD = _placed(q_THD, lanes, k.groups)
-    top_LGQR = torch.full(q_LGQRD.shape[:-1], _FLOOR, device=q_THD.device)
-    sum_LGQR = torch.zeros_like(top_LGQR)
+    running = _Running(q_LGQRD)
     for tile in range(lanes.tiles[0]):
-        score_LGQRK, _ = _scores(q_LGQRD, k, batch, lanes, tile, scale, window, softcap)
-        active = len(score_LGQRK)
-        old = top_LGQR[:active]
-        new = torch.maximum(old, score_LGQRK.amax(-1))
-        sum_LGQR[:active] = sum_LGQR[:active] * (old - new).exp_() + (score_LGQRK - new[..., None]).exp_().sum(-1)
-        top_LGQR[:active] = new
-    sum_LGQR.clamp_min_(torch.finfo(torch.float32).tiny)
+        running.take(_scores(q_LGQRD, k, batch, lanes, tile, scale, window, softcap)[0])
     for tile in range(lanes.tiles[0]):
         score_LGQRK, slot_LK = _scores(q_LGQRD, k, batch, lanes, tile, scale, window, softcap)
-        active = len(score_LGQRK)
-        share_LGQRK = (score_LGQRK - top_LGQR[:active, ..., None]).exp_() / sum_LGQR[:active, ..., None]
+        share_LGQRK = running.shares(score_LGQRK)
         units_LGK = (share_LGQRK * UNITS).round_().long().sum((2, 3))
         total.index_add_(0, slot_LK.flatten(), units_LGK.transpose(1, 2).flatten(0, 1))
 

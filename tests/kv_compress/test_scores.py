@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kv_compress._budget import falling
 from kv_compress._scores import Observed, keep, scorer
 from kv_compress.adakv import keep_among
-from kv_compress.pyramidkv import budgets
 
 ORACLE = Path(__file__).parents[1] / "oracles" / "expected" / "kvpress-keeps.safetensors"
 PROTECTED = {"streaming": (4, 1), "tova": (0, 1), "snapkv": (0, 6), "expected_attention": (4, 0)}
@@ -53,7 +53,7 @@ def test_layers_and_heads_keep_what_they_keep_in_kvpress(oracle: dict[str, torch
         [*kept_GN] = keep_among(scorer("pyramidkv")(given).unbind(), expected_GN.shape[1], given.protected, 1.0)
         assert torch.equal(torch.stack(kept_GN), expected_GN.long())
     if count > 12:  # else kvpress gives up on layers
-        ours = budgets(count + 6, 6, [48] * 4, 3)
+        ours = falling(count + 6, 6, [48] * 4, 3)
         assert all(abs(kept - 6 - of.shape[1]) <= 1 for kept, of in zip(ours, theirs, strict=True))
         assert sum(ours) == 4 * (count + 6) and (ours[0] > ours[3] or count == 40)
 
