@@ -10,6 +10,7 @@ Shape suffixes: O outputs, K inputs, G groups, S channels of one; B samples, T p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 
 from compress.core.passes import Job
 from compress.core.tensors import QuantTensor
-from compress.core.walk import Block, Site, walk
+from compress.core.walk import Block, Site, stream_outputs
 from quantize._learned_aim import aim_behind
 
 _HELD_BACK_EVERY, _HELD_BACK_MOST = 8, 8  # samples that are not learned from: on them the result has to be better
 _INSIDE = 0.45  # how far from the middle of its bin a place may start: nearer to the edge noise would flip it
 _OUTSIDE = 0.499  # how far a place may go beyond the outermost codes
+_CACHED_WEIGHTS = 1 << 18
 _SEED_STRIDE = 1_000_003  # blocks draw from generators of their own: a resumed run continues as if never stopped
 
 
@@ -39,28 +41,26 @@ class Learning:
 
 
 def original_outputs(job: Job) -> Iterator[list[Tensor]]:
-    """The outputs [T, D] of all samples behind every unfinished block of the original model, on its own inputs.
+    """The outputs [T, D] of all samples behind every unfinished block of the original model, on its own inputs. Those
+    of one block are overwritten by the next one's.
 
     What learning aims at: a block then makes up for what the compressed blocks before it got wrong.
     """
     done = job.sink.finished()
-    if done == job.checkpoint.num_blocks:
+    if done == job.checkpoint.num_blocks or job.calibration is None:
         return
-    blocks = walk(
+    outputs = stream_outputs(
         job.checkpoint,
         job.calibration,
-        keep={"targets"},
         device=job.device,
         dtype=job.dtype,
         micro_batch=job.micro_batch,
         spill_folder=job.spill_folder,
         spill_above_bytes=job.spill_above_bytes,
     )
-    for block in blocks:
-        outputs = [sample for batch in block.targets for sample in batch]
-        block.close()
-        if block.index >= done:
-            yield outputs
+    for index, output_NTD in enumerate(outputs):
+        if index >= done:
+            yield list(output_NTD)
 
 
 def learn_block(block: Block, sites: Sequence[Site], targets: list[Tensor], how: Learning, job: Job) -> float:
@@ -155,27 +155,29 @@ class _Rounding:
         self._zero_OG1 = None if zero is None else zero.to(device, torch.float32)[..., None]
         self._stretch_OG1 = torch.ones_like(self._scale_OG1)
         self._place_OGS = self._places(site.original.detach())
-        self._level_OGS = torch.empty_like(self._place_OGS)
         self._still_OGS = site.original.detach().view(self._place_OGS.shape) == 0 if keep_zeros else None
         self._weight = nn.Parameter(torch.empty_like(site.module.weight, memory_format=torch.contiguous_format))
         self._weight_OGS = self._weight.detach().view(self._place_OGS.shape)
         self._installed = site.module.weight
         site.module.weight = self._weight
-        self._write()
+        for rows in self._parts():
+            self._write(rows)
 
     def update(self, rate: float, scale_rate: float) -> None:
         """One step against the sign of the gradient."""
         if self._weight.grad is None:
             return  # an expert that this batch did not reach
-        gradient_OGS = self._weight.grad.view(self._place_OGS.shape).float()
+        whole_OGS = self._weight.grad.view(self._place_OGS.shape)
         self._weight.grad = None
-        if self._still_OGS is not None:
-            gradient_OGS.masked_fill_(self._still_OGS, 0)
-        slope_OG1 = torch.linalg.vecdot(gradient_OGS, self._level_OGS)[..., None]
-        sign_OG1 = self._scale_OG1.sign()
-        self._stretch_OG1.sub_(slope_OG1.sign_().mul_(sign_OG1), alpha=scale_rate)
-        self._place_OGS.addcmul_(gradient_OGS.sign_(), sign_OG1, value=-rate).clamp_(*self._range)
-        self._write()
+        for rows in self._parts():
+            gradient_OGS, place_OGS = whole_OGS[rows].float(), self._place_OGS[rows]
+            if self._still_OGS is not None:
+                gradient_OGS.masked_fill_(self._still_OGS[rows], 0)
+            slope_OG1 = torch.linalg.vecdot(gradient_OGS, self._level(rows))[..., None]
+            sign_OG1 = self._scale_OG1[rows].sign()
+            self._stretch_OG1[rows].sub_(slope_OG1.sign_().mul_(sign_OG1), alpha=scale_rate)
+            place_OGS.addcmul_(gradient_OGS.sign_(), sign_OG1, value=-rate).clamp_(*self._range)
+            self._write(rows)
 
     def settle(self, *, keep: bool) -> None:
         """Give the site what was learned, or back what it had."""
@@ -195,12 +197,19 @@ class _Rounding:
             exact_OGS += self._zero_OG1
         return exact_OGS.sub_(codes_OGS).clamp_(-_INSIDE, _INSIDE).add_(codes_OGS)
 
-    def _scale(self) -> Tensor:
-        """As it will be stored."""
-        return (self._scale_OG1 * self._stretch_OG1).to(self._start.scale.dtype).float()
+    def _parts(self) -> Iterator[slice]:
+        """Rows that fit in cache: an update passes over them a dozen times."""
+        outputs, *groups = self._place_OGS.shape
+        step = max(1, _CACHED_WEIGHTS // math.prod(groups))
+        return (slice(start, start + step) for start in range(0, outputs, step))
 
-    def _write(self) -> None:
-        torch.round(self._place_OGS, out=self._level_OGS)
-        if self._zero_OG1 is not None:
-            self._level_OGS.sub_(self._zero_OG1)
-        torch.mul(self._level_OGS, self._scale(), out=self._weight_OGS)
+    def _scale(self, rows: slice = slice(None)) -> Tensor:
+        """As it will be stored."""
+        return (self._scale_OG1[rows] * self._stretch_OG1[rows]).to(self._start.scale.dtype).float()
+
+    def _level(self, rows: slice) -> Tensor:
+        level_OGS = self._place_OGS[rows].round()
+        return level_OGS if self._zero_OG1 is None else level_OGS.sub_(self._zero_OG1[rows])
+
+    def _write(self, rows: slice) -> None:
+        self._weight_OGS[rows] = self._level(rows).mul_(self._scale(rows))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
 
-_FLOATS_PER_WEIGHT = 5  # place, level, weight, its gradient, and that once more in fp32
+_FLOATS_PER_WEIGHT = 3  # place, weight and its gradient
 _PASSES_PER_STEP = 12  # over all of them in an update
 _KEPT_WIDTHS = 12  # hidden states that the backward pass keeps, beside the inputs of all layers
 _STEP_SECONDS = 4e-3  # some hundred small operations, forward and backward
@@ -18,7 +18,7 @@ _STEP_SECONDS = 4e-3  # some hundred small operations, forward and backward
 
 def learning_cost(checkpoint: Checkpoint, tokens: Tokens | None, *, steps: int, tokens_per_step: int) -> Cost:
     """Cost of `steps` updates in every block, and of the original model's own stream of activations."""
-    from compress.core.walk import SPILL_ABOVE_BYTES
+    from compress.core.walk import SPILL_ABOVE_BYTES, compute_dtype
     from quantize._learned_aim import LOGITS_BYTES
 
     if tokens is None:
@@ -30,12 +30,14 @@ def learning_cost(checkpoint: Checkpoint, tokens: Tokens | None, *, steps: int, 
     weights = [sum(group.rows * group.width for group in groups) for groups in blocks]
     reached = [sum(group.rows * group.width * group.share for group in groups) for groups in blocks]
     channels = max(sum((group.rows + group.width) * group.share for group in groups) for groups in blocks)
-    stream_bytes = 2 * samples * length * hidden * checkpoint.dtype.itemsize
-    spilled = stream_bytes > 2 * SPILL_ABOVE_BYTES
+    stream_bytes = samples * length * hidden * checkpoint.dtype.itemsize
+    spilled = stream_bytes > SPILL_ABOVE_BYTES
     kept_bytes = 4 * at_once * (channels + _KEPT_WIDTHS * hidden)
     memory = 4 * _FLOATS_PER_WEIGHT * max(weights) + kept_bytes + (0 if spilled else stream_bytes)
     vocabulary = checkpoint.config["vocab_size"]
-    memory += vocabulary * hidden * checkpoint.dtype.itemsize + 4 * min(LOGITS_BYTES, 4 * at_once * vocabulary)
+    if compute_dtype(checkpoint, "auto", "cpu") is not checkpoint.dtype:
+        memory += 4 * vocabulary * hidden  # the head, cast for its backward pass
+    memory += 2 * min(LOGITS_BYTES, 4 * at_once * vocabulary)
     speed = machine_speed()
     operations = sum(reached) * 2 * (samples * length + 3 * at_once * steps)
     operations += vocabulary * hidden * 2 * 3 * at_once * steps  # the original's words, and the gradient of ours

@@ -33,6 +33,7 @@ torch = lazy_module("torch")
 
 __all__ = ["Checkpoint", "Source", "load_tokenizer"]
 
+CHECKED_AT_ONCE = 1 << 20
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -382,5 +383,9 @@ def _refuse_own_code(config: dict[str, Any], architecture: Architecture, folder:
 
 
 def _finite(value: Tensor) -> bool:
-    """Whether all elements are finite. Their sum tells in one pass; only if that overflows each is looked at."""
-    return bool(torch.isfinite(value.sum(dtype=torch.float32))) or bool(torch.isfinite(value).all())
+    """Whether all elements are finite. Their sum tells in one pass; only if that overflows each is looked at. Part by
+    part, since torch casts what it sums."""
+    return all(
+        bool(torch.isfinite(part.sum(dtype=torch.float32))) or bool(torch.isfinite(part).all())
+        for part in value.reshape(-1).split(CHECKED_AT_ONCE)
+    )

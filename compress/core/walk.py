@@ -58,6 +58,7 @@ __all__ = [
     "measure",
     "stream_dtype",
     "stream_logits",
+    "stream_outputs",
     "walk",
 ]
 
@@ -216,13 +217,41 @@ def stream_logits(
     compute = compute_dtype(checkpoint, dtype, device)
     kept = stream_dtype(checkpoint, dtype, device)
     stream = fresh_stream(checkpoint, tokens, kept, micro_batch, spill_folder, spill_above_bytes)
+    for _ in _advancing(checkpoint, tokens, stream, compute, device):
+        pass
+    yield from logits(checkpoint, stream, compute, device)
+
+
+def stream_outputs(
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    *,
+    dtype: str | torch.dtype = "auto",
+    micro_batch: int | None = None,
+    device: str = "cpu",
+    spill_folder: str | Path | None = None,
+    spill_above_bytes: int = SPILL_ABOVE_BYTES,
+) -> Iterator[Tensor]:
+    """Yield the outputs [N, T, D] of every block with its original weights: one buffer, which the next block's
+    outputs overwrite."""
+    kept = stream_dtype(checkpoint, dtype, device)
+    stream = fresh_stream(checkpoint, tokens, kept, micro_batch, spill_folder, spill_above_bytes)
+    compute = compute_dtype(checkpoint, dtype, device)
+    for _ in _advancing(checkpoint, tokens, stream, compute, device):
+        yield stream.inputs
+
+
+def _advancing(
+    checkpoint: Checkpoint, tokens: Tokens, stream: Activations, compute: torch.dtype, device: str
+) -> Iterator[int]:
+    """Yield each index when the stream holds that block's outputs."""
     arguments = fill_stream(checkpoint, tokens, stream, compute, device)
     for index in range(checkpoint.num_blocks):
         block = open_block(checkpoint, index, compute, device, arguments[index])
         advance(block, stream, device)
         block.close()
         trim_memory()
-    yield from logits(checkpoint, stream, compute, device)
+        yield index
 
 
 def compute_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype, device: str) -> torch.dtype:
