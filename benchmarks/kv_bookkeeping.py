@@ -23,8 +23,9 @@ import tools
 
 from kv_compress._budget import Points
 from kv_compress.eviction import Budget, EvictionSettings
-from runtime.blocks import BlockPool, PageType
+from runtime.blocks import BlockPool
 from runtime.groups import GroupPool
+from runtime.page import PageType
 from runtime.scheduler import Scheduler, SchedulerSettings, Step, StepOutput
 from runtime.sequence import Sequence
 

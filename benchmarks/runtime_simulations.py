@@ -21,7 +21,8 @@ from pathlib import Path
 
 import tools
 
-from runtime.blocks import BlockPool, PageType
+from runtime.blocks import BlockPool
+from runtime.page import PageType
 from runtime.scheduler import Scheduler, SchedulerSettings, StepOutput
 from runtime.sequence import Sequence
 from runtime.simulator import Arrival, Simulator, StepTime

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from compress.core.errors import UsageError
-from runtime.blocks import BlockPool, PoolStatistics
+from runtime.blocks import BlockPool
 from runtime.choice import Choice, choose
 from runtime.detokenizer import TextDecoder, decoder_of
 from runtime.logprobs import TokenLogprobs, token_logprobs
+from runtime.page import PoolStatistics
 from runtime.params import SamplingParams
 from runtime.runner import Runner, StepLogits
 from runtime.sample import Sample, Update

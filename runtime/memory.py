@@ -12,11 +12,12 @@ from torch import nn
 
 from compress.core.errors import ResourceError, UsageError
 from kv_compress.policy import FULL
-from runtime.blocks import BlockPool, PageType
+from runtime.blocks import BlockPool
 from runtime.cache import KVCache, page_bytes
 from runtime.frames import FrameCache, cache_for
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import Decoder
+from runtime.page import PageType
 from runtime.scheduler import SchedulerSettings
 
 _CPU_SHARE = 0.25  # of the memory that is free: a CPU is shared with everything else

@@ -23,8 +23,9 @@ from compress.core.errors import UsageError
 from kv_compress._budget import Points
 from kv_compress._coded_pages import CodingPoints
 from runtime.admission import QueueFull, RequestTooLong, require_fit, require_place
-from runtime.blocks import BlockPool, Found
+from runtime.blocks import BlockPool
 from runtime.fairness import ServiceMeter
+from runtime.lookup import Found
 from runtime.plan import Plan
 from runtime.policies import make_policy, place
 from runtime.sequence import Sequence
@@ -177,7 +178,7 @@ class Scheduler:
             sequence.kv_len[0] += len(computed)
             is_computed = sequence.computed == len(sequence.tokens)
             if id in evictions and ends.get(id) != "error":  # pages that hold errors are to be forgotten, all of them
-                self.pool.evict(sequence, evictions[id], output.counts.get(id))
+                self.pool.evictions.finish(sequence, evictions[id], output.counts.get(id))
             if samples and id in tokens:
                 sequence.tokens.append(tokens[id])
                 generated[sequence.tenant] = generated.get(sequence.tenant, 0) + 1
@@ -253,10 +254,10 @@ class Scheduler:
             if self._preempt_last() is sequence:
                 return
         if self.points is not None and self._comes_to_point(sequence, 1):
-            while not self.pool.can_evict(sequence):
+            while not self.pool.evictions.has_room(sequence):
                 if self._preempt_last() is sequence:
                     return
-            plan.compressions.append(self.pool.prepare_eviction(sequence))
+            plan.compressions.append(self.pool.evictions.prepare(sequence))
         plan.copies.extend(copies)
 
     def _preempt_last(self) -> Sequence:
@@ -333,14 +334,14 @@ class Scheduler:
         evicts = self.points is not None and self._comes_to_point(sequence, tokens)
         if evicts:
             planned = {row.sequence for row in plan.rows}
-            while not self.pool.can_evict(sequence):
+            while not self.pool.evictions.has_room(sequence):
                 if self.running[-1] is sequence or self.running[-1].id in planned:
                     return
                 self._preempt_last()
         plan.add(sequence, tokens)
         self._offer(sequence, sequence.kv_len[0] + tokens)
         if evicts:
-            plan.compressions.append(self.pool.prepare_eviction(sequence))
+            plan.compressions.append(self.pool.evictions.prepare(sequence))
 
     def _offer(self, sequence: Sequence, slots: int) -> None:
         if slots // self._page_tokens > sequence.registered:

@@ -16,7 +16,8 @@ from compress.core.errors import InputError, UsageError
 from compress.core.files import io_errors
 from kv_compress._budget import Points
 from kv_compress._coded_pages import CodingPoints
-from runtime.blocks import BlockPool, PageType
+from runtime.blocks import BlockPool
+from runtime.page import PageType
 from runtime.scheduler import Scheduler, SchedulerSettings
 from runtime.sequence import Sequence
 from runtime.step import Compression, Recoding, Row, Step, StepOutput

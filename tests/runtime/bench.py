@@ -12,7 +12,8 @@ from hashlib import blake2b
 from math import ceil
 
 from kv_compress.eviction import EvictionSettings
-from runtime.blocks import BlockPool, PageType
+from runtime.blocks import BlockPool
+from runtime.page import PageType
 from runtime.scheduler import Scheduler, SchedulerSettings, Step, StepOutput
 from runtime.sequence import Sequence
 from runtime.step import Compression

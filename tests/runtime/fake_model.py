@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from runtime.blocks import BlockPool, PageType
+from runtime.blocks import BlockPool
 from runtime.engine import Engine, EngineSettings
 from runtime.ops.batch import AttentionBatch
+from runtime.page import PageType
 from runtime.runner import Runner
 from runtime.sample import Update
 from runtime.scheduler import SchedulerSettings

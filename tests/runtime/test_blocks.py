@@ -6,7 +6,8 @@ import pytest
 
 from compress.core.errors import ResourceError, UsageError
 from runtime import prefixes
-from runtime.blocks import BlockPool, PageType
+from runtime.blocks import BlockPool
+from runtime.page import PageType
 from runtime.sequence import Sequence
 
 PAGE = PageType("float32", 256, 4)

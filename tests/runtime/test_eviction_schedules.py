@@ -10,7 +10,8 @@ import sys
 from itertools import product
 
 from kv_compress.eviction import Budget, EvictionSettings
-from runtime.blocks import BlockPool, PageType
+from runtime.blocks import BlockPool
+from runtime.page import PageType
 from runtime.policies import POLICIES
 from runtime.scheduler import SchedulerSettings, Step
 from runtime.simulator import Arrival, Simulator, StepTime

@@ -8,7 +8,8 @@ from itertools import combinations
 import pytest
 
 from compress.core.errors import UsageError
-from runtime.blocks import BlockPool, PageType
+from runtime.blocks import BlockPool
+from runtime.page import PageType
 from runtime.policies import POLICIES, make_policy
 from runtime.scheduler import SchedulerSettings, StepOutput
 from runtime.sequence import Sequence

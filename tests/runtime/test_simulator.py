@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from runtime.blocks import BlockPool, PageType
+from runtime.blocks import BlockPool
+from runtime.page import PageType
 from runtime.scheduler import SchedulerSettings
 from runtime.simulator import Arrival, Simulator, StepTime
 from runtime.step import Row, Step
