@@ -1,4 +1,4 @@
-"""The blocks of a model in training: what they keep for the way back."""
+"""The blocks of a model in training: what they keep for the way back, and whether they are compiled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def prepare_blocks(settings: Training, model: Any, architecture: Architecture) -> None:
-    """Let the blocks keep nothing but their inputs, if the settings say so."""
+    """Let the blocks keep nothing but their inputs, and be compiled, if the settings say so."""
     blocks = model.get_submodule(architecture.blocks)
     if settings.checkpointing:
         with warnings.catch_warnings():
@@ -19,3 +19,7 @@ def prepare_blocks(settings: Training, model: Any, architecture: Architecture) -
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for block in blocks:
             block.training = True  # without it a block keeps everything; alone, for inside nothing is to be dropped out
+    if settings.compile:
+        from distill._compiled import compile_blocks
+
+        compile_blocks(model, architecture)

@@ -69,19 +69,26 @@ def sampler_of(job: Job, source: Checkpoint, sampling: Sampling) -> Sampler:
 
 
 def teacher_batches(settings: Completing, job: Job, tokens: Tokens) -> Batches:
-    """Batches of what the teacher says behind the beginning of each row, generated once."""
-    rows = range(len(tokens.ids))
+    """Batches of what the teacher says behind the beginning of each row, generated once, by the main process; the
+    others get each batch from that one."""
+    rows, teacher = range(len(tokens.ids)), find_teacher(settings.teacher, job)
+    if not job.processes.is_main:
+        return _made_by_main
 
     def prompts(rows_B: Tensor, end_tokens: frozenset[int]) -> list[list[int]]:
         return prompts_of(tokens, rows_B, settings.prompt_tokens, end_tokens)
 
-    texts = written(settings, job, rows, prompts, "teacher", lambda: find_teacher(settings.teacher, job))
+    texts = written(settings, job, rows, prompts, "teacher", lambda: teacher)
 
     def batch(step: int) -> Batch:
         chosen = [texts[row] for row in batch_rows(settings, len(texts), step).tolist()]
         return completed([prompt for prompt, _ in chosen], [new for _, new in chosen])
 
     return batch
+
+
+def _made_by_main(step: int) -> Batch:
+    raise RuntimeError(f"a process beside the main one was about to make the batch of step {step}")
 
 
 def written(

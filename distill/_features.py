@@ -5,8 +5,9 @@ Shape suffixes: B rows, T positions, D width of hidden states, C width of querie
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from compress.core.errors import UsageError
 from compress.core.passes import Job
 from compress.core.sizes import sizes_of
 from distill._batches import NO_TARGET, Batch, text_batches
-from distill._logits import chunk_tokens, head_of
+from distill._logits import chunk_tokens, head_of, hidden_states
 from distill._losses import chunked
 from distill._settings_taught import ORIGINAL
 from distill._states import distance, relation_divergence
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 def train_on_features(settings: Settings, job: Job) -> None:
     """Train job.checkpoint towards a teacher's logits and states, and write what became of it."""
     tokens = text_of(job)
-    teacher = Inside.of(open_teacher(settings.teacher, job))
+    teacher = Inside.of(open_teacher(settings, job))
     kept = job.kept_blocks if settings.teacher == ORIGINAL else None
     pairs = layer_pairs(settings.layers, job.checkpoint.num_blocks, teacher.blocks, kept)
     projections = {}
@@ -78,11 +79,16 @@ class Inside:
     model: Any
     architecture: Architecture
     sizes: dict[str, int]
+    entering: list[Tensor]
 
     @classmethod
     def of(cls, model: Any) -> Inside:
+        """Its blocks note what enters them from now on."""
         config = model.config.to_dict()
-        return cls(model, lookup(config), sizes_of(config))
+        found = cls(model, lookup(config), sizes_of(config), [])
+        for block in model.get_submodule(found.architecture.blocks):
+            block.forward = noting(block.forward, found.entering)
+        return found
 
     @property
     def blocks(self) -> int:
@@ -96,8 +102,11 @@ class Inside:
 
     def states(self, ids_BT: Tensor) -> tuple[Tensor, ...]:
         """What enters each block, and last what the head reads, all [B, T, D]: behind block i is states[i + 1]."""
-        found = self.model.model(input_ids=ids_BT.to(self.model.device), use_cache=False, output_hidden_states=True)
-        return *found.hidden_states[: self.blocks], found.last_hidden_state
+        self.entering.clear()
+        last_BTD = hidden_states(self.model, ids_BT)
+        states = (*self.entering, last_BTD)
+        self.entering.clear()
+        return states
 
     def behind(self, layer: int, states: Sequence[Tensor], *, normed: bool) -> Tensor:
         """What a block leaves, [B, T, D]; `normed`: as the final norm makes it, which is all there is of the last."""
@@ -116,6 +125,18 @@ class Inside:
         normed_BTD = block.get_submodule(norm)(entering_BTD.to(dtype))
         found = [block.get_submodule(site)(normed_BTD) for site in group.sites]
         return found if len(found) == 3 else found[0].split(self.widths, dim=-1)
+
+
+def noting(forward: Callable[..., Tensor], entering: list[Tensor]) -> Callable[..., Tensor]:
+    """A block's forward that notes its input. Outside of what is compiled or computed again on the way back, where
+    transformers' own recording of states would be inside."""
+
+    @wraps(forward)
+    def call(x_BTD: Tensor, *others: Any, **named: Any) -> Tensor:
+        entering.append(x_BTD)
+        return forward(x_BTD, *others, **named)
+
+    return call
 
 
 def require_heads(heads: int, *models: Inside) -> None:

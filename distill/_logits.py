@@ -28,7 +28,7 @@ def train_on_logits(settings: Settings, job: Job) -> None:
     """Train job.checkpoint towards a teacher, and write what became of it."""
     tokens = text_of(job)
     student = Student(job, settings)
-    loss = online_loss(settings.loss, student.model, open_teacher(settings.teacher, job, sharded=settings.sharded))
+    loss = online_loss(settings.loss, student.model, open_teacher(settings, job))
     train(settings, job, student, text_batches(settings, tokens), loss, settings.steps(tokens))
 
 

@@ -32,7 +32,7 @@ def train_on_policy(settings: OnPolicy, job: Job) -> None:
     def batches(step: int) -> Batch:
         return own(step) if is_student_step(settings, step, total) else others(step)
 
-    loss = online_loss(settings.towards_teacher, student.model, open_teacher(settings.teacher, job))
+    loss = online_loss(settings.towards_teacher, student.model, open_teacher(settings, job))
     train(settings, job, student, batches, loss, total)
 
 

@@ -58,7 +58,7 @@ def _learn(settings: Recover, job: Job, attach: Attach, share: Callable[[str], f
     student = Student(job, settings, instead=attach, share=share)
     total = settings.steps(tokens)
     if total:
-        loss = made_once(online_loss(settings.loss, student.model, open_teacher(settings.teacher, job)))
+        loss = made_once(online_loss(settings.loss, student.model, open_teacher(settings, job)))
         learn(settings, job, student, text_batches(settings, tokens), loss, total)
 
 

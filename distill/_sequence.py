@@ -31,9 +31,7 @@ def train_on_completions(settings: Sequence, job: Job) -> None:
     if settings.loss == "text":
         loss = text_loss(student.model)
     else:
-        loss = online_loss(
-            settings.towards_teacher, student.model, open_teacher(settings.teacher, job, sharded=settings.sharded)
-        )
+        loss = online_loss(settings.towards_teacher, student.model, open_teacher(settings, job))
     train(settings, job, student, batches, loss, settings.steps(tokens))
 
 

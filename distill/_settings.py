@@ -32,6 +32,9 @@ class Training(Pass):
     can_shard: ClassVar[bool] = False
     """Whether a loss can be computed of a model that is gathered block by block."""
 
+    can_compile: ClassVar[bool] = False
+    """Whether its steps are of equal length and its blocks as the model's family has them: one graph serves for all."""
+
     batch: int = Field(16, ge=1, description="rows of the calibration text in a step")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="at its highest")
     final: float = Field(0.1, ge=0, le=1, description="the learning rate at the end, as a share of the highest")
@@ -47,6 +50,9 @@ class Training(Pass):
     )
     checkpointing: bool = Field(
         False, description="keep only the inputs of blocks for the way back: less memory, a third more time"
+    )
+    compile: bool = Field(
+        False, description="compile the blocks of student and teacher first, by torch.compile: for long runs"
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW with moments in fp32, or in 8 bits by bitsandbytes: 10 bytes a parameter, not 16"
@@ -106,6 +112,7 @@ class Training(Pass):
         from distill._memory import leaner, parameters_of, reading_minutes, training_bytes
 
         self._require_shards()
+        self._require_compiling(checkpoint, teacher)
         numbers = parameters_of(checkpoint)
         length = 1 if calibration is None else self.longest(calibration)
         trained = self.trained_tokens(calibration)
@@ -136,6 +143,8 @@ class Training(Pass):
             yield "shard: true is for several processes, and there is one: it holds the whole student"
         if launcher_shards() and not self.sharded:
             yield f"the launcher asked for FSDP, and {self._name} does not cut a model up"
+        if self.compile:
+            yield "the blocks are compiled in the first steps, which takes up to some minutes and is kept for later"
 
     def _require_shards(self) -> None:
         """UsageError for settings that do not work in parts."""
@@ -147,6 +156,25 @@ class Training(Pass):
         if self.sharded and self.optimizer == "adamw8bit":
             hint = f"optimizer: adamw: {launched()} processes hold {round(16 / launched(), 1):g} bytes a parameter each"
             raise UsageError("moments of 8 bits are not cut up", where="distill.optimizer", hint=hint)
+
+    def _require_compiling(self, checkpoint: Checkpoint, teacher: Checkpoint | None) -> None:
+        """UsageError for what is not compiled, EnvironmentRefused where nothing can be."""
+        if not self.compile:
+            return
+        where = "distill.compile"
+        if not self.can_compile:
+            raise UsageError(f"{self._name} does not compile blocks", where=where, hint="logits and features do")
+        models = [model for model in (checkpoint, teacher) if model is not None]
+        if any(model.expert_count(index) for model in models for index in range(model.num_blocks)):
+            message = "blocks with experts are not compiled: which of them compute depends on the text"
+            raise UsageError(message, where=where, hint="compile: false")
+        if self.sharded:
+            raise UsageError("a model in parts is not compiled", where=where, hint="compile: false, or shard: false")
+        import torch
+
+        from compress.core.inductor import require_inductor
+
+        require_inductor("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def _name(self) -> str:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.checkpoint import Checkpoint
-from compress.core.errors import InputError
+from compress.core.errors import InputError, UsageError
 from compress.core.passes import Job
-from distill._settings_taught import ORIGINAL
+from distill._settings_taught import ORIGINAL, Led
+
+WHAT_TEACHES = "name a folder with config.json and safetensors weights, from the recipe on; a hub id; or original"
 
 
 def find_teacher(name: str, job: Job) -> Checkpoint:
@@ -26,9 +28,9 @@ def find_teacher(name: str, job: Job) -> Checkpoint:
 
 
 def named_teacher(name: str, student: Checkpoint, length: int | None) -> Checkpoint:
-    """The teacher that lies in a folder, or at the hub, for texts of `length` tokens. InputError if its tokens are
-    others than the student's, or it cannot read so many."""
-    teacher = Checkpoint.open(name)
+    """The teacher that lies in a folder, or at the hub, for texts of `length` tokens. UsageError if there is none;
+    InputError if its tokens are others than the student's, or it cannot read so many."""
+    teacher = _opened(name)
     _require_same_tokens(teacher, student)
     positions = teacher.config.get("max_position_embeddings")
     if isinstance(positions, int) and length is not None and length > positions:
@@ -37,6 +39,14 @@ def named_teacher(name: str, student: Checkpoint, length: int | None) -> Checkpo
             where=str(teacher.folder),
         )
     return teacher
+
+
+def _opened(name: str) -> Checkpoint:
+    try:
+        return Checkpoint.open(name)
+    except InputError as error:
+        message = f"{error.where}: {error.message}" if error.where else error.message
+        raise UsageError(message, where="distill.teacher", hint=error.hint or WHAT_TEACHES) from error
 
 
 def require_dense_original(name: str, job: Job) -> None:
@@ -50,9 +60,15 @@ def require_dense_original(name: str, job: Job) -> None:
         )
 
 
-def open_teacher(name: str, job: Job, *, sharded: bool = False) -> Any:
+def open_teacher(settings: Led, job: Job) -> Any:
     """The teacher's model, in the dtype that is fast here. InputError if its tokens are others than the student's."""
-    return load_teacher(find_teacher(name, job), job, sharded=sharded)
+    teacher = find_teacher(settings.teacher, job)
+    model = load_teacher(teacher, job, sharded=settings.sharded)
+    if settings.compile:
+        from distill._compiled import compile_blocks
+
+        compile_blocks(model, teacher.architecture)
+    return model
 
 
 def load_teacher(teacher: Checkpoint, job: Job, *, sharded: bool = False) -> Any:

@@ -26,6 +26,7 @@ class Logits(Taught):
 
     reads_caches: ClassVar[bool] = True
     can_shard: ClassVar = True
+    can_compile: ClassVar = True
 
     cross_entropy: float = Field(0.0, ge=0, le=1, description="share of the loss that is the text's own next token")
     cache: Cache | None = Field(None, description="write what the teacher says once, and train without it beside")

@@ -27,6 +27,7 @@ class Recover(Logits, Coded):
 
     reads_caches: ClassVar = False
     can_shard: ClassVar = False
+    can_compile: ClassVar = False
 
     rank: int = Field(16, ge=1, le=4096, description="of pairs")
     lora_alpha: float | None = Field(None, gt=0, description="pairs count lora_alpha / rank times; default: once")

@@ -27,6 +27,10 @@ class Sequence(Completing, Taught):
         description="text: cross entropy to the tokens that it wrote; logits: divergence from its distributions there",
     )
 
+    @property
+    def joins(self) -> bool:
+        return True
+
     def steps(self, tokens: Tokens) -> int:
         return max(1, round(self.tokens / (self.batch * self.completed_tokens)))
 

@@ -30,7 +30,9 @@ from tests.distill.test_scale import losses_in, processes, said_by
 
 SETTINGS = {"rows_at_once": 2, "batch": 5, "clip": 0.05, "shard": True}
 STAGES = {"prune": {"method": "wanda", "pattern": "2:4"}}, lessons(7, **SETTINGS)
-TWICE = """
+COMPLETING = {"method": "sequence", "loss": "logits", "prompt_tokens": 8, "new_tokens": 12, "tokens": 300}
+WRITTEN = STAGES[0], lessons(3, **SETTINGS | COMPLETING)
+THRICE = """
 import json, os, signal, sys
 from compress.core.processes import current
 from compress.core.recipe import load_recipe
@@ -45,38 +47,50 @@ def counted(self):
 def killed(self, step, total, loss):
     update(self, step, total, loss)
     steps.append(step)
-    if current().rank and len(steps) == 10:
+    if not current().rank: print(json.dumps({"name": "loss", "value": loss}), flush=True)
+    if current().rank and len(steps) == 13:
         os.kill(os.getpid(), signal.SIGKILL)
 Student.resume, Student.update = counted, killed
 if current().rank:
     sys.exit(serve())
+run(load_recipe("written.yaml"), RunOptions(Path("written")))
 recipe = load_recipe("recipe.yaml")
 run(recipe, RunOptions(Path("whole")))
 run(recipe, RunOptions(Path("two")))
 """
 
 
+def require_alike(*folders: Path) -> None:
+    """The same zeros, and the same weights but for rounding."""
+    one, two = map(Checkpoint.open, folders)
+    for name in one.tensors:
+        assert torch.allclose(one.tensor(name), two.tensor(name), atol=1e-3, rtol=0.01), name
+        assert torch.equal(one.tensor(name) == 0, two.tensor(name) == 0), name
+
+
 def test_a_model_in_parts_trains_like_a_whole_one_though_a_process_was_killed(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    alone, model = Losses(), tiny_model("llama", False, "bfloat16")
+    written, alone = Losses(), Losses()
+    experts, model = tiny_model("qwen3_moe"), tiny_model("llama", False, "bfloat16")
+    by_experts = run(recipe_of(tmp_path, experts, *WRITTEN), RunOptions(tmp_path / "alone-written"), written).artifact
     artifact = run(recipe_of(tmp_path, model, *STAGES), RunOptions(tmp_path / "alone"), alone).artifact
-    text = {"model": str(model), "calibration": {"dataset": "text.txt", "samples": 6, "length": 32}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(text | {"stages": STAGES}))
+    text = {"calibration": {"dataset": "text.txt", "samples": 6, "length": 32}}
+    for name, source, stages in (("recipe", model, STAGES), ("written", experts, WRITTEN)):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(text | {"model": str(source), "stages": stages}))
 
-    started = processes(tmp_path, f"-c {TWICE}", f"-c {TWICE}")
+    started = processes(tmp_path, f"-c {THRICE}", f"-c {THRICE}")
     first, other = said_by(started)
     assert started[1].returncode == -signal.SIGKILL, (first, other)
     assert "another process of this run has ended" in first[1]
     held = [int(line) for line in other[0].splitlines()]
-    assert held == [parameters_of(Checkpoint.open(model)) // 2] * 2
+    assert held == [parameters_of(Checkpoint.open(each)) // 2 for each in (experts, model, model)]
+    assert losses_in(first[0]) == pytest.approx(written.values + alone.values + alone.values[:4], abs=1e-5)
+    require_alike(by_experts, tmp_path / "written")
 
     again, _ = said_by(processes(tmp_path, "-m compress", "-m compress"))
     assert losses_in(again[0]) == pytest.approx(alone.values[3:], abs=1e-5), again
-    one, two = Checkpoint.open(artifact), Checkpoint.open(tmp_path / "two")
-    for name in one.tensors:
-        assert torch.allclose(one.tensor(name), two.tensor(name), atol=1e-3, rtol=0.01), name
-        assert torch.equal(one.tensor(name) == 0, two.tensor(name) == 0), name
+    require_alike(artifact, tmp_path / "two")
     whole = {path.name: sha256_file(path) for path in (tmp_path / "whole").iterdir()}
     assert whole == {path.name: sha256_file(path) for path in (tmp_path / "two").iterdir()}
 
