@@ -6,15 +6,20 @@ Plain arithmetic over the shapes of the weights: the very bytes that the runtime
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import UsageError
+from compress.core.kv_agreement import require_agreement_in
+from compress.core.model_files import KV_CACHE_KEY
 from compress.core.numerics import dtype_name
+from kv_compress._budget import Points
 from kv_compress._coded_pages import RECENT, SINKS
+from kv_compress._evicted import at_once, held, longest
 from kv_compress._ranges import head_sizes, query_heads
+from kv_compress.eviction import eviction_of
 from kv_compress.policy import CODECS, FULL, Coding, KVPolicy, policy_in
 
 if TYPE_CHECKING:
@@ -42,7 +47,7 @@ class LayerBytes:
 @dataclass(frozen=True, slots=True)
 class Fits:
     """One way to keep keys and values: bytes of a token and of a page, and what the memory holds of them if this share
-    of the tokens is kept. Pages are whole."""
+    of the tokens is kept. Pages are whole. `longest`: None where eviction lets a sequence go on without end."""
 
     name: str
     share: float
@@ -50,7 +55,7 @@ class Fits:
     page_bytes: int
     tokens: int
     sequences: int
-    longest: int
+    longest: int | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,10 @@ def kv_report(
         raise UsageError("memory, context and pages must be at least 1")
     checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint.open(folder)
     sizes, queries, itemsize = head_sizes(checkpoint), query_heads(checkpoint), dtype.itemsize
-    own = policy_in(checkpoint.config)
+    require_agreement_in(checkpoint.folder, checkpoint.config)
+    place = str(checkpoint.folder / "config.json")
+    own = policy_in(checkpoint.config, place)
+    eviction = eviction_of(own, f"{place}: {KV_CACHE_KEY}")
     full = KVPolicy.uniform(FULL, len(sizes))
     policies = {FULL: full} | {name: KVPolicy.uniform(name, len(sizes)) for name in CODECS}
     policies[PER_CHANNEL] = KVPolicy.uniform("int4", len(sizes), keys="channel", sinks=SINKS, recent=RECENT)
@@ -102,12 +110,24 @@ def kv_report(
             continue
         size = policy.token_bytes(sizes, itemsize, block_size)
         pages = memory_bytes // (size * block_size)
+        if policy is own and eviction is not None:
+            points = eviction.points(size, len(sizes), sizes[0][0])
+            points = replace(points, spread=block_size - 1) if eviction.is_unequal else points
+            ways.append(_evicting(f"{name}: {eviction.words}", points, size, pages, context, block_size))
+            continue
         for share in shares:
             needed = -(-max(1, int(context * share)) // block_size)
             longest = int(pages * block_size / share)
             ways.append(Fits(name, share, size, size * block_size, pages * block_size, pages // needed, longest))
     ungrouped = sum(2 * query * width * itemsize for query, (_, width) in zip(queries, sizes, strict=True))
     return KVReport(dtype_name(dtype), layers, sum(layer.full_bytes for layer in layers), ungrouped, tuple(ways))
+
+
+def _evicting(name: str, points: Points, size: int, pages: int, context: int, block_size: int) -> Fits:
+    """Sequences are prompts of `context` tokens, of which the policy's points leave what they leave."""
+    share = min(1.0, held(points, context) / context)
+    fit, end = at_once(points, context, pages, block_size), longest(points, pages, block_size)
+    return Fits(name, share, size, size * block_size, pages * block_size, fit, end)
 
 
 def _said(coding: Coding) -> str:

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
 
 from compress.core.errors import InputError, UsageError
 from compress.core.quantities import parse_size
@@ -27,6 +27,7 @@ Method = Literal[
     "adakv",
 ]
 UNEQUAL = frozenset({"pyramidkv", "adakv"})  # keep more in some layers or heads than in others
+_OF_ONE_METHOD = {"beta": "pyramidkv", "alpha_safeguard": "adakv"}
 Time = Literal["prefill_chunk", "prefill_end", "decode"]
 
 
@@ -35,9 +36,13 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="slots per layer and head")
-    ratio: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="share of the tokens so far")
-    bytes: int | str | None = Field(None, description="of all layers together, as a number or a size such as 8MiB")
+    tokens: Annotated[int, Field(ge=1, strict=True)] | None = Field(None, description="slots per layer and head")
+    ratio: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = Field(
+        None, description="share of the tokens so far"
+    )
+    bytes: StrictInt | StrictStr | None = Field(
+        None, description="of all layers together, as a number or a size such as 8MiB"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
@@ -56,17 +61,21 @@ class EvictionSettings(BaseModel):
 
     method: Method = Field("snapkv", description="how slots are scored; each is a file of this package")
     budget: Budget = Field(description="what stays at each point")
-    sinks: int = Field(4, ge=0, description="first tokens, which always stay")
-    recent: int = Field(32, ge=1, description="last tokens, which always stay; their queries are those observed")
-    every: int = Field(512, ge=1, description="tokens from one point to the next")
+    sinks: int = Field(4, strict=True, ge=0, description="first tokens, which always stay")
+    recent: int = Field(
+        32, strict=True, ge=1, description="last tokens, which always stay; their queries are those observed"
+    )
+    every: int = Field(512, strict=True, ge=1, description="tokens from one point to the next")
     when: tuple[Time, ...] = Field(
         ("prefill_end", "decode"),
         description="prefill_chunk: every so many tokens of the prompt; prefill_end: at its end; decode: every so many "
         "generated tokens",
     )
 
-    beta: float = Field(20.0, ge=1, description="of pyramidkv: the last layer gets 1 / beta of the mean")
-    alpha_safeguard: float = Field(0.2, ge=0, le=1, description="of adakv: share of the budget that each head gets")
+    beta: float = Field(20.0, strict=True, ge=1, description="of pyramidkv: the last layer gets 1 / beta of the mean")
+    alpha_safeguard: float = Field(
+        0.2, strict=True, ge=0, le=1, description="of adakv: share of the budget that each head gets"
+    )
 
     @model_validator(mode="after")
     def _sound(self) -> EvictionSettings:
@@ -77,6 +86,11 @@ class EvictionSettings(BaseModel):
                 f"a budget of {self.budget.tokens} tokens is less than the {self.least} that always stay "
                 f"(sinks {self.sinks}, recent {self.recent})"
             )
+        for name, method in _OF_ONE_METHOD.items():
+            if self.method != method and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is of {method}, and the method is {self.method}: leave it out")
+        if self.when == ("prefill_end",) and self.every != type(self).model_fields["every"].default:
+            raise ValueError("every is from one point of prefill_chunk or decode to the next, and when names neither")
         return self
 
     @property
@@ -147,8 +161,8 @@ class EvictionSettings(BaseModel):
         return importlib.import_module(f"kv_compress.{self.method}").QUERIES
 
 
-def eviction_of(policy: KVPolicy | None) -> EvictionSettings | None:
-    """The eviction that a policy asks for. InputError for settings that make no sense."""
+def eviction_of(policy: KVPolicy | None, where: str = "kv_cache") -> EvictionSettings | None:
+    """What a policy, which stands at `where`, asks to drop. InputError names a setting that makes no sense."""
     if policy is None or policy.eviction is None:
         return None
     try:
@@ -156,4 +170,4 @@ def eviction_of(policy: KVPolicy | None) -> EvictionSettings | None:
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(map(str, ("eviction", *problem["loc"])))
-        raise InputError(f"{field}: {problem['msg'].removeprefix('Value error, ')}", where="the policy") from None
+        raise InputError(problem["msg"].removeprefix("Value error, "), where=f"{where}.{field}") from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from compress.core.errors import InputError, UsageError
 from compress.core.kv_scheme import scheme_in
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compress.core.checkpoint import Checkpoint
 
 Precision = Literal["full", "int8", "int4", "fp8"]
+PER_CHANNEL = ("int8", "int4")  # what keys may be coded in per channel
 _RANGES = re.compile(r"\s*-?\d+(\s*-\s*\d+)?\s*(,\s*-?\d+(\s*-\s*\d+)?\s*)*")
 
 
@@ -50,6 +51,12 @@ class Override(_Settings):
     )
     precision: Precision | KeysAndValues = Field(description="of these layers")
     rotate: bool | None = Field(None, description="of these layers; default: as all others")
+
+    @model_validator(mode="after")
+    def _sound(self) -> Override:
+        if self.rotate and set(_pair(self.precision)) == {FULL}:
+            raise ValueError("rotate turns what is coded, and these layers are kept in full: leave it out")
+        return self
 
 
 class KVCache(Pass):
@@ -92,10 +99,27 @@ class KVCache(Pass):
         description="which keys and values are dropped, so that their pages go back: {method, budget: {tokens: …}}",
     )
 
+    @model_validator(mode="after")
+    def _sound(self) -> KVCache:
+        codecs = {codec for pair in self._pairs for codec in pair}
+        if self.rotate and codecs == {FULL}:
+            raise ValueError("rotate turns what is coded, and all is kept in full: leave it out or choose a precision")
+        if self.per_head and "fp8" not in codecs:
+            raise ValueError("per_head is of the scales of fp8, which nothing is kept in: leave it out")
+        if self.keys == "channel" and not any(keys in PER_CHANNEL for keys, _ in self._pairs):
+            raise ValueError("keys: channel is for keys in int8 or int4, which none are: choose one, or keys: token")
+        if (self.sinks or self.recent) and codecs == {FULL}:
+            raise ValueError("sinks and recent stay in full where the rest is coded, and nothing is: leave them out")
+        return self
+
+    @property
+    def _pairs(self) -> list[tuple[Precision, Precision]]:
+        """Codecs of keys and of values, of most layers and of others."""
+        return [_pair(precision) for precision in (self.precision, *(of.precision for of in self.overrides))]
+
     @property
     def calibrated(self) -> bool:
-        every = [self.precision, *(override.precision for override in self.overrides)]
-        return any("fp8" in _pair(precision) for precision in every)
+        return any("fp8" in pair for pair in self._pairs)
 
     def plan(self, checkpoint: Checkpoint, calibration: Tokens | None) -> Plan:
         from compress.core.memory import reading_cost
@@ -176,7 +200,7 @@ class KVCache(Pass):
         if policy is None:
             return
         policy.require_sound(where)
-        eviction_of(policy)
+        eviction_of(policy, where)
         if scheme_in(config) is not None and not policy.is_scheme:
             raise InputError("is more than kv_cache_scheme says, which other engines would obey", where=where)
 
@@ -189,7 +213,7 @@ def _layer(precision: Precision | KeysAndValues, rotate: bool, per: str) -> Laye
     keys, values = (
         Coding(codec, rotate and codec != FULL, (1.0,) if codec == "fp8" else ()) for codec in _pair(precision)
     )
-    return LayerPolicy(replace(keys, per=per) if keys.codec in ("int8", "int4") else keys, values)
+    return LayerPolicy(replace(keys, per=per) if keys.codec in PER_CHANNEL else keys, values)
 
 
 def _numbers(text: str, count: int, where: str) -> Iterator[int]:

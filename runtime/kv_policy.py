@@ -3,12 +3,15 @@ write it (kv_cache_scheme with a k_scale and a v_scale for each layer, compresse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import InputError, UsageError
+from compress.core.kv_agreement import require_agreement_in
 from compress.core.kv_scheme import is_scale, scale_names, scheme_in
 from compress.core.model_files import KV_CACHE_KEY
 from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy, policy_in
@@ -19,18 +22,43 @@ if TYPE_CHECKING:
 
 
 def policy_of(checkpoint: Checkpoint, layers: Sequence[LayerConfig], asked: KVPolicy | str | None) -> KVPolicy | None:
-    """The policy, None where keys and values are kept as they are. InputError for one that does not fit the layers,
-    UsageError for a codec that does not exist."""
+    """The policy, None where keys and values are kept as they are. InputError for one that does not fit the layers, or
+    that config.json and the manifest do not agree on; UsageError for a codec that does not exist."""
     where = str(checkpoint.folder / "config.json")
     if asked is not None and not isinstance(asked, str | KVPolicy):
         raise UsageError(f"kv_cache is a codec's name or a KVPolicy (kv_compress.policy), not {asked!r:.60}")
     if isinstance(asked, str):
         policy = KVPolicy.uniform(asked, len(layers))
+    elif asked is not None:
+        policy = asked
     else:
-        policy = asked or policy_in(checkpoint.config, where) or _of_scheme(checkpoint, len(layers))
+        require_agreement_in(checkpoint.folder, checkpoint.config)
+        policy = policy_in(checkpoint.config, where) or _of_scheme(checkpoint, len(layers))
     if policy is not None:
-        policy.require_fits(((layer.kv_heads, layer.head_dim) for layer in layers), where)
+        place = "kv_cache" if asked is not None else f"{where}: {KV_CACHE_KEY}"
+        policy.require_fits(((layer.kv_heads, layer.head_dim) for layer in layers), place)
+        _require_eviction(policy, place)
     return policy
+
+
+def _require_eviction(policy: KVPolicy, where: str) -> None:
+    """InputError for an eviction that makes no sense."""
+    if policy.eviction is not None:
+        from kv_compress.eviction import eviction_of  # needs pydantic, which a bare GPU machine may lack
+
+        eviction_of(policy, where)
+
+
+@contextmanager
+def blaming(folder: Path, field: str, *, own: bool) -> Iterator[None]:
+    """An eviction that cannot be obeyed: InputError with file and field where it is the artifact's own."""
+    try:
+        yield
+    except UsageError as error:
+        if not own:
+            raise
+        where = f"{folder / 'config.json'}: {KV_CACHE_KEY}.eviction.{field}"
+        raise InputError(error.message, where=where, hint=error.hint) from None
 
 
 def with_eviction(policy: KVPolicy | None, layers: int, eviction: EvictionSettings) -> KVPolicy:

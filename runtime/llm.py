@@ -30,7 +30,7 @@ from runtime.completion import Completion, Drafts
 from runtime.engine import Engine, EngineSettings, EngineStats
 from runtime.graphs import DecodeGraphs
 from runtime.head_compaction import HeadCompactor
-from runtime.kv_policy import with_eviction
+from runtime.kv_policy import blaming, with_eviction
 from runtime.loader import load
 from runtime.memory import allocate
 from runtime.models.config import ModelConfig
@@ -114,6 +114,7 @@ class LLM:
         device = _device(device)
         source = path if isinstance(path, Checkpoint) else folder
         model = load(source, numerics=numerics, device=device, dtype=dtype, sparse=sparse, kv_cache=kv_cache)
+        own = eviction is None and kv_cache is None
         eviction = eviction or eviction_of(model.kv_policy)
         if eviction is not None:
             model.kv_policy = with_eviction(model.kv_policy, len(model.config.layers), eviction)
@@ -122,14 +123,19 @@ class LLM:
         self.tokenizer = _tokenizer(folder)
         by_head = eviction is not None and eviction.is_unequal
         sizes = _bytes("memory", memory), _bytes("kv_bytes", kv_bytes)
-        cache, pool, ledger = allocate(model, block_size, self.max_length, settings, *sizes, by_head=by_head)
+        with blaming(folder, "method", own=own and by_head):
+            cache, pool, ledger = allocate(model, block_size, self.max_length, settings, *sizes, by_head=by_head)
         whole: DecodeGraphs | SmallSteps | None = SmallSteps.of(model, cache)
         if cuda_graphs and model.capturable and cache.frames is None and cache.pages > pool.pages:
             whole = DecodeGraphs.of(model, cache, pool.pages_for(self.max_length), settings.max_sequences)
         self.ledger = replace(ledger, graphs_bytes=0 if whole is None else whole.bytes)
         kind = HeadCompactor if by_head else Compactor
-        compactor = None if eviction is None else kind.of(model, cache, eviction)
+        with blaming(folder, "recent", own=own):
+            compactor = None if eviction is None else kind.of(model, cache, eviction)
         runner = Runner(model, cache, device, whole=whole, compactor=compactor)
+        with blaming(folder, "budget", own=own):
+            token_bytes = pool.page.bytes // block_size
+            points = cache.points if eviction is None else _points(eviction, model.config, token_bytes)
         self._recorder = None if record is None else Recorder(Path(record))
         self.engine = Engine(
             runner,
@@ -137,7 +143,7 @@ class LLM:
             self.tokenizer,
             EngineSettings(self.max_length, _end_tokens(folder), seed, settings),
             recorder=self._recorder,
-            points=cache.points if eviction is None else _points(eviction, model.config, pool.page.bytes // block_size),
+            points=points,
         )
         self._kept: list[Update] = []  # news of requests that nobody asked about yet
         self._turn = threading.RLock()  # threads take turns at the engine: their requests share its steps

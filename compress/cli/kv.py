@@ -109,11 +109,13 @@ def _show(found: "KVReport", memory_bytes: int, context: int, output: Output) ->
     )
     ways = grid("kept as", "share of tokens", "bytes of a token", f"sequences of {context:,}", "longest sequence")
     for way in found.ways:
-        add_row(ways, way.name, f"{way.share:.1%}", f"{way.token_bytes:,}", f"{way.sequences:,}", f"{way.longest:,}")
+        end = "any" if way.longest is None else f"{way.longest:,}"
+        add_row(ways, way.name, f"{way.share:.1%}", f"{way.token_bytes:,}", f"{way.sequences:,}", end)
     output.show(f"in {format_bytes(memory_bytes)} for keys and values, in whole pages:")
     output.show(ways)
     for way in found.ways if output.quiet else ():
-        output.answer(f"{way.name}\t{way.share:g}\t{way.token_bytes}\t{way.sequences}\t{way.longest}")
+        end = "any" if way.longest is None else way.longest
+        output.answer(f"{way.name}\t{way.share:g}\t{way.token_bytes}\t{way.sequences}\t{end}")
 
 
 def register(app: typer.Typer) -> None:

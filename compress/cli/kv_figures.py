@@ -29,7 +29,7 @@ def show(
     from compress.cli.words import NOTHING, figure
     from kv_compress._coded_pages import RECENT, SINKS
 
-    columns = ["layer", "key bias", "widest key", "sinks", *_CODECS, "int4 turned", "int4 channel"]
+    columns = ["layer", "key bias", "widest key", "sinks", *_CODECS, "int4 rot", "int4 chan"]
     columns.append("kept as" if kept else "")
     table = grid(*columns, title="error of attention's output, in percent, under each codec")
     for index, layer in enumerate(layers):
@@ -47,9 +47,7 @@ def show(
         add_row(table, name, f"{row.bytes_per_token:,}", bits, perplexity, f"{100 * row.increase:+.2f} %")
     say.show(table)
     if kept and kept[0].paged:
-        say.show(
-            f"kept in pages: keys in int8 and int4 per channel, the first {SINKS} and latest {RECENT} tokens in full"
-        )
+        say.show(f"kept in pages: int8 and int4 keys per channel; the first {SINKS}, latest {RECENT} tokens in full")
     for index, layer in enumerate(layers):
         if biases.get(index, 0.0) > _HUGE_BIAS or layer.key_spread > _WIDE:
             say.tell(

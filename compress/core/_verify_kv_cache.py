@@ -7,8 +7,8 @@ from typing import Any
 from compress.core._verify_folder import Contents
 from compress.core.architectures import lookup
 from compress.core.errors import ArtifactError, InputError
+from compress.core.kv_agreement import require_agreement
 from compress.core.kv_scheme import is_scale, scale_names, scheme_in
-from compress.core.manifest import MANIFEST_NAME
 from compress.core.methods import find_pass
 from compress.core.model_files import KV_CACHE_KEY
 from compress.core.safetensors_io import load_tensor
@@ -25,8 +25,8 @@ def speaks_of_cache(contents: Contents) -> bool:
 def check_kv_cache(contents: Contents) -> str:
     """ArtifactError unless all that is there says the same."""
     policy = contents.config.get(KV_CACHE_KEY)
-    if contents.manifest is not None and contents.manifest.kv_cache != policy:
-        raise ArtifactError(f"is not the policy of config.json ({KV_CACHE_KEY})", where=f"{MANIFEST_NAME}: kv_cache")
+    if contents.manifest is not None:
+        require_agreement(contents.config, contents.manifest.kv_cache)
     count = contents.config.get("num_hidden_layers")
     layers = policy.get("layers") if isinstance(policy, dict) else None
     if policy is not None and (not isinstance(layers, list) or len(layers) != count):

@@ -63,7 +63,11 @@ def test_a_pool_of_coded_pages_holds_more_tokens_and_is_obeyed(call: Call, tiny_
         ("snapkv:", "METHOD:BUDGET"),
         ("snapkv:3", "less than the 36 that always stay"),
         ("int8,int4", "METHOD:BUDGET"),
-        ("nowhere.yaml", "cannot read"),
+        ("nowhere.yaml", "--kv-cache nowhere.yaml: there is no such file"),
+        ("recipes/kv-int8.yaml", "is a whole recipe, not a kv_cache stage alone"),
+        ("snapkv", "snapkv drops keys and values: say how much stays"),
+        ("int8,tova", "for example tova:512 (tokens)"),
+        ("int8:512", "int8 keeps every token and takes no budget"),
     ],
 )
 def test_what_no_cache_can_be_is_refused_before_the_model_is_read(call: Call, spec: str, says: str) -> None:

@@ -26,6 +26,14 @@ EVERYWHERE = ("prefill_chunk", "prefill_end", "decode")
         ({"budget": {"tokens": 64}, "when": []}, "when names"),
         ({"budget": {"tokens": 64}, "method": "h3o"}, "method"),
         ({"budget": {"tokens": 64}, "sink": 3}, "sink"),
+        ({"budget": {"tokens": "64"}}, "valid integer"),
+        ({"budget": {"tokens": True}}, "valid integer"),
+        ({"budget": {"ratio": "0.5"}}, "valid number"),
+        ({"budget": {"bytes": True}}, "valid"),
+        ({"budget": {"tokens": 64}, "every": "64"}, "valid integer"),
+        ({"budget": {"tokens": 64}, "method": "streaming", "beta": 4.0}, "beta is of pyramidkv, and the method is str"),
+        ({"budget": {"tokens": 64}, "alpha_safeguard": 0.5}, "alpha_safeguard is of adakv"),
+        ({"budget": {"tokens": 64}, "when": ("prefill_end",), "every": 64}, "every is from one point"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields: dict, complaint: str) -> None:
@@ -53,7 +61,8 @@ def test_points_and_peak_are_those_of_a_walk(seed: int) -> None:
     rng = random.Random(seed)
     budget = Budget(tokens=rng.randint(4, 20)) if seed % 2 else Budget(ratio=rng.choice([0.25, 0.5, 0.9]))
     when = tuple(name for name in EVERYWHERE if rng.random() < 0.7) or EVERYWHERE
-    settings = EvictionSettings(budget=budget, sinks=1, recent=3, every=rng.randint(1, 12), when=when)
+    every = {} if when == ("prefill_end",) else {"every": rng.randint(1, 12)}
+    settings = EvictionSettings(budget=budget, sinks=1, recent=3, when=when, **every)
     points, prompt, end = settings.points(1), rng.randint(1, 60), 100
     stored, most, last = 0, 0, 0
     point = points.after(0, 0, prompt, end)

@@ -68,7 +68,8 @@ def test_fp8_is_written_for_the_runtime_and_for_vllm(tiny_model: TinyModel, tmp_
     assert LLM(out, max_length=64, device="cpu", kv_cache="int8").engine.scheduler.pool.page.name == "int8"
     assert len(llm.generate([[1, 2, 3]], max_tokens=4, ignore_eos=True)[0].token_ids) == 4
 
-    del config["compress_kv_cache"]  # another tool's artifact: the scheme alone
+    del config["compress_kv_cache"]  # another tool's artifact: the scheme alone, and no manifest
+    (out / "compress.json").unlink()
     (out / "config.json").write_text(json.dumps(config))
     policy = load(out, numerics="fast").kv_policy
     assert policy is not None
@@ -108,7 +109,7 @@ def test_eviction_travels_with_the_artifact(tiny_model: TinyModel, tmp_path: Pat
     assert (obeyed[1], pages_of(LLM(out, kv_cache="int8", **keywords))[1]) == (2, 4)
 
     manifest["kv_cache"]["eviction"]["recent"] = 0
-    with pytest.raises(InputError, match="eviction.recent: .*greater than or equal to 1"):
+    with pytest.raises(InputError, match="^kv_cache.eviction.recent: .*greater than or equal to 1"):
         LLM(tmp_path / "model", kv_cache=KVPolicy.parse(manifest["kv_cache"]), **keywords)
 
 
@@ -199,7 +200,7 @@ def test_keys_per_channel_travel_with_the_artifact(
     for wrong, message in (
         ({"rotate": True}, "without rotation"),
         ({"eviction": {"budget": {"tokens": 64}}}, "eviction cannot drop single tokens"),
-        ({"precision": "full"}, "holds only 16 that are coded"),
+        ({"overrides": [{"layers": "0-1", "precision": "full"}]}, "holds only 20 that are coded"),
     ):
         settings = KVCache.model_validate_json(json.dumps(asked | wrong))
         with pytest.raises(UsageError, match=message):
@@ -246,3 +247,35 @@ def test_policies_that_no_runtime_obeys_are_told(policy: dict[str, Any], message
     config = {KV_CACHE_KEY: policy, "quantization_config": {"kv_cache_scheme": scheme}}
     with pytest.raises(InputError, match=message):
         KVCache.require_obeyed(config)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"precision": "full", "rotate": True}, "rotate turns what is coded, and all is kept in full"),
+        ({"precision": "full", "recent": 9}, "sinks and recent stay in full where the rest is coded"),
+        ({"precision": "int8", "per_head": True}, "per_head is of the scales of fp8"),
+        (
+            {"precision": {"keys": "fp8", "values": "int4"}, "keys": "channel"},
+            "keys: channel is for keys in int8 or int4",
+        ),
+        ({"overrides": [{"layers": "0", "precision": "full", "rotate": True}]}, "these layers are kept in full"),
+        ({"eviction": {"method": "tova", "budget": {"tokens": True}}}, "budget.tokens: should be a whole number"),
+        ({"eviction": {"method": "tova", "budget": {"tokens": 64}, "beta": 3}}, "beta is of pyramidkv"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as refused:
+        parse_recipe({"model": "m", "stages": [{"kv_cache": asked}]})
+    assert "stages[0].kv_cache" in str(refused.value)
+
+
+def test_settings_that_mean_something_somewhere_stay() -> None:
+    for asked in (
+        {"precision": "full", "rotate": True, "overrides": [{"layers": "0", "precision": "int4"}]},
+        {"precision": "int8", "per_head": True, "overrides": [{"layers": "0", "precision": "fp8"}]},
+        {"eviction": {"method": "pyramidkv", "budget": {"tokens": 64}, "beta": 3}},
+        {"eviction": {"method": "tova", "budget": {"tokens": 64}, "beta": 20.0}},  # as a resolved recipe has it
+    ):
+        recipe = parse_recipe({"model": "m", "calibration": {"dataset": "demo"}, "stages": [{"kv_cache": asked}]})
+        assert parse_recipe(recipe.model_dump(mode="json")) == recipe

@@ -30,6 +30,8 @@ PROMPTS[3][:30] = PROMPTS[0][:30]  # two begin alike
 
 def policy(method: str = "snapkv", **changes) -> EvictionSettings:
     fields = {"method": method, "budget": Budget(tokens=14), "sinks": 2, "recent": 5, "every": 11, "when": EVERYWHERE}
+    if changes.get("when") == ("prefill_end",):
+        del fields["every"]
     return EvictionSettings(**fields | changes)
 
 

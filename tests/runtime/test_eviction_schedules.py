@@ -27,9 +27,8 @@ def some_eviction(rng: random.Random) -> EvictionSettings:
     budget = Budget(tokens=sinks + recent + rng.randint(0, 3)) if rng.random() < 0.7 else Budget(ratio=0.5)
     when = rng.choice([EVERYWHERE, EVERYWHERE, ("prefill_end", "decode"), ("prefill_end",), ("decode",)])
     method = rng.choice(["snapkv", "streaming", "h2o"])
-    return EvictionSettings(
-        method=method, budget=budget, sinks=sinks, recent=recent, every=rng.randint(1, 6), when=when
-    )
+    every = {"every": rng.randint(1, 6)} if when != ("prefill_end",) else {}
+    return EvictionSettings(method=method, budget=budget, sinks=sinks, recent=recent, when=when, **every)
 
 
 def walk(rounds: int) -> dict[str, int]:

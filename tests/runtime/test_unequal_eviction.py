@@ -29,6 +29,8 @@ LAYERS, HEADS = 3, 2  # of the tiny model
 
 def policy(method: str, **changes) -> EvictionSettings:
     fields = {"method": method, "budget": Budget(tokens=14), "sinks": 2, "recent": 5, "every": 11, "when": EVERYWHERE}
+    if changes.get("when") == ("prefill_end",):
+        del fields["every"]
     return EvictionSettings(**fields | changes)
 
 

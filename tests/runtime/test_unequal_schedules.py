@@ -25,10 +25,12 @@ def some_eviction(rng: random.Random) -> EvictionSettings:
     sinks, recent = rng.randint(0, 2), rng.randint(1, 3)
     budget = Budget(tokens=sinks + recent + rng.randint(0, 4)) if rng.random() < 0.7 else Budget(ratio=0.6)
     when = rng.choice([EVERYWHERE, EVERYWHERE, ("prefill_end", "decode"), ("prefill_end",), ("decode",)])
-    return EvictionSettings(
-        method=rng.choice(["adakv", "adakv", "pyramidkv"]), budget=budget, sinks=sinks, recent=recent,
-        every=rng.randint(1, 6), when=when, beta=rng.choice([1.5, 20]),
-    )  # fmt: skip
+    method, more = rng.choice(["adakv", "adakv", "pyramidkv"]), {}
+    if when != ("prefill_end",):
+        more["every"] = rng.randint(1, 6)
+    if method == "pyramidkv":
+        more["beta"] = rng.choice([1.5, 20])
+    return EvictionSettings(method=method, budget=budget, sinks=sinks, recent=recent, when=when, **more)
 
 
 def walk(rounds: int) -> dict[str, int]:
