@@ -16,6 +16,7 @@ from compress.inputs import Inputs, RunOptions
 from compress.interrupt import units_finish
 from compress.peak_memory import PeakMemory
 from compress.sampling import RuntimeSampler
+from compress.scoring import score
 from compress.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -121,19 +122,8 @@ def _judge(
         return
     if any(data["stage"] == number for data in journal.of("worth")):
         return
-    from compress.evaluate import evaluate
-
-    result = evaluate(
-        inputs.original,
-        left,
-        asked.model_copy(update={"tasks": (), "refusals": None, "through": "transformers"}),
-        base_folder=inputs.recipe.base_folder,
-        device=options.device,
-        dtype=options.dtype,
-        spill_folder=workspace.spill,
-        offline=options.offline,
-        events=events,
-    )
+    asked = asked.model_copy(update={"tasks": (), "refusals": None, "through": "transformers"})
+    result = score(left, asked, inputs, options, workspace, events)
     journal.add("worth", {"stage": number, **{key: result[key] for key in ("perplexity", "bits_per_byte", "kl")}})
 
 

@@ -18,6 +18,7 @@ from compress.export import coverage, export, rewrite
 from compress.facts import artifact_facts, lineage
 from compress.inputs import Inputs, RunOptions
 from compress.peak_memory import PeakMemory
+from compress.scoring import score
 from compress.stages import calibration_behind
 from compress.workspace import Workspace
 
@@ -82,22 +83,10 @@ def _evaluation(
     done = journal.last("evaluation")
     if done is not None:
         return done["result"]
-    from compress.evaluate import evaluate
-
     events(Started("evaluate", 1, "artifact"))
     started = time.monotonic()
     with PeakMemory() as memory:
-        result = evaluate(
-            inputs.original,
-            artifact,
-            asked,
-            base_folder=inputs.recipe.base_folder,
-            device=options.device,
-            dtype=options.dtype,
-            spill_folder=workspace.spill,
-            offline=options.offline,
-            events=events,
-        )
+        result = score(artifact, asked, inputs, options, workspace, events)
         result["parity"] = _parity(artifact, asked, inputs, options, journal, events)
     seconds = round(time.monotonic() - started, 3)
     journal.add("evaluation", {"result": result, "seconds": seconds, "peak_memory_bytes": memory.peak_bytes})

@@ -14,7 +14,8 @@ from runtime.ops.batch import AttentionBatch
 from runtime.ops.pages import Pages
 from runtime.params import SamplingParams
 from tests.conftest import TinyModel
-from tests.runtime.test_eviction import BLOCK, PROMPTS, Watched, masked_logits, masks, page_bytes, policy
+from tests.runtime._evictions import BLOCK, PROMPTS, masked_logits, masks, page_bytes, policy
+from tests.runtime._watched import Watched
 
 MORE = 26
 

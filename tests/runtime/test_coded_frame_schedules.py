@@ -8,13 +8,14 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import astuple
+from functools import partial
 from hashlib import blake2b
-from itertools import product
 
 from kv_compress._coded_pages import CodingPoints
 from runtime.policies import POLICIES
 from runtime.scheduler import Scheduler, SchedulerSettings, Step, StepOutput
 from runtime.step import Recoding
+from tests.runtime._schedules import scheduled_otherwise
 from tests.runtime.bench import Bench
 from tests.runtime.test_random_schedules import STEMS, drive
 
@@ -113,6 +114,10 @@ def test_random_schedules_with_coded_pages() -> None:
     assert all(number > 20 for number in totals.values()), totals
 
 
+def bench_of(points: CodingPoints, pages: int, scheduling: SchedulerSettings) -> CodedBench:
+    return CodedBench(pages, points, 40, scheduling)
+
+
 def test_tokens_do_not_depend_on_how_they_are_scheduled() -> None:
     """Chunking, prefix cache, preemption and batching on and off."""
     preempted = hits = recoded = 0
@@ -121,20 +126,10 @@ def test_tokens_do_not_depend_on_how_they_are_scheduled() -> None:
         size, together = rng.choice([(4, 1), (6, 1), (3, 2)])
         points = CodingPoints(2, size, 2 * rng.randint(0, 1), rng.randint(0, 3), "salt", together)
         requests = [((STEMS[rng.randrange(3)] * 2)[: rng.randint(1, 16)], rng.randint(1, 12)) for _ in range(8)]
-        outcomes = []
-        for budget, prefix_cache, pages, most in product((3, 100), (True, False), (200, 11), (8, 1)):
-            scheduling = SchedulerSettings(
-                token_budget=budget, max_sequences=most, prefix_cache=prefix_cache, headroom_tokens=0
-            )
-            bench = CodedBench(pages, points, 40, scheduling)
-            for prompt, max_tokens in requests:
-                bench.add(prompt, max_tokens)
-            outcomes.append(bench.run())
-            preempted += bench.scheduler.preemptions
-            hits += bench.pool.statistics.hits
-            recoded += bench.recodings
-            assert bench.pool.available == pages
-        assert all(outcome == outcomes[0] for outcome in outcomes)
+        benches = scheduled_otherwise(partial(bench_of, points), requests, (3, 100), (200, 11))
+        preempted += sum(bench.scheduler.preemptions for bench in benches)
+        hits += sum(bench.pool.statistics.hits for bench in benches)
+        recoded += sum(bench.recodings for bench in benches)
     assert preempted > 20 and hits > 20 and recoded > 200
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.core.errors import InputError
@@ -19,6 +18,8 @@ from runtime.step import Recoding
 from runtime.trace import replay
 from tests.conftest import TinyModel
 from tests.runtime._naive import prompts_of
+from tests.runtime._plain_llama import plain_logits
+from tests.runtime._watched import Watched
 
 BLOCK, SINKS, RECENT = 4, 3, 5  # sinks are a whole page
 POLICY = KVPolicy.uniform("int4", 3, keys="channel", sinks=SINKS, recent=RECENT)
@@ -50,61 +51,22 @@ def rounded(x_NGD: Tensor, coding: Coding, *, keys: bool) -> Tensor:
 
 
 def expected_logits(folder: Path, config, ids: list[int], policy: KVPolicy, page: int) -> Tensor:
-    """A Llama in plain torch: a query at p sees block m rounded once `RECENT` tokens behind it are stored: [T, V]."""
-    w = load_file(folder / "model.safetensors")
-    layer = config.layers[0]
-    heads, groups, width = layer.heads, layer.kv_heads, layer.head_dim
-    frequency = layer.rope.theta ** -(torch.arange(0, width, 2).float() / width)
-    angle = torch.arange(len(ids))[:, None] * frequency
-    cosine, sine = angle.cos().repeat(1, 2)[:, None], angle.sin().repeat(1, 2)[:, None]
+    """A query at p sees block m rounded once `RECENT` tokens behind it are stored: [T, V]."""
 
-    def norm(x: Tensor, name: str) -> Tensor:
-        return x * (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).rsqrt() * w[name]
-
-    def rotated(x: Tensor) -> Tensor:
-        low, high = x.chunk(2, dim=-1)
-        return x * cosine + torch.cat((-high, low), dim=-1) * sine
-
-    def attended(q: Tensor, k: Tensor, v: Tensor, of: LayerPolicy) -> Tensor:
-        rows = []
+    def attended(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, of = [], policy.layers[layer]
+        k, v = k.clone(), v.clone()
         for position in range(len(ids)):
             for begin in range(BLOCK, position, page):  # what is rounded once stays so
                 if begin + page + RECENT == position:
                     block = slice(begin, begin + page)
                     k[block], v[block] = rounded(k[block], of.keys, keys=True), rounded(v[block], of.values, keys=False)
-            seen = [z[: position + 1].repeat_interleave(heads // groups, dim=1) for z in (k, v)]
-            share = (torch.einsum("hd,khd->hk", q[position], seen[0]) / width**0.5).softmax(-1)
+            seen = [z[: position + 1].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for z in (k, v)]
+            share = (torch.einsum("hd,khd->hk", q[position], seen[0]) / q.shape[2] ** 0.5).softmax(-1)
             rows.append(torch.einsum("hk,khd->hd", share, seen[1]).flatten())
         return torch.stack(rows)
 
-    x = w["model.embed_tokens.weight"][ids]
-    for index in range(len(config.layers)):
-        at = f"model.layers.{index}."
-        y = norm(x, at + "input_layernorm.weight")
-        q, k, v = (y @ w[f"{at}self_attn.{name}_proj.weight"].T for name in "qkv")
-        q, k = rotated(q.view(-1, heads, width)), rotated(k.view(-1, groups, width))
-        y = attended(q, k.clone(), v.view(-1, groups, width).clone(), policy.layers[index])
-        x = x + y @ w[at + "self_attn.o_proj.weight"].T
-        y = norm(x, at + "post_attention_layernorm.weight")
-        gate, up = (y @ w[f"{at}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        x = x + (torch.nn.functional.silu(gate) * up) @ w[at + "mlp.down_proj.weight"].T
-    return norm(x, "model.norm.weight") @ w["model.embed_tokens.weight"].T
-
-
-def watched(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> dict[int, dict[int, Tensor]]:
-    """Logits of every row that samples, by sequence and position."""
-    logits: dict[int, dict[int, Tensor]] = {}
-    run = llm.engine.runner.run
-
-    def taking_down(step, wanted):
-        found = run(step, wanted)
-        ends = {row.sequence: row.start + len(row.tokens) for row in step.rows}
-        for index, sequence in enumerate(found.sampled):
-            logits.setdefault(sequence, {})[ends[sequence] - 1] = found.logits_NV[index].clone()
-        return found
-
-    monkeypatch.setattr(llm.engine.runner, "run", taking_down)
-    return logits
+    return plain_logits(folder, config, ids, attended)
 
 
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
@@ -118,13 +80,13 @@ def test_queries_see_the_mixture_that_their_position_says(
         device="cpu",
     )  # fmt: skip
     assert llm.engine.scheduler.points.page_tokens == TOKENS[name]
-    logits = watched(monkeypatch, llm)
+    watched = Watched(monkeypatch, llm)
     completions = llm.generate(PROMPTS, **ASKED)
     for sequence, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
         ids = [*prompt, *completion.token_ids]
         wanted = expected_logits(folder, llm.config, ids, policy, TOKENS[name])
         full = expected_logits(folder, llm.config, ids, policy, 1 << 20)
-        found = logits[sequence]
+        found = watched.logits[sequence]
         assert sorted(found) == list(range(len(prompt) - 1, len(ids) - 1))
         errors = torch.tensor([float((row - wanted[at]).abs().max()) for at, row in found.items()])
         losses = [float((row - full[at]).abs().max()) for at, row in found.items()]

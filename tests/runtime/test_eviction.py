@@ -4,121 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from compress.core.errors import UsageError
-from kv_compress.eviction import UNEQUAL, Budget, EvictionSettings, Method
-from runtime import compaction
+from kv_compress.eviction import UNEQUAL, Budget, Method
 from runtime.llm import LLM
 from runtime.scheduler import RequestTooLong
 from tests.conftest import TinyModel
+from tests.runtime._evictions import (
+    BLOCK,
+    PROMPTS,
+    completions_of,
+    masked_logits,
+    masks,
+    page_bytes,
+    params,
+    policy,
+)
 from tests.runtime._folders import edited
 from tests.runtime._naive import prompts_of
+from tests.runtime._watched import Watched
 
 METHODS = sorted(set(get_args(Method)) - UNEQUAL)
-BLOCK = 4
-EVERYWHERE = ("prefill_chunk", "prefill_end", "decode")
-PROMPTS = prompts_of((45, 9, 30, 45), 320, seed=3)
-PROMPTS[3][:30] = PROMPTS[0][:30]  # two begin alike
-
-
-def policy(method: str = "snapkv", **changes) -> EvictionSettings:
-    fields = {"method": method, "budget": Budget(tokens=14), "sinks": 2, "recent": 5, "every": 11, "when": EVERYWHERE}
-    if changes.get("when") == ("prefill_end",):
-        del fields["every"]
-    return EvictionSettings(**fields | changes)
-
-
-def page_bytes(config) -> int:
-    return sum(2 * layer.kv_heads * layer.head_dim for layer in config.layers) * BLOCK * 4
-
-
-class Watched:
-    """An LLM whose logits and choices are taken down: by sequence, logits by position, and what stayed at each point
-    by layer."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
-        self.llm = llm
-        self.logits: dict[int, dict[int, Tensor]] = {}
-        self.kept: dict[int, dict[int, list[Tensor]]] = {}
-        choices: list[Tensor] = []
-        keep, run = compaction.keep, llm.engine.runner.run
-
-        def watched_keep(*given) -> Tensor:
-            choices.append(keep(*given))
-            return choices[-1]
-
-        def watched_run(step, wanted):
-            choices.clear()
-            found = run(step, wanted)
-            ends = {row.sequence: row.start + len(row.tokens) for row in step.rows}
-            for index, sequence in enumerate(found.sampled):
-                self.logits.setdefault(sequence, {})[ends[sequence] - 1] = found.logits_NV[index].clone()
-            for index, done in enumerate(step.compressions):
-                of_layers = choices[index :: len(step.compressions)]
-                self.kept.setdefault(done.sequence, {})[ends[done.sequence]] = of_layers
-            return found
-
-        monkeypatch.setattr(compaction, "keep", watched_keep)
-        monkeypatch.setattr(llm.engine.runner, "run", watched_run)
-
-
-def masks(kept: dict[int, list[Tensor]], layers: int, groups: int, tokens: int) -> Tensor:
-    """Which key each query sees [layer, G, query, key], after what stayed at each point."""
-    visible = torch.ones(tokens, tokens, dtype=torch.bool).tril().repeat(layers, groups, 1, 1)
-    for layer in range(layers):
-        for group in range(groups):
-            stored: list[int] = []
-            for position in range(tokens):
-                if position in kept:
-                    stored = [stored[slot] for slot in kept[position][layer][group].tolist()]
-                    gone = sorted(set(range(position)) - set(stored))
-                    visible[layer, group, position:, gone] = False
-                stored.append(position)
-    return visible
-
-
-def masked_logits(folder: Path, config, ids: list[int], visible: Tensor, shares: list[Tensor] | None = None) -> Tensor:
-    """A Llama in plain torch that keeps all keys and values and masks those that are gone: logits [T, V]. `shares` gets
-    each layer's attention [H, T, T]."""
-    w = load_file(folder / "model.safetensors")
-    layer = config.layers[0]
-    heads, groups, width = layer.heads, layer.kv_heads, layer.head_dim
-    frequency = layer.rope.theta ** -(torch.arange(0, width, 2).float() / width)
-    angle = torch.arange(len(ids))[:, None] * frequency
-    cosine, sine = angle.cos().repeat(1, 2)[:, None], angle.sin().repeat(1, 2)[:, None]
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return x * (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).rsqrt() * w[name]
-
-    def rotated(x: Tensor) -> Tensor:
-        low, high = x.chunk(2, dim=-1)
-        return x * cosine + torch.cat((-high, low), dim=-1) * sine
-
-    x = w["model.embed_tokens.weight"][ids]
-    for index in range(len(config.layers)):
-        at = f"model.layers.{index}."
-        y = norm(x, at + "input_layernorm.weight")
-        q, k, v = (y @ w[f"{at}self_attn.{name}_proj.weight"].T for name in "qkv")
-        q, k = rotated(q.view(-1, heads, width)), rotated(k.view(-1, groups, width))
-        k, v = (z.view(-1, groups, width).repeat_interleave(heads // groups, dim=1) for z in (k, v))
-        score = torch.einsum("qhd,khd->hqk", q, k) / width**0.5
-        hidden = ~visible[index].repeat_interleave(heads // groups, dim=0)
-        share = score.masked_fill(hidden, float("-inf")).softmax(-1)
-        if shares is not None:
-            shares.append(share)
-        y = torch.einsum("hqk,khd->qhd", share, v).flatten(1)
-        x = x + y @ w[at + "self_attn.o_proj.weight"].T
-        y = norm(x, at + "post_attention_layernorm.weight")
-        gate, up = (y @ w[f"{at}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        x = x + (torch.nn.functional.silu(gate) * up) @ w[at + "mlp.down_proj.weight"].T
-    return norm(x, "model.norm.weight") @ w["model.embed_tokens.weight"].T
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -151,18 +61,6 @@ def test_what_is_gone_is_as_if_masked(method: str, tiny_model: TinyModel, monkey
             assert max(float((logits - plain[at]).abs().max()) for at, logits in found.items()) > 100 * worst
 
 
-def completions_of(folder: Path, eviction: EvictionSettings, **options) -> tuple[list, SimpleNamespace]:
-    llm = LLM(folder, numerics="exact", block_size=BLOCK, eviction=eviction, headroom_tokens=0, **options)
-    found = [completion.token_ids for completion in llm.generate(PROMPTS, max_tokens=26, ignore_eos=True)]
-    if "max_sequences" not in options:  # on pages of before
-        again = [completion.token_ids for completion in llm.generate(PROMPTS, max_tokens=26, ignore_eos=True)]
-        assert found == again
-    llm.engine.check_integrity()
-    stats = llm.stats()
-    assert stats.pages.owned == 0
-    return found, SimpleNamespace(preemptions=stats.preemptions, hits=stats.pages.hits)
-
-
 @pytest.mark.parametrize("method", ["snapkv", "tova", "expected_attention", "random"])
 def test_tokens_depend_on_nothing_but_prompt_and_policy(method: str, tiny_model: TinyModel) -> None:
     folder, eviction = tiny_model("llama"), policy(method)
@@ -188,7 +86,7 @@ def pages_after(tokens: int) -> Iterator[int]:
 def test_pages_come_back_as_foretold(method: str, tiny_model: TinyModel) -> None:
     llm = LLM(tiny_model("llama"), block_size=BLOCK, prefix_cache=False, eviction=policy(method))
     engine, pages = llm.engine, llm.engine.scheduler.pool.pages
-    engine.add(PROMPTS[0], llm_params(26))
+    engine.add(PROMPTS[0], params(26))
     held = []
     while engine.has_work:
         engine.step()
@@ -199,12 +97,6 @@ def test_pages_come_back_as_foretold(method: str, tiny_model: TinyModel) -> None
     assert held[4:] == [*pages_after(26)][:-1] + [0]
 
 
-def llm_params(max_tokens: int):
-    from runtime.params import SamplingParams
-
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-
-
 def test_pages_do_not_grow_with_the_prompt(tiny_model: TinyModel, tmp_path: Path) -> None:
     """A pool of budget and chunk serves prompts of any length; without points in the prompt they are refused."""
     folder = edited(tiny_model("llama"), tmp_path / "long", {"max_position_embeddings": 8192})
@@ -212,7 +104,7 @@ def test_pages_do_not_grow_with_the_prompt(tiny_model: TinyModel, tmp_path: Path
     peaks = []
     for length in (200, 3000):
         llm = LLM(folder, block_size=BLOCK, eviction=eviction, kv_bytes=24 * page_bytes(LLM(folder).config))
-        llm.engine.add(prompts_of((length,), 320)[0], llm_params(4))
+        llm.engine.add(prompts_of((length,), 320)[0], params(4))
         owned = []
         while llm.engine.has_work:
             llm.engine.step()

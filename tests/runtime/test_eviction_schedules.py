@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import random
 import sys
-from itertools import product
+from functools import partial
 
 from kv_compress.eviction import Budget, EvictionSettings
-from runtime.blocks import BlockPool
-from runtime.page import PageType
 from runtime.policies import POLICIES
-from runtime.scheduler import SchedulerSettings, Step
-from runtime.simulator import Arrival, Simulator, StepTime
+from runtime.scheduler import SchedulerSettings
+from tests.runtime._schedules import EVERYWHERE, most, scheduled_otherwise
 from tests.runtime.bench import Bench
 from tests.runtime.test_random_schedules import STEMS, drive
 
-EVERYWHERE = ("prefill_chunk", "prefill_end", "decode")
 EACH = 250
 
 
@@ -70,6 +67,10 @@ def test_random_schedules_with_evictions() -> None:
     assert all(number > 20 for number in totals.values()), totals
 
 
+def bench_of(eviction: EvictionSettings, pages: int, scheduling: SchedulerSettings) -> Bench:
+    return Bench(pages, 4, settings=scheduling, eviction=eviction)
+
+
 def test_tokens_do_not_depend_on_how_they_are_scheduled() -> None:
     """Chunking, prefix cache, preemption and batching on and off; chunks smaller than what is observed, too."""
     preempted = hits = 0
@@ -80,35 +81,10 @@ def test_tokens_do_not_depend_on_how_they_are_scheduled() -> None:
             when=EVERYWHERE if seed % 2 else ("prefill_end", "decode"),
         )  # fmt: skip
         requests = [((STEMS[rng.randrange(3)] * 2)[: rng.randint(1, 16)], rng.randint(1, 12)) for _ in range(8)]
-        outcomes = []
-        for budget, prefix_cache, pages, most in product((2, 100), (True, False), (200, 5), (8, 1)):
-            scheduling = SchedulerSettings(
-                token_budget=budget, max_sequences=most, prefix_cache=prefix_cache, headroom_tokens=0
-            )
-            bench = Bench(pages, 4, settings=scheduling, eviction=eviction)
-            for prompt, max_tokens in requests:
-                bench.add(prompt, max_tokens)
-            outcomes.append(bench.run())
-            preempted += bench.scheduler.preemptions
-            hits += bench.pool.statistics.hits
-            assert bench.pool.available == pages
-        assert all(outcome == outcomes[0] for outcome in outcomes)
+        benches = scheduled_otherwise(partial(bench_of, eviction), requests, (2, 100), (200, 5))
+        preempted += sum(bench.scheduler.preemptions for bench in benches)
+        hits += sum(bench.pool.statistics.hits for bench in benches)
     assert preempted > 20 and hits > 20
-
-
-def most(prompts: list[int], pages: int, eviction: EvictionSettings | None) -> tuple[int, int]:
-    """The most sequences that run at a time, and the most pages they own, on virtual time."""
-    pool = BlockPool(pages, PageType("float32", 16 * 512, 16), prefix_cache=False)
-    running, owned = [], []
-
-    def watch(simulator: Simulator, step: Step) -> None:
-        running.append(len(simulator.scheduler.running))
-        owned.append(pool.statistics.owned)
-
-    points = None if eviction is None else eviction.points(512, layers=4, heads=2)
-    simulator = Simulator(pool, SchedulerSettings(), StepTime(1.0), max_length=1 << 20, points=points, watch=watch)
-    simulator.run([Arrival(0, prompt, 64) for prompt in prompts])
-    return max(running), max(owned)
 
 
 def test_a_pool_holds_three_times_the_sequences_at_a_quarter() -> None:

@@ -8,69 +8,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from compress.core.errors import UsageError
-from kv_compress.eviction import Budget, EvictionSettings
+from kv_compress.eviction import Budget
 from kv_compress.policy import Coding, KVPolicy, LayerPolicy
-from runtime import head_compaction
 from runtime.llm import LLM
 from runtime.ops.backend import torch_only
 from runtime.small_steps import SmallSteps
 from tests.conftest import TinyModel
+from tests.runtime._evictions import (
+    BLOCK,
+    PROMPTS,
+    completions_of,
+    masked_logits,
+    masks,
+    page_bytes,
+    params,
+    policy,
+)
 from tests.runtime._folders import edited
 from tests.runtime._naive import prompts_of
-from tests.runtime.test_eviction import BLOCK, PROMPTS, completions_of, llm_params, masked_logits, masks, page_bytes
+from tests.runtime._watched import Watched
 
 METHODS = ("adakv", "pyramidkv")
-EVERYWHERE = ("prefill_chunk", "prefill_end", "decode")
 LAYERS, HEADS = 3, 2  # of the tiny model
-
-
-def policy(method: str, **changes) -> EvictionSettings:
-    fields = {"method": method, "budget": Budget(tokens=14), "sinks": 2, "recent": 5, "every": 11, "when": EVERYWHERE}
-    if changes.get("when") == ("prefill_end",):
-        del fields["every"]
-    return EvictionSettings(**fields | changes)
-
-
-class Watched:
-    """An LLM whose logits and choices are taken down: by sequence, logits by position, and what stayed at each point
-    by layer and head."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
-        self.logits: dict[int, dict[int, Tensor]] = {}
-        self.kept: dict[int, dict[int, list[list[Tensor]]]] = {}
-        choices: list[list[Tensor]] = []
-        keep, run = head_compaction.keep_among, llm.engine.runner.run
-
-        def watched_keep(*given) -> list[Tensor]:
-            choices.append(keep(*given))
-            return choices[-1]
-
-        def watched_run(step, wanted):
-            choices.clear()
-            found = run(step, wanted)
-            ends = {row.sequence: row.start + len(row.tokens) for row in step.rows}
-            for index, sequence in enumerate(found.sampled):
-                self.logits.setdefault(sequence, {})[ends[sequence] - 1] = found.logits_NV[index].clone()
-            for index, done in enumerate(step.compressions):
-                of_layers = choices[index :: len(step.compressions)]
-                self.kept.setdefault(done.sequence, {})[ends[done.sequence]] = of_layers
-            return found
-
-        self.through_c = 0  # whole steps of sequences with tables for each layer and head
-        if isinstance(whole := llm.engine.runner.whole, SmallSteps):
-            covers = whole.covers
-
-            def watched_covers(batch) -> bool:
-                covered = covers(batch)
-                self.through_c += covered and batch.by_head is not None
-                return covered
-
-            monkeypatch.setattr(whole, "covers", watched_covers)
-        monkeypatch.setattr(head_compaction, "keep_among", watched_keep)
-        monkeypatch.setattr(llm.engine.runner, "run", watched_run)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -173,7 +134,7 @@ def test_pages_come_back_as_foretold(method: str, tiny_model: TinyModel, monkeyp
     llm = LLM(tiny_model("llama"), block_size=BLOCK, prefix_cache=False, eviction=policy(method, when=("prefill_end",)))
     watched = Watched(monkeypatch, llm)
     engine, pages = llm.engine, llm.engine.scheduler.pool.pages
-    engine.add(PROMPTS[0], llm_params(26))
+    engine.add(PROMPTS[0], params(26))
     held = []
     while engine.has_work:
         engine.step()
@@ -195,7 +156,7 @@ def test_pages_do_not_grow_with_the_prompt(tiny_model: TinyModel, tmp_path: Path
         for length in (200, 1500):
             eviction = policy(method, budget=Budget(tokens=32), every=64)
             llm = LLM(folder, block_size=BLOCK, eviction=eviction, kv_bytes=25 * page_bytes(LLM(folder).config))
-            llm.engine.add(prompts_of((length,), 320)[0], llm_params(4))
+            llm.engine.add(prompts_of((length,), 320)[0], params(4))
             owned = []
             while llm.engine.has_work:
                 llm.engine.step()
