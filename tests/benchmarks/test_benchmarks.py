@@ -190,7 +190,7 @@ def test_inputs_are_rounded_per_token_before_every_layer_but_the_head(type: str,
         )
 
 
-def test_kl_is_nothing_for_the_same_model_and_the_sum_over_positions_else(tmp_path: Path) -> None:
+def test_drift_is_nothing_for_the_same_model_and_a_mean_over_positions_else(tmp_path: Path) -> None:
     import make_models
     import perplexity
     import torch
@@ -200,12 +200,14 @@ def test_kl_is_nothing_for_the_same_model_and_the_sum_over_positions_else(tmp_pa
     original, other = (perplexity.build(tmp_path / str(seed)) for seed in (0, 1))
     ids = np.full((2, 9), -1, dtype=np.int64)
     ids[0], ids[1, :4] = range(9), range(20, 24)
-    assert perplexity.mean_kl(original, original, ids) == 0
-    expected = []
+    assert perplexity.drift(original, original, ids) == (0, 0)
+    expected, flipped = [], []
     for row in (ids[0], ids[1, :4]):
         p, q = (m(input_ids=torch.from_numpy(row)[None]).logits[0, :-1].softmax(-1) for m in (original, other))
         expected += (p * (p / q).log()).sum(-1).tolist()
-    assert perplexity.mean_kl(other, original, ids) == pytest.approx(np.mean(expected), rel=1e-4)
+        flipped += (p.argmax(-1) != q.argmax(-1)).tolist()
+    assert np.mean(flipped) > 0
+    assert perplexity.drift(other, original, ids) == pytest.approx((np.mean(expected), np.mean(flipped)), rel=1e-4)
 
 
 def quantize_results() -> dict[str, object]:

@@ -1,10 +1,15 @@
-"""Compiled blocks: they train as the others do, and a run that was killed goes on to the bit with code made anew."""
+"""Compiled blocks: they train as the others do, and a run that was killed goes on to the bit.
+
+By default blocks are traced into the graphs that are compiled, and torch computes these: making C++ of them takes half
+a minute of CPU. COMPRESS_COMPILED=all does that, too.
+"""
 
 from __future__ import annotations
 
 import os
 import sysconfig
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +31,8 @@ from tests.conftest import TinyModel
 from tests.contracts.shelf import tokens_for
 from tests.distill.test_logits import CUT, Losses, Stopped, lessons, recipe_of
 
+ALL = os.environ.get("COMPRESS_COMPILED") == "all"
+
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -35,6 +42,8 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     except EnvironmentRefused as error:
         pytest.skip(error.message)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    if not ALL:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):  # else it tries them all, which takes long
@@ -43,8 +52,9 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("compiler")
-def test_it_trains_as_uncompiled_and_goes_on_to_the_bit(tiny_model: TinyModel, tmp_path: Path) -> None:
-    model, settings = tiny_model(), {"rows_at_once": 2, "batch": 4}
+@pytest.mark.parametrize("method", ["logits", "features"])
+def test_it_trains_as_uncompiled_and_goes_on_to_the_bit(tiny_model: TinyModel, tmp_path: Path, method: str) -> None:
+    model, settings = tiny_model(), {"method": method, "rows_at_once": 2, "checkpointing": method == "features"}
     plain, whole, first, second = Losses(), Losses(), Losses(3), Losses()
     run(recipe_of(tmp_path, model, CUT, lessons(5, **settings)), RunOptions(tmp_path / "plain"), plain)
     recipe = recipe_of(tmp_path, model, CUT, lessons(5, **settings, compile=True))
