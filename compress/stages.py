@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from compress.core._trim import trim_memory
 from compress.core.events import Finished, Listener, Notice, Started
 from compress.core.files import make_folder, remove_tree
 from compress.core.journal import Journal
@@ -103,6 +104,7 @@ def _run_stage(
         settings = stage.settings.located(inputs.recipe.base_folder)
         settings.run(joined(settings, stage.method, job, options.allow_code))
         sink.finish(settings.outside(job))
+    trim_memory()
     journal.add("memory", {"stage": number, "peak_memory_bytes": memory.peak_bytes})
     events(Finished(name, f"{source.num_blocks} blocks"))
 

@@ -229,6 +229,11 @@ class Group:
             self._gathered[0].clear()
             trim_memory()
 
+    def close(self) -> None:
+        """Free the statistics for good, and let go of the walk that gathered them."""
+        self.release()
+        self._gather = _closed
+
     def rescale(self, factor_K: Tensor) -> None:
         """Let the statistics, if they are gathered, be those of inputs whose channels are multiplied by `factor_K`."""
         if self._gathered is not None:
@@ -244,6 +249,10 @@ class Group:
         if self._gathered is not None:
             for kind in set(self._gathered[0]) - set(kinds):
                 del self._gathered[0][kind]
+
+
+def _closed(group: Group) -> None:
+    raise RuntimeError(f"{group.name}: the walk has gone on to another block")
 
 
 class Block:
@@ -320,7 +329,7 @@ class Block:
     def close(self) -> None:
         """Free weights and statistics: the caller's loop variable keeps the block while the walk goes on."""
         for group in self.groups:
-            group.release()
+            group.close()
             for site in group.sites:
                 site.close()
         self.parameters, self.cuts = {}, {}

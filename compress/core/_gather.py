@@ -93,6 +93,11 @@ class Gathering:
         if self.playback is not None:
             self.playback.start(block)
 
+    def done(self) -> None:
+        """The block has been worked on: free what is kept of it."""
+        if self.playback is not None:
+            self.playback.forget()
+
     @property
     def _kinds(self) -> tuple[type[Statistic], ...]:
         """What is gathered now."""

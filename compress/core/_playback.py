@@ -32,8 +32,8 @@ _INPUT_OF: dict[str, Part] = {"o": "attention input", "down": "feed-forward inpu
 
 
 class Playback:
-    """The parts of the block at hand, for all micro-batches. A part is played as long as the weights that it was
-    computed with are in place."""
+    """The parts of the block at hand. A part is played as long as the weights that it was computed with are in place.
+    An attention's output takes the place of its input where both have one width."""
 
     def __init__(self, stream: Activations) -> None:
         self._stream = stream
@@ -44,11 +44,16 @@ class Playback:
         self._others: list[Parameter] = []
 
     def start(self, block: Block) -> None:
-        """Forget the block before."""
-        self._kept.clear()
+        """From here on this block is played."""
+        self.forget()
         self._module = block.module
         self._groups = {group.name: group.sites for group in block.groups}
         self._others = list(block.parameters.values())
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self._kept.clear()
+        self._buffers.clear()
 
     def keep(self, group: str, batch: slice, x_BTK: Tensor) -> None:
         """Keep the input of a group for a micro-batch, if it is one that is played."""
@@ -60,11 +65,11 @@ class Playback:
     def playing(self, batch: slice) -> Iterator[None]:
         """Inside, a forward of this micro-batch takes what is kept instead of computing it."""
         with ExitStack() as undo:
-            if self._whole("attention output"):
+            if self._has("attention output", batch):
                 undo.enter_context(self._replaced("o", lambda _: (self._part("attention output", batch), None)))
-            elif self._whole("attention input"):
+            elif self._has("attention input", batch):
                 undo.enter_context(self._replaced("o", lambda site: (self._attend(site, batch), None)))
-            if self._whole("feed-forward input"):
+            if self._has("feed-forward input", batch):
                 undo.enter_context(
                     self._replaced("down", lambda site: site.module(self._part("feed-forward input", batch)))
                 )
@@ -72,6 +77,8 @@ class Playback:
 
     def _attend(self, site: Site, batch: slice) -> Tensor:
         y_BTD = site.module(self._part("attention input", batch))
+        if _fits(self._buffers["attention input"], y_BTD):
+            self._buffers["attention output"] = self._buffers["attention input"]
         self._keep("attention output", batch, y_BTD)
         return y_BTD
 
@@ -81,20 +88,21 @@ class Playback:
 
     def _keep(self, part: Part, batch: slice, x_BTK: Tensor) -> None:
         buffer = self._buffers.get(part)
-        if buffer is None or buffer.shape[-1] != x_BTK.shape[-1] or buffer.dtype is not x_BTK.dtype:
+        if buffer is None or not _fits(buffer, x_BTK):
             buffer = self._buffers[part] = self._stream.buffer(x_BTK.shape[-1], x_BTK.dtype)
         buffer[batch] = x_BTK
+        for other, kept in self._kept.items():
+            if other != part and self._buffers[other] is buffer:
+                kept.starts.discard(batch.start)  # it was there until now
         kept = self._kept.get(part)
         if kept is None or not _same(kept.weights, self._made_with(part)):
             kept = self._kept[part] = _Kept(self._made_with(part), set())
         kept.starts.add(batch.start)
 
-    def _whole(self, part: Part) -> bool:
-        """Whether a part is there for all micro-batches, and still true."""
+    def _has(self, part: Part, batch: slice) -> bool:
+        """Whether a part is there for this micro-batch, and still true."""
         kept = self._kept.get(part)
-        if kept is None or not _same(kept.weights, self._made_with(part)):
-            return False
-        return all(batch.start in kept.starts for batch in self._stream.batches())
+        return kept is not None and batch.start in kept.starts and _same(kept.weights, self._made_with(part))
 
     def _made_with(self, part: Part) -> list[Tensor]:
         weights = [site.module.weight for name in _MADE_WITH[part] for site in self._groups.get(name, ())]
@@ -118,6 +126,10 @@ class _Kept:
 
     weights: list[Tensor]
     starts: set[int]
+
+
+def _fits(buffer_NTK: Tensor, x_BTK: Tensor) -> bool:
+    return buffer_NTK.shape[-1] == x_BTK.shape[-1] and buffer_NTK.dtype is x_BTK.dtype
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

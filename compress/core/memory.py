@@ -29,7 +29,7 @@ SENSED_CHOICES = 6  # schemes whose rounding is judged for each layer
 GAPS_BYTES = 48 << 20  # freed between what is held, and not given back
 CODES_BYTES = 1  # of each weight: what a block was replaced by, and what of it is being written
 SOLVER_BYTES = 5 * (32 << 20)  # of one chunk of rows: weights, errors, codes and the search for scales
-SPILL_ABOVE_BYTES = 32 << 20  # activations of all samples that are kept in a file from this size on
+SPILL_ABOVE_BYTES = 16 << 20  # activations of all samples that are kept in a file from this size on
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +161,10 @@ def rounding_bytes(codes_bytes: int) -> int:
 
 
 def _played_widths(checkpoint: Checkpoint) -> list[int]:
-    """Widths of what group order keeps of a forward: attention's inner and outer output, the feed-forward's input."""
+    """Widths of what group order keeps of a forward: attention's inner and outer output (one in the place of the other
+    if they are alike), the feed-forward's input."""
     widths = {name: checkpoint.info(f"{sites[0]}.weight").shape for name, sites in checkpoint.groups(0)}
-    return [*widths["o"][::-1], *([widths["down"][1]] if "down" in widths else [])]
+    return [*set(widths["o"]), *([widths["down"][1]] if "down" in widths else [])]
 
 
 def groups_of(checkpoint: Checkpoint, index: int) -> list[LayerGroup]:

@@ -144,6 +144,7 @@ def walk(
             else:
                 playback = gathering.playback
                 error = advance(block, stream, device, playback=playback, compare=True, last=last)
+                gathering.done()
             record = block.record(error)
             _require_finite(record, checkpoint)
             if error is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compress.core._activations import Activations
 from compress.core._skeleton import StoredLinear
 from compress.core.calibration import Tokens
 from compress.core.checkpoint import Checkpoint
@@ -295,6 +298,36 @@ def test_what_is_played_back_has_the_bits_of_a_plain_forward(
     assert played.bits() == plain.bits()
     assert [record for _, record in played.blocks] == [record for _, record in plain.blocks]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_played_back_is_held_twice_and_only_while_a_block_is_worked_on(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention's output lies where its input was; behind the last block the hidden states go, too, at once."""
+    checkpoint = Checkpoint.open(tiny_model("llama"))
+    buffers: list[weakref.ref[Tensor]] = []
+    room = Activations._room
+
+    def watched(stream: Activations, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        buffers.append(weakref.ref(made := room(stream, shape, dtype)))
+        return made
+
+    def alive() -> int:
+        return sum(ref() is not None for ref in buffers)
+
+    monkeypatch.setattr(Activations, "_room", watched)
+    gc.disable()  # nothing is left for it
+    try:
+        for block in walk(checkpoint, tokens_of(checkpoint), collect={Hessian}, order="groups", sink=Memory()):
+            assert alive() == 2  # inputs and targets
+            for group in block.groups:
+                assert group.statistics[Hessian] is not None
+                for site in group.sites:
+                    site.replace(site.weight * 0.5)
+            assert alive() == 4
+        assert len(buffers) == 2 + 2 * LAYERS and alive() == 0
+    finally:
+        gc.enable()
 
 
 def test_in_group_order_every_layer_is_computed_once(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
