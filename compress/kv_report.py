@@ -93,7 +93,7 @@ def kv_report(
     policies = {FULL: full} | {name: KVPolicy.uniform(name, len(sizes)) for name in CODECS}
     policies[PER_CHANNEL] = KVPolicy.uniform("int4", len(sizes), keys="channel", sinks=SINKS, recent=RECENT)
     if own is not None:
-        policies[OWN] = own
+        policies[f"{OWN}: {_words(own)}"] = own
     kept = own or full
     layers = tuple(
         LayerBytes(index, query, heads, width, _said(of.keys), _said(of.values),
@@ -113,7 +113,7 @@ def kv_report(
         if policy is own and eviction is not None:
             points = eviction.points(size, len(sizes), sizes[0][0])
             points = replace(points, spread=block_size - 1) if eviction.is_unequal else points
-            ways.append(_evicting(f"{name}: {eviction.words}", points, size, pages, context, block_size))
+            ways.append(_evicting(f"{name}, {eviction.words}", points, size, pages, context, block_size))
             continue
         for share in shares:
             needed = -(-max(1, int(context * share)) // block_size)
@@ -128,6 +128,12 @@ def _evicting(name: str, points: Points, size: int, pages: int, context: int, bl
     share = min(1.0, held(points, context) / context)
     fit, end = at_once(points, context, pages, block_size), longest(points, pages, block_size)
     return Fits(name, share, size, size * block_size, pages * block_size, fit, end)
+
+
+def _words(policy: KVPolicy) -> str:
+    """ "int8", "int8 or int4" where layers differ, "int4, keys per channel"."""
+    per_channel = any(layer.keys.per == "channel" for layer in policy.layers)
+    return " or ".join(policy.codecs) + (", keys per channel" if per_channel else "")
 
 
 def _said(coding: Coding) -> str:

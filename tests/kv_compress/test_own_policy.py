@@ -58,6 +58,7 @@ def test_as_many_sequences_are_held_as_the_report_says(
     report = kv_report(folder, memory_bytes=memory, context=PROMPT, dtype=torch.float32)
     [own] = [way for way in report.ways if way.name.startswith(OWN)]
     kept = 20 if "ratio" not in settings["eviction"]["budget"] else 28
+    assert own.name.startswith(f"{OWN}: {settings['precision']}, {settings['eviction']['method']} ")
     assert (own.token_bytes, own.share, own.tokens) == (token_bytes, kept / PROMPT, PAGES * BLOCK)
     assert own.sequences == (PAGES - 4) // 2 + 1  # two pages behind the prompt, four while it is read
     assert own.longest == PAGES * BLOCK  # only the prompt's end is a point
