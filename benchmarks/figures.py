@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import compiled_training
 import distillation
 import kv_eviction
 import kv_long_context_plot
@@ -18,6 +19,7 @@ import kv_long_context_table
 import kv_speed
 import loss_memory
 import narrow
+import preference
 import pruning
 import quality_table
 import quantization_plot
@@ -249,6 +251,11 @@ PLACES = {  # markers -> where they are, and what is between them
     "distillation": (HERE.parent / "docs" / "distillation.md", rendered("distillation", distillation.render)),
     "teacher-cache": (HERE.parent / "docs" / "distillation.md", rendered("teacher-cache", teacher_cache.render)),
     "loss-memory": (HERE.parent / "docs" / "distillation.md", rendered("loss-memory", loss_memory.render)),
+    "compiled-training": (
+        HERE.parent / "docs" / "distillation.md",
+        rendered("compiled-training", compiled_training.render),
+    ),
+    "preference": (HERE.parent / "docs" / "distillation.md", rendered("preference", preference.render)),
     "recovery": (HERE.parent / "docs" / "distillation.md", rendered("recovery", recovery.render)),
     "kv-eviction": (HERE.parent / "docs" / "kv-eviction.md", rendered("kv-eviction", kv_eviction.render)),
     "kv-speed": (HERE.parent / "docs" / "kv-cache.md", rendered("kv-speed", kv_speed.render)),

@@ -26,10 +26,12 @@ LARGEST = {"int": 127.0, "float": 448.0}  # codes of inputs: int8 and e4m3
 
 @dataclass(frozen=True)
 class Score:
-    """Both over the scored positions; `kl` is the mean of KL(original, artifact), in nats."""
+    """Over the scored positions; `kl` is the mean of KL(original, artifact), in nats, and `flips` the share in which
+    another token is the likeliest."""
 
     perplexity: float
     kl: float
+    flips: float
 
 
 def build(folder: Path) -> torch.nn.Module:
@@ -84,8 +86,9 @@ def batches(ids: np.ndarray) -> Iterator[torch.Tensor]:
 
 
 @torch.inference_mode()
-def mean_kl(model: torch.nn.Module, original: torch.nn.Module, ids: np.ndarray) -> float:
-    total, count = 0.0, 0
+def drift(model: torch.nn.Module, original: torch.nn.Module, ids: np.ndarray) -> tuple[float, float]:
+    """The mean KL divergence from the original in nats, and the share of flips."""
+    total, flips, count = 0.0, 0, 0
     for batch in batches(ids):
         scored = batch[:, 1:] >= 0
         here, there = (
@@ -93,8 +96,9 @@ def mean_kl(model: torch.nn.Module, original: torch.nn.Module, ids: np.ndarray) 
             for each in (model, original)
         )
         total += torch.nn.functional.kl_div(here, there, reduction="sum", log_target=True).item()
+        flips += int((here.argmax(-1) != there.argmax(-1)).sum())
         count += int(scored.sum())
-    return total / count
+    return total / count, flips / count
 
 
 @torch.inference_mode()
@@ -118,7 +122,7 @@ def perplexity(folder: Path, tokens: Path) -> float:
 def score(folder: Path, original: Path, tokens: Path) -> Score:
     ids = load_file(tokens)["input_ids"]
     model = build(folder)
-    return Score(math.exp(mean_loss(model, ids)[0]), mean_kl(model, build(original), ids))
+    return Score(math.exp(mean_loss(model, ids)[0]), *drift(model, build(original), ids))
 
 
 def main() -> None:

@@ -70,8 +70,8 @@ def run(asked: argparse.Namespace) -> None:
             print(json.dumps(found), flush=True)
             results["cases"].append(found)
         results["original"][model] = json.loads((place.root / model / "original.json").read_text())["perplexity"]
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(results, indent=1) + "\n")
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def render(results: dict[str, object]) -> str:

@@ -11,7 +11,7 @@ from compress.core.errors import InputError, UsageError
 from compress.core.passes import Job
 from distill._settings_taught import ORIGINAL, Led
 
-WHAT_TEACHES = "name a folder with config.json and safetensors weights, from the recipe on; a hub id; or original"
+WHAT_TEACHES = "name a folder with config.json and safetensors weights, relative to the recipe; a hub id; or original"
 
 
 def find_teacher(name: str, job: Job) -> Checkpoint:
