@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from compress.core.errors import UsageError
 from kv_compress._coded_pages import BLOCK, RECENT, SINKS, CodingPoints
 from kv_compress._statistics import PER_CHANNEL, Choice, Layer, paged_coding
 from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy
@@ -71,11 +73,13 @@ def policy_of(kept: Sequence[Kept], layers: Sequence[Layer]) -> KVPolicy:
 
 def usual_points(sizes: Sequence[tuple[int, int]], itemsize: int) -> CodingPoints | None:
     """Where pages of int4 are coded, keys per channel, which are the largest there are; None where heads have an odd
-    number of channels."""
+    number of channels, or so few that pages hold no more than in full."""
     if any(width % 2 for _, width in sizes):
         return None
     policy = KVPolicy.uniform("int4", len(sizes), keys="channel", sinks=SINKS, recent=RECENT)
-    return policy.coding_points(sizes, itemsize, BLOCK)
+    with suppress(UsageError):
+        return policy.coding_points(sizes, itemsize, BLOCK)
+    return None
 
 
 def points_of(kept: Sequence[Kept], layers: Sequence[Layer], itemsize: int) -> CodingPoints | None:

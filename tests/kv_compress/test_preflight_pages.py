@@ -151,3 +151,4 @@ def test_a_text_that_is_too_short_proposes_no_pages(planted: Preflight) -> None:
     assert not any(layer.paged_key_errors for layer in layers)
     budget = budget_bytes("6", layers)
     assert propose(layers, budget, 2, LONG) == [choose(layers, budget, 2)]
+    assert usual_points([(4, 2)], 2) is usual_points([(4, 3)], 2) is None  # nothing is gained, or not coded at all
