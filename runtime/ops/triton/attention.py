@@ -1,17 +1,12 @@
-"""Paged attention in Triton: one kernel for prefill chunks and decodes, and a reduce for decodes with split keys.
+"""Paged attention in Triton: one kernel for prefill chunks and decodes (attention_launch.py says how they are cut).
 
 A program owns the query heads of one key-value head and several tokens of one sequence: packed, they fill the rows of
 one product, and each key is read once per group (Kwon et al., 2023, arXiv:2309.06180; Dao et al., 2022,
-arXiv:2205.14135). Few decodes would leave most of a GPU idle: then a sequence's keys are shared out among SEGMENTS
-programs whose partial results `_merge` joins. No grid depends on a sequence's length, so that graphs can be captured.
+arXiv:2205.14135).
 
 Shape suffixes: T tokens, H query heads, G key-value heads, D head width, P pages, B slots of a page. In the kernels:
 M rows of a program (tokens times heads of a group), N keys of a tile.
 """
-
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,40 +14,11 @@ import triton.language as tl
 
 from runtime.ops.batch import AttentionBatch
 from runtime.ops.pages import Pages, as_pages
-from runtime.ops.triton.device import processors
+from runtime.ops.triton.attention_launch import LOG2_E, in_launches, join, room_for, tile_for
+from runtime.ops.triton.attention_parts import FLOOR, ended, folded, part_of, rows_of, seen_by
 
-_LOG2_E = math.log2(math.e)
-_MOST_SEGMENTS = 32
 CODINGS = {"full": 0, "int8": 1, "int4": 2, "fp8": 3}
 _INT8, _INT4, _FP8 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-_FLOOR = tl.constexpr(-1e30)  # running maximum before any key was seen: finite, so that differences are never NaN
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one launch is cut: rows of queries, keys of a tile, warps, pipeline stages."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-
-
-def tile_for(*, decode: bool, group: int, width: int, element_bytes: int) -> Tile:
-    """Shapes that fit the shared memory of every GPU since sm_80, chosen without timing anything."""
-    wide = triton.next_power_of_2(width) * element_bytes > 256
-    m = max(16, triton.next_power_of_2(group))
-    if decode:
-        return Tile(m, n=32 if wide else 64, warps=4, stages=2 if wide else 3)
-    if element_bytes > 2:
-        return Tile(max(m, 32), n=16 if wide else 32, warps=4, stages=2)
-    return Tile(max(m, 64), n=32 if wide else 64, warps=4, stages=2)
-
-
-def segments_for(programs: int, max_kv: int, processors: int) -> int:
-    """A power of two: enough programs for two on every processor, unless the keys are few."""
-    wanted = min(2 * processors // max(programs, 1), max_kv // 256, _MOST_SEGMENTS)
-    return 1 << max(wanted, 1).bit_length() - 1
 
 
 def attend(
@@ -72,61 +38,6 @@ def attend(
     number of sequences.
     """
     return in_launches(_launch, q_THD, as_pages(k), as_pages(v), batch, segments, scale, window, softcap)
-
-
-def in_launches(
-    launch: Callable[..., None],
-    q_THD: torch.Tensor,
-    k: Pages,
-    v: Pages,
-    batch: AttentionBatch,
-    segments: int | None,
-    *how: float | None,
-) -> torch.Tensor:
-    """The result of `launch(out, q, k, v, batch, first, end, segments, *how)`, which does sequences first … end - 1:
-    once for decodes, once for chunks."""
-    q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    decodes, sequences = batch.decodes, len(batch.kv_len)
-    if decodes:
-        if segments is None:
-            segments = segments_for(decodes * k.groups, batch.max_kv, processors(q_THD.device))
-        launch(out_THD, q_THD, k, v, batch, 0, decodes, segments, *how)
-    if decodes < sequences:
-        launch(out_THD, q_THD, k, v, batch, decodes, sequences, 1, *how)
-    return out_THD
-
-
-def room_for(out_THD: torch.Tensor, segments: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where segments put their results, largest scores and sums; the result itself where there is but one."""
-    if segments == 1:
-        return out_THD, out_THD, out_THD
-    tokens, heads, width = out_THD.shape
-    part = torch.empty((tokens, heads, segments, width), dtype=torch.float32, device=out_THD.device)
-    top, total = torch.empty((2, tokens, heads, segments), dtype=torch.float32, device=out_THD.device)
-    return part, top, total
-
-
-def join(
-    out_THD: torch.Tensor,
-    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    starts_S1: torch.Tensor,
-    queries: int,
-    segments: int,
-) -> None:
-    """What segments have left in the room for it becomes the result, for so many queries from the first start on."""
-    if segments == 1:
-        return
-    heads, width = out_THD.shape[1:]
-    _merge[(queries, heads)](
-        out_THD,
-        *parts,
-        starts_S1,
-        HEADS=heads,
-        WIDTH=width,
-        BLOCK_D=max(16, triton.next_power_of_2(width)),
-        SEGMENTS=segments,
-    )
 
 
 def _launch(
@@ -162,8 +73,8 @@ def _launch(
         batch.kv_len_S[first:],
         batch.table_SP[first:],
         batch.index_T,
-        scale * _LOG2_E if softcap is None else scale / softcap,
-        0.0 if softcap is None else softcap * _LOG2_E,
+        scale * LOG2_E if softcap is None else scale / softcap,
+        0.0 if softcap is None else softcap * LOG2_E,
         0 if window is None else window,
         end - first,
         batch.table_SP.stride(0),
@@ -209,24 +120,6 @@ def _numbers(code, CODING: tl.constexpr):
         bits = code.to(tl.uint16)
         return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
     return code.to(tl.float16)
-
-
-@triton.jit
-def _tanh(x):
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))  # 2 log2(e); right at both infinities
-
-
-@triton.jit
-def _sequence_of(starts_ptr, piece, base, sequences, BLOCK_Q: tl.constexpr):
-    """The last sequence whose first piece is not past this one."""
-    sequence = tl.full([], 0, tl.int32)
-    above = sequences
-    while above - sequence > 1:
-        middle = (sequence + above) // 2
-        opens = (tl.load(starts_ptr + middle) - base) // BLOCK_Q + middle
-        sequence = tl.where(opens <= piece, middle, sequence)
-        above = tl.where(opens <= piece, above, middle)
-    return sequence
 
 
 @triton.jit(do_not_specialize=["window", "sequences", "table_stride"])
@@ -280,27 +173,16 @@ def _attend(
     `scale` and `cap` bring scores to base 2: score * scale, or tanh(score * scale) * cap. Scales of codes go to scores
     and probabilities; a byte of int4 holds channels half a head apart, so that its two halves are two products.
     """
-    piece = tl.program_id(0)
     g = tl.program_id(1)
     segment = tl.program_id(2)
-    base = tl.load(starts_ptr)
-    sequence = _sequence_of(starts_ptr, piece, base, sequences, BLOCK_Q)
-    row = tl.load(starts_ptr + sequence)
-    rows = tl.load(starts_ptr + sequence + 1) - row
-    skipped = (piece - (row - base) // BLOCK_Q - sequence) * BLOCK_Q
+    sequence, row, rows, skipped = part_of(starts_ptr, sequences, BLOCK_Q)
     if skipped >= rows:
         return
-
-    m = tl.arange(0, BLOCK_M)
-    token = skipped + m // GROUP
-    real_m = (m // GROUP < BLOCK_Q) & (token < rows)
-    flat = (row + token).to(tl.int64)
-    head = g * GROUP + m % GROUP
+    flat, head, real_m, own = rows_of(index_ptr, row, rows, skipped, g, GROUP, BLOCK_M, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
     real_d = d < WIDTH
     q_at = flat[:, None] * q_stride_t + head[:, None] * q_stride_h + d[None, :]
     q = tl.load(q_ptr + q_at, mask=real_m[:, None] & real_d[None, :], other=0.0)
-    own = tl.load(index_ptr + flat, mask=real_m, other=-1).to(tl.int32)
     h = tl.arange(0, BLOCK_H)
     real_h = h < WIDTH // 2
     if K_CODING == _INT4:
@@ -323,7 +205,7 @@ def _attend(
     begin = first_tile + segment * share
     stop = tl.minimum(begin + share, first_tile + tiles)
 
-    top = tl.full([BLOCK_M], _FLOOR, tl.float32)
+    top = tl.full([BLOCK_M], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if V_CODING == _INT4:
         acc_low = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
@@ -353,16 +235,8 @@ def _attend(
                 score *= tl.load(k_numbers_ptr + beside, mask=stored, other=0.0).to(tl.float32)[None, :]
             if K_CODING == _FP8:
                 score *= scale_of_keys
-        if SOFTCAP:
-            score = _tanh(score) * cap
-        visible = stored[None, :] & (slot[None, :] <= own[:, None])
-        if WINDOW:
-            visible = visible & (slot[None, :] > own[:, None] - window)
-        score = tl.where(visible, score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        weight = tl.exp2(score - higher[:, None])
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weight, 1)
+        visible = seen_by(own, slot, stored, window, WINDOW)
+        top, total, weight, fade = folded(score, visible, top, total, cap, SOFTCAP)
         v_at = page * v_stride_p + (slot % BLOCK) * v_stride_b + g * v_stride_g
         if V_CODING == _INT4:
             v = tl.load(v_ptr + v_at[:, None] + h[None, :], mask=stored[:, None] & real_h[None, :], other=0)
@@ -381,16 +255,9 @@ def _attend(
                 weight *= tl.load(v_numbers_ptr + beside, mask=stored, other=0.0).to(tl.float32)[None, :]
             v = v.to(q.dtype)
             acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-        top = higher
 
     place = flat * (GROUPS * GROUP) + head
-    part = tl.full([BLOCK_M], 1.0, tl.float32)
-    if SEGMENTS == 1:
-        part = 1.0 / tl.where(total > 0, total, 1.0)
-    else:
-        place = place * SEGMENTS + segment
-        tl.store(top_ptr + place, top, mask=real_m)
-        tl.store(sum_ptr + place, total, mask=real_m)
+    place, part = ended(top_ptr, sum_ptr, place, top, total, segment, real_m, SEGMENTS)
     if V_CODING == _FP8:
         part *= scale_of_values
     if V_CODING == _INT4:
@@ -402,29 +269,3 @@ def _attend(
         out_at = place[:, None] * WIDTH + d[None, :]
         acc = acc * part[:, None]
         tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=real_m[:, None] & real_d[None, :])
-
-
-@triton.jit
-def _merge(
-    out_ptr,
-    part_ptr,
-    top_ptr,
-    sum_ptr,
-    starts_ptr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-):
-    """Program (t, h): join the segments of one token and head."""
-    token = tl.load(starts_ptr) + tl.program_id(0)
-    place = token.to(tl.int64) * HEADS + tl.program_id(1)
-    segment = tl.arange(0, SEGMENTS)
-    d = tl.arange(0, BLOCK_D)
-    top = tl.load(top_ptr + place * SEGMENTS + segment)
-    weight = tl.exp2(top - tl.max(top, 0))
-    total = tl.sum(weight * tl.load(sum_ptr + place * SEGMENTS + segment), 0)
-    part_at = (place * SEGMENTS + segment)[:, None] * WIDTH + d[None, :]
-    part = tl.load(part_ptr + part_at, mask=(d < WIDTH)[None, :], other=0.0)
-    out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + place * WIDTH + d, out.to(out_ptr.dtype.element_ty), mask=d < WIDTH)

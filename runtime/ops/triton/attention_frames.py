@@ -17,7 +17,8 @@ import triton.language as tl
 from runtime.ops.batch import AttentionBatch
 from runtime.ops.coded_pages import CodedPages
 from runtime.ops.pages import Pages
-from runtime.ops.triton.attention import _FLOOR, _LOG2_E, _sequence_of, _tanh, in_launches, join, room_for, tile_for
+from runtime.ops.triton.attention_launch import LOG2_E, in_launches, join, room_for, tile_for
+from runtime.ops.triton.attention_parts import FLOOR, ended, folded, part_of, rows_of, seen_by
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -78,8 +79,8 @@ def _launch(
         batch.table_SP[first:],
         batch.coded_S[first:],
         batch.index_T,
-        scale * _LOG2_E if softcap is None else scale / softcap,
-        0.0 if softcap is None else softcap * _LOG2_E,
+        scale * LOG2_E if softcap is None else scale / softcap,
+        0.0 if softcap is None else softcap * LOG2_E,
         0 if window is None else window,
         end - first,
         batch.table_SP.stride(0),
@@ -124,18 +125,6 @@ def _halves(ptr, at, e, real, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.
     else:
         low, high = code, tl.load(ptr + at + HALF + e, mask=real, other=0)
     return low.to(tl.float16).to(DTYPE), high.to(tl.float16).to(DTYPE)
-
-
-@triton.jit
-def _folded(score, visible, top, total, cap, SOFTCAP: tl.constexpr):
-    """A tile's scores folded into the running maximum and sum: those, the tile's weights, and what fades the rest."""
-    if SOFTCAP:
-        score = _tanh(score) * cap
-    score = tl.where(visible, score, float("-inf"))
-    higher = tl.maximum(top, tl.max(score, 1))
-    weight = tl.exp2(score - higher[:, None])
-    fade = tl.exp2(top - higher)
-    return higher, total * fade + tl.sum(weight, 1), weight, fade
 
 
 @triton.jit(do_not_specialize=["window", "sequences", "table_stride"])
@@ -191,29 +180,18 @@ def _attend_frames(
     V_NUMBERS: tl.constexpr = 2 if V_BITS == 4 else 1
     PAGE_TILES: tl.constexpr = (PAGE + BLOCK_N - 1) // BLOCK_N
     SINK_TILES: tl.constexpr = (SINKS + BLOCK_N - 1) // BLOCK_N
-    piece = tl.program_id(0)
     g = tl.program_id(1)
     segment = tl.program_id(2)
-    base = tl.load(starts_ptr)
-    sequence = _sequence_of(starts_ptr, piece, base, sequences, BLOCK_Q)
-    row = tl.load(starts_ptr + sequence)
-    rows = tl.load(starts_ptr + sequence + 1) - row
-    skipped = (piece - (row - base) // BLOCK_Q - sequence) * BLOCK_Q
+    sequence, row, rows, skipped = part_of(starts_ptr, sequences, BLOCK_Q)
     if skipped >= rows:
         return
-
-    m = tl.arange(0, BLOCK_M)
-    token = skipped + m // GROUP
-    real_m = (m // GROUP < BLOCK_Q) & (token < rows)
-    flat = (row + token).to(tl.int64)
-    head = g * GROUP + m % GROUP
+    flat, head, real_m, own = rows_of(index_ptr, row, rows, skipped, g, GROUP, BLOCK_M, BLOCK_Q)
     e = tl.arange(0, BLOCK_E)
     real_e = e < HALF
     real_me = real_m[:, None] & real_e[None, :]
     q_at = flat[:, None] * q_stride_t + head[:, None] * q_stride_h + e[None, :]
     q_low = tl.load(q_ptr + q_at, mask=real_me, other=0.0)
     q_high = tl.load(q_ptr + q_at + HALF, mask=real_me, other=0.0)
-    own = tl.load(index_ptr + flat, mask=real_m, other=-1).to(tl.int32)
 
     coded = tl.load(coded_ptr + sequence)
     past = SINKS + coded * PAGE  # tokens before the latest full pages
@@ -225,7 +203,7 @@ def _attend_frames(
     stop = tl.minimum(begin + share, tiles)
     table = table_ptr + sequence.to(tl.int64) * table_stride
 
-    top = tl.full([BLOCK_M], _FLOOR, tl.float32)
+    top = tl.full([BLOCK_M], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc_low = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     acc_high = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
@@ -242,10 +220,8 @@ def _attend_frames(
         k_low = tl.load(k_ptr + k_at, mask=real_en, other=0.0).to(q_low.dtype)
         k_high = tl.load(k_ptr + k_at + HALF, mask=real_en, other=0.0).to(q_low.dtype)
         score = tl.dot(q_low, k_low, input_precision="ieee") + tl.dot(q_high, k_high, input_precision="ieee")
-        visible = stored[None, :] & (position[None, :] <= own[:, None])
-        if WINDOW:
-            visible = visible & (position[None, :] > own[:, None] - window)
-        top, total, weight, fade = _folded(score * scale, visible, top, total, cap, SOFTCAP)
+        visible = seen_by(own, position, stored, window, WINDOW)
+        top, total, weight, fade = folded(score * scale, visible, top, total, cap, SOFTCAP)
         v_at = (page * v_stride + inside)[:, None] + e[None, :]
         real_ne = stored[:, None] & real_e[None, :]
         v_low = tl.load(v_ptr + v_at, mask=real_ne, other=0.0).to(q_low.dtype)
@@ -272,11 +248,9 @@ def _attend_frames(
         score = tl.dot((q_low * scale_low[None, :]).to(q_low.dtype), k_low, input_precision="ieee")
         score += tl.dot((q_high * scale_high[None, :]).to(q_low.dtype), k_high, input_precision="ieee")
         shift = tl.sum(q_low * lowest_low[None, :] + q_high * lowest_high[None, :], 1)
-        visible = stored[None, :] & (position[None, :] <= own[:, None])
-        if WINDOW:
-            visible = visible & (position[None, :] > own[:, None] - window)
+        visible = seen_by(own, position, stored, window, WINDOW)
         score = (score + shift[:, None]) * scale
-        top, total, weight, fade = _folded(score, visible, top, total, cap, SOFTCAP)
+        top, total, weight, fade = folded(score, visible, top, total, cap, SOFTCAP)
         beside = page * v_numbers_stride + (offset * GROUPS + g) * V_NUMBERS
         acc_low = acc_low * fade[:, None]
         acc_high = acc_high * fade[:, None]
@@ -295,13 +269,7 @@ def _attend_frames(
         acc_high += tl.dot(weight, v_high, input_precision="ieee")
 
     place = flat * (GROUPS * GROUP) + head
-    part = tl.full([BLOCK_M], 1.0, tl.float32)
-    if SEGMENTS == 1:
-        part = 1.0 / tl.where(total > 0, total, 1.0)
-    else:
-        place = place * SEGMENTS + segment
-        tl.store(top_ptr + place, top, mask=real_m)
-        tl.store(sum_ptr + place, total, mask=real_m)
+    place, part = ended(top_ptr, sum_ptr, place, top, total, segment, real_m, SEGMENTS)
     out_at = place[:, None] * WIDTH + e[None, :]
     tl.store(out_ptr + out_at, (acc_low * part[:, None]).to(out_ptr.dtype.element_ty), mask=real_me)
     tl.store(out_ptr + out_at + HALF, (acc_high * part[:, None]).to(out_ptr.dtype.element_ty), mask=real_me)

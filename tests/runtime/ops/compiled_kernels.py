@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compress.core.gpu import sweep
-from runtime.ops.triton import attention, attention_frames, kv_store, low_bit, norm, rotary
+from runtime.ops.triton import attention, attention_frames, attention_launch, kv_store, low_bit, norm, rotary
 
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 INT_POINTERS = {
@@ -70,7 +70,7 @@ def attentions() -> Iterator[Build]:
         (4, 128, True, 8, "bf16", False, False, "fp8"),
         (2, 96, False, 1, "fp16", True, True, "int4"),
     ]:
-        tile = attention.tile_for(decode=decode, group=group, width=width, element_bytes=TYPES[dtype])
+        tile = attention_launch.tile_for(decode=decode, group=group, width=width, element_bytes=TYPES[dtype])
         constants = {
             "GROUPS": 8, "GROUP": group, "WIDTH": width, "BLOCK": 16, "BLOCK_D": triton.next_power_of_2(width),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_Q": tile.m // group, "SEGMENTS": segments, "WINDOW": window,
@@ -88,7 +88,7 @@ def mixtures() -> Iterator[Build]:
         (4, 128, True, 8, "bf16", False, False, 4),
         (3, 96, False, 1, "fp16", True, True, 8),
     ]:
-        tile = attention.tile_for(decode=decode, group=group, width=width, element_bytes=TYPES[dtype])
+        tile = attention_launch.tile_for(decode=decode, group=group, width=width, element_bytes=TYPES[dtype])
         constants = {
             "GROUPS": 8, "GROUP": group, "WIDTH": width, "BLOCK": 16, "SINKS": 16, "PAGE": 48,
             "BLOCK_E": triton.next_power_of_2(width // 2), "BLOCK_M": tile.m, "BLOCK_N": tile.n,
@@ -122,7 +122,7 @@ def low_bits() -> Iterator[Build]:
 
 def others() -> Iterator[Build]:
     merge = {"HEADS": 32, "WIDTH": 96, "BLOCK_D": 128, "SEGMENTS": 16}
-    yield Build("merge", attention._merge, "bf16", merge, 4, 2, False, {})
+    yield Build("merge", attention_launch._merge, "bf16", merge, 4, 2, False, {})
     yield Build("kv_store", kv_store._store, "bf16", {"WIDTH": 1024, "BLOCK": 1024}, 4, 2, False, {})
     for coding, codes in CODES.items():
         pointers = {"codes_ptr": codes, "scale_ptr": "*fp32"}
