@@ -31,16 +31,17 @@ def compile_blocks(model: Any, architecture: Architecture) -> None:
 
 
 def _compiled(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
-    import torch._dynamo as dynamo
+    from torch._dynamo import config
+    from torch._dynamo.exc import TorchDynamoException
 
     compiled = torch.compile(forward, dynamic=False, fullgraph=True)
 
     @wraps(forward)
     def call(*inputs: Any, **named: Any) -> Any:
         try:
-            with dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+            with config.patch(recompile_limit=MOST_GRAPHS):
                 return compiled(*inputs, **named)
-        except dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise EnvironmentRefused(f"a {name} cannot be compiled: {reason}", hint="compile: false") from error
 
