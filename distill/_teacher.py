@@ -46,7 +46,8 @@ def _opened(name: str) -> Checkpoint:
         return Checkpoint.open(name)
     except InputError as error:
         message = f"{error.where}: {error.message}" if error.where else error.message
-        raise UsageError(message, where="distill.teacher", hint=error.hint or WHAT_TEACHES) from error
+        hint = f"{error.hint}; or {WHAT_TEACHES}" if error.hint else WHAT_TEACHES
+        raise UsageError(message, where="distill.teacher", hint=hint) from error
 
 
 def require_dense_original(name: str, job: Job) -> None:

@@ -169,7 +169,7 @@ def test_a_teacher_with_padding_rows_teaches(tiny_model: TinyModel, tmp_path: Pa
 
 def test_a_teacher_is_found_beside_the_recipe_or_refused_before_any_work(tiny_model: TinyModel, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_model(), CUT, lessons(teacher="parent"))
-    with pytest.raises(InputError, match="parent"):
+    with pytest.raises(RecipeError, match=r"distill\.teacher: parent: .*or name a folder"):
         plan(recipe, RunOptions(tmp_path / "out"))
     shutil.copytree(tiny_model(), tmp_path / "parent")
     assert plan(recipe, RunOptions(tmp_path / "out")).stages
