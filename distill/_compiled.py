@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.core.errors import EnvironmentRefused
-from compress.core.inductor import require_inductor, use_private_folder
+from compress.core.inductor import require_inductor, use_own_folder
 
 if TYPE_CHECKING:
     from compress.core.architectures import Architecture
@@ -25,7 +25,7 @@ MOST_GRAPHS = 64  # of all kinds of blocks, numbers of rows, student and teacher
 def compile_blocks(model: Any, architecture: Architecture) -> None:
     """Let the model's blocks be compiled when they are first called. EnvironmentRefused where that cannot work."""
     require_inductor(model.device.type)
-    use_private_folder()
+    use_own_folder()
     for block in model.get_submodule(architecture.blocks):
         block.forward = _compiled(block.forward, type(block).__name__)
 

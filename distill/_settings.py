@@ -144,7 +144,7 @@ class Training(Pass):
         if launcher_shards() and not self.sharded:
             yield f"the launcher asked for FSDP, and {self._name} does not cut a model up"
         if self.compile:
-            yield "the blocks are compiled in the first steps, which takes up to some minutes and is kept for later"
+            yield "the blocks are compiled in the first steps, which takes up to some minutes in each run"
 
     def _require_shards(self) -> None:
         """UsageError for settings that do not work in parts."""

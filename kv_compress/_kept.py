@@ -10,8 +10,8 @@ from typing import Any
 
 from compress.core.errors import UsageError
 from kv_compress._coded_pages import BLOCK, RECENT, SINKS, CodingPoints
-from kv_compress._statistics import PER_CHANNEL, Choice, Layer, paged_coding
-from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy
+from kv_compress._statistics import Choice, Layer, paged_coding
+from kv_compress.policy import FULL, PER_CHANNEL, Coding, KVPolicy, LayerPolicy
 
 
 @dataclass(frozen=True, slots=True)

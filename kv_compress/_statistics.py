@@ -20,7 +20,7 @@ from kv_compress._coded_pages import CodingPoints
 from kv_compress._observed import Seen, observed
 from kv_compress._paged_rows import attend_paged, coded_rows
 from kv_compress.fp8 import scale_for
-from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy
+from kv_compress.policy import FULL, PER_CHANNEL, Coding, KVPolicy, LayerPolicy
 
 if TYPE_CHECKING:
     from compress.core.tokens import Tokens
@@ -29,7 +29,6 @@ SINK_TOKENS = 4  # at the beginning of a text
 CODECS = ("int8", "int4", "fp8")
 Choice = tuple[str, bool]
 """A codec, and whether keys or values are rotated before it."""
-PER_CHANNEL = ("int8", "int4")  # codecs that keys are coded with per channel, where whole pages are
 
 
 @dataclass

@@ -18,6 +18,7 @@ from kv_compress.int8 import Int8
 FULL = "full"
 CODECS: Mapping[str, Int8 | Int4 | Fp8] = {codec.name: codec for codec in (Int8(), Int4(), Fp8())}
 PRECISIONS = (FULL, *CODECS)
+PER_CHANNEL = ("int8", "int4")  # codecs that keys may be coded with per channel, where whole pages are
 PER_CHANNEL_BYTES = 4  # an fp16 scale and an fp16 lowest number for each channel of a page
 LARGEST_WINDOW = 1 << 20  # tokens that a file may ask to be kept in full
 ADDING_UP = frozenset({"h2o"})  # methods of eviction that add up the attention which each slot gets
@@ -169,6 +170,11 @@ class KVPolicy:
         for index, layer in enumerate(self.layers):
             if layer.values.per == "channel":
                 raise InputError(f"layer {index} of the policy: only keys are coded per channel", where=where)
+            if layer.keys.per == "channel" and (layer.keys.rotate or layer.keys.codec not in PER_CHANNEL):
+                raise InputError(
+                    f"layer {index} of the policy: codes per channel with int8 or int4, and without rotation, which "
+                    "would mix the channels", where=where,
+                )  # fmt: skip
         if self.is_paged and self.eviction is not None:
             raise InputError(
                 "the policy codes whole pages, of which eviction cannot drop single tokens", where=where,
@@ -216,8 +222,6 @@ def policy_in(config: Mapping[str, Any], where: str = "config.json") -> KVPolicy
 def _misfit(coding: Coding, heads: int, width: int) -> str:
     if coding.rotate and width & (width - 1):
         return f"rotates heads of {width} channels, which is no power of two"
-    if coding.per == "channel" and (coding.rotate or coding.codec not in ("int8", "int4")):
-        return "codes per channel with int8 or int4, and without rotation, which would mix the channels"
     if coding.codec == "int4" and width % 2:
         return f"codes heads of {width} channels in pairs"
     if coding.codec == "fp8" and len(coding.scale) not in (1, heads):

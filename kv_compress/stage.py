@@ -13,16 +13,16 @@ from compress.core.errors import InputError, UsageError
 from compress.core.kv_scheme import scheme_in
 from compress.core.model_files import KV_CACHE_KEY
 from compress.core.passes import Job, Pass, Plan
+from compress.core.sizes import sizes_of
 from kv_compress._coded_pages import BLOCK, HALF_BYTES, RECENT, SINKS
 from kv_compress.eviction import EvictionSettings, eviction_of
-from kv_compress.policy import FULL, LARGEST_WINDOW, Coding, KVPolicy, LayerPolicy, policy_in
+from kv_compress.policy import FULL, LARGEST_WINDOW, PER_CHANNEL, Coding, KVPolicy, LayerPolicy, policy_in
 
 if TYPE_CHECKING:
     from compress.core.calibration import Tokens
     from compress.core.checkpoint import Checkpoint
 
 Precision = Literal["full", "int8", "int4", "fp8"]
-PER_CHANNEL = ("int8", "int4")  # what keys may be coded in per channel
 _RANGES = re.compile(r"\s*-?\d+(\s*-\s*\d+)?\s*(,\s*-?\d+(\s*-\s*\d+)?\s*)*")
 
 
@@ -110,6 +110,13 @@ class KVCache(Pass):
             raise ValueError("keys: channel is for keys in int8 or int4, which none are: choose one, or keys: token")
         if (self.sinks or self.recent) and codecs == {FULL}:
             raise ValueError("sinks and recent stay in full where the rest is coded, and nothing is: leave them out")
+        if self.keys == "channel" and self.rotate and _pair(self.precision)[0] in PER_CHANNEL:
+            raise ValueError("rotate mixes the channels that keys: channel keeps apart: leave one of them out")
+        if self.eviction is not None and (self.keys == "channel" or self.sinks or self.recent):
+            raise ValueError(
+                "keys: channel, sinks and recent code whole pages, of which eviction cannot drop single tokens: leave "
+                "either out (eviction has sinks and recent of its own)"
+            )
         return self
 
     @property
@@ -188,7 +195,7 @@ class KVCache(Pass):
                     hint="choose another method, or one precision for all layers",
                 )
         except InputError as error:
-            raise UsageError(error.message, where="kv_cache") from None
+            raise UsageError(error.message, where="kv_cache", hint=error.hint) from None
         return policy
 
     @staticmethod
@@ -199,8 +206,17 @@ class KVCache(Pass):
         policy = policy_in(config)
         if policy is None:
             return
-        policy.require_sound(where)
-        eviction_of(policy, where)
+        sizes = sizes_of(config)
+        each_layer = [(sizes["kv_heads"], sizes["head_dim"])] * sizes["layers"]
+        policy.require_fits(each_layer, where)
+        try:
+            if policy.is_paged:
+                policy.coding_points(each_layer, HALF_BYTES, BLOCK)
+            eviction = eviction_of(policy, where)
+            if eviction is not None:
+                eviction.points(policy.token_bytes(each_layer, HALF_BYTES, BLOCK))
+        except UsageError as error:
+            raise InputError(error.message, where=where, hint=error.hint) from None
         if scheme_in(config) is not None and not policy.is_scheme:
             raise InputError("is more than kv_cache_scheme says, which other engines would obey", where=where)
 

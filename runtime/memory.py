@@ -14,7 +14,7 @@ from compress.core.errors import ResourceError, UsageError
 from kv_compress.policy import FULL
 from runtime.blocks import BlockPool
 from runtime.cache import KVCache, page_bytes
-from runtime.frames import FrameCache, cache_for
+from runtime.frames import FrameCache, cache_for, points_for
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import Decoder
 from runtime.page import PageType
@@ -72,13 +72,14 @@ def allocate(
         share = _GPU_SHARE if is_gpu else _CPU_SHARE
         budget, source = int(share * free_bytes(model.device)) - activations, "what is free"
     pages = budget // page.bytes - is_gpu
+    most = settings.max_sequences * _longest_pages(model, max_length, block_size)
     if kv_bytes is None:
-        pages = min(pages, settings.max_sequences * -(-max_length // block_size))
+        pages = min(pages, most)
     if pages < 1:
         least = page.bytes * (1 + is_gpu)
         if kv_bytes is not None:
-            all_pages = settings.max_sequences * -(-max_length // block_size) + is_gpu
-            hint = f"kv_bytes must be at least {least:,}; more than {all_pages * page.bytes:,} is never used"
+            useful = (most + is_gpu) * page.bytes
+            hint = f"kv_bytes must be at least {least:,}; more than {useful:,} is never used"
         else:
             hint = (
                 f"weights take {weights:,} bytes, a step's activations up to {activations:,}, less with a smaller "
@@ -95,6 +96,13 @@ def allocate(
     pool = BlockPool(pages, page, prefix_cache=settings.prefix_cache)
     pool.memory_pages = cache.pages
     return cache, pool, Ledger(weights, cache.bytes, activations)
+
+
+def _longest_pages(model: Decoder, max_length: int, block_size: int) -> int:
+    """Pages that the longest sequence takes at any one time, nothing evicted."""
+    points = points_for(model.config, model.kv_policy, model.dtype, block_size)
+    slots = max_length if points is None else points.peak(0, 0, max_length, max_length)
+    return -(-slots // block_size)
 
 
 def _page_name(model: Decoder) -> str:

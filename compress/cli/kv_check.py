@@ -134,7 +134,7 @@ def _per_channel(trial: "Trial", layers: "Sequence[Layer]") -> "list[Tried]":
     """Keys per channel in all layers, for codecs whose pages hold more than in full."""
     from compress.core.errors import UsageError
     from kv_compress._kept import uniform
-    from kv_compress._statistics import PER_CHANNEL
+    from kv_compress.policy import PER_CHANNEL
 
     found = []
     for codec in PER_CHANNEL:

@@ -9,9 +9,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from compress.core.compiling import private_cache, triton_installed
+from compress.core.compiling import triton_installed
 from compress.core.errors import EnvironmentRefused
-from compress.core.files import make_folder
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -31,13 +30,14 @@ def require_inductor(device: str) -> None:
 
 
 @cache
-def use_private_folder() -> None:
-    """Let it keep what it makes where nobody else can write, unless the environment names a folder: it loads pickles
-    from there, and its own choice below /tmp is one that anybody could make first."""
-    if _FOLDER in os.environ:
-        return
-    kept = private_cache()
-    os.environ[_FOLDER] = str(make_folder(kept / "inductor")) if kept else _for_this_process().name
+def use_own_folder() -> None:
+    """Let this process keep what it makes in a folder of its own, removed at its end, unless the environment names one:
+    torch's choice below /tmp is one that anybody could make first, and it loads pickles from there; and what a process
+    that was killed had half linked would be taken for whole."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get(_FOLDER, default_cache_dir()) == default_cache_dir():  # torch writes it there when first asked
+        os.environ[_FOLDER] = _for_this_process().name
 
 
 @cache

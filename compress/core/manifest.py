@@ -89,9 +89,13 @@ def _canonical(data: dict[str, Any]) -> str:
     return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
+
+
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
-        data = json.loads(text)
+        data = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"not JSON: {error}", where=where) from None
     if not isinstance(data, dict):

@@ -59,7 +59,7 @@ def test_a_missing_key_is_named() -> None:
         Manifest.parse(json.dumps(data))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"a": NaN'])
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"a": NaN}'])
 def test_what_is_no_manifest(text: str) -> None:
     with pytest.raises(ArtifactError, match="not (a )?JSON"):
         Manifest.parse(text)

@@ -7,6 +7,8 @@ a minute of CPU. COMPRESS_COMPILED=all does that, too.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +22,7 @@ from torch._dynamo.utils import counters
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import EnvironmentRefused, UsageError
-from compress.core.inductor import require_inductor, use_private_folder
+from compress.core.inductor import require_inductor
 from compress.pipeline import RunOptions, run
 from distill.features import Features
 from distill.logits import Logits
@@ -103,13 +105,23 @@ def test_a_machine_without_a_compiler_is_told_by_the_plan(
     require_inductor("cpu")
 
 
-def test_code_is_kept_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    use_private_folder.__wrapped__()
-    folder = tmp_path / "compress" / "inductor"
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
-    assert folder.parent.stat().st_mode & 0o077 == 0
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    use_private_folder.__wrapped__()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+@pytest.mark.parametrize("asked", [None, "elsewhere"])
+def test_each_process_keeps_code_in_a_folder_of_its_own(tmp_path: Path, asked: str | None) -> None:
+    """transformers' import lets torch name a folder below /tmp that all runs share."""
+    code = (
+        "import os, torch, transformers.modeling_utils, torch._inductor.codecache as made\n"
+        "made.cache_dir()\n"
+        "from compress.core.inductor import use_own_folder\n"
+        "use_own_folder()\n"
+        "folder = made.cache_dir()\n"
+        "print(folder, oct(os.stat(folder).st_mode)[-3:] if os.path.isabs(folder) else '')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    environment |= {} if asked is None else {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / asked)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    folder, *mode = done.stdout.split()
+    if asked is None:
+        assert Path(folder).name.startswith("compress-") and mode == ["700"]
+        assert not Path(folder).exists()
+    else:
+        assert folder == str(tmp_path / asked)

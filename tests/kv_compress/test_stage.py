@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from compress.core.checkpoint import Checkpoint
@@ -198,13 +199,18 @@ def test_keys_per_channel_travel_with_the_artifact(
     ).policy(checkpoint)
     assert [of.keys.per for of in mixed.layers] == ["token", "channel", "channel"]
     for wrong, message in (
-        ({"rotate": True}, "without rotation"),
-        ({"eviction": {"budget": {"tokens": 64}}}, "eviction cannot drop single tokens"),
         ({"overrides": [{"layers": "0-1", "precision": "full"}]}, "holds only 20 that are coded"),
+        ({"overrides": [{"layers": "0", "precision": "int4", "rotate": True}]}, "without rotation"),
     ):
         settings = KVCache.model_validate_json(json.dumps(asked | wrong))
         with pytest.raises(UsageError, match=message):
             settings.plan(checkpoint, None)
+    for wrong, message in (
+        ({"rotate": True}, "rotate mixes the channels"),
+        ({"eviction": {"budget": {"tokens": 64}}}, "eviction cannot drop single tokens"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            KVCache.model_validate_json(json.dumps(asked | wrong))
 
 
 @pytest.mark.parametrize(
@@ -230,6 +236,15 @@ def test_what_the_runtime_would_refuse_is_not_planned(
 
 INT8 = {"keys": {"codec": "int8"}, "values": {"codec": "int8"}}
 FP8 = {"codec": "fp8", "scale": [0.5]}
+PER_CHANNEL = {"codec": "int4", "per": "channel"}
+ONE_LAYER = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "num_hidden_layers": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -240,11 +255,19 @@ FP8 = {"codec": "fp8", "scale": [0.5]}
         ({"layers": [INT8], "eviction": {"method": "foo"}}, "eviction.method"),
         ({"layers": [{"keys": {"codec": "int8"}, "values": {"codec": "int8", "per": "channel"}}]}, "only keys"),
         ({"layers": [{"keys": FP8, "values": FP8}], "sinks": 16}, "more than kv_cache_scheme says"),
+        ({"layers": [INT8, INT8]}, "2 layers, the model 1"),
+        ({"layers": [{"keys": PER_CHANNEL | {"rotate": True}, "values": PER_CHANNEL}]}, "only keys"),
+        ({"layers": [{"keys": PER_CHANNEL | {"rotate": True}, "values": INT8["values"]}]}, "without rotation"),
+        ({"layers": [{"keys": PER_CHANNEL | {"codec": "int8"}, "values": {"codec": "full"}}]}, "holds only 20 that"),
+        (
+            {"layers": [INT8], "eviction": {"method": "tova", "budget": {"bytes": "0.1kB"}}},
+            "100 bytes holds 1 tokens of 72 bytes",
+        ),
     ],
 )
 def test_policies_that_no_runtime_obeys_are_told(policy: dict[str, Any], message: str) -> None:
     scheme = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True, "strategy": "tensor"}
-    config = {KV_CACHE_KEY: policy, "quantization_config": {"kv_cache_scheme": scheme}}
+    config = ONE_LAYER | {KV_CACHE_KEY: policy, "quantization_config": {"kv_cache_scheme": scheme}}
     with pytest.raises(InputError, match=message):
         KVCache.require_obeyed(config)
 

@@ -127,6 +127,10 @@ def test_what_fits_is_known_and_what_is_allocated(tiny_model: TinyModel) -> None
     llm = LLM(tiny_model("llama"), block_size=BLOCK, kv_bytes=14 * 3072 + 5, kv_cache=POLICY, dtype=torch.float32)
     assert llm.ledger.kv_pool_bytes == llm.engine.runner.cache._memory.nbytes == 14 * 3072
     assert llm.engine.scheduler.pool.page.name == "float32 or int4"
+    usual = LLM(
+        tiny_model("llama"), block_size=BLOCK, kv_cache=POLICY, dtype=torch.float32, max_length=168, max_sequences=2
+    )
+    assert usual.ledger.kv_pool_bytes == 2 * llm.ledger.kv_pool_bytes  # by itself no more than can be used
     # In the end the sinks' frame, 7 coded ones and 6 full ones; before the last was coded it was as many.
     assert llm.kv_tokens == 4 + 7 * 20 + 6 * 4 == 168
     owned = []
