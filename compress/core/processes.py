@@ -183,14 +183,27 @@ def current() -> Processes:
 def end_with_launcher() -> None:
     """Let SIGTERM end the main process with a ResourceError: a launcher sends it when one of the others has failed."""
 
-    def end(_number: int, _frame: FrameType | None) -> None:
+    def end(_number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if _is_finalizing(frame):
+            signal.signal(signal.SIGALRM, end)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
         raise ResourceError(
             "the launcher has ended this run: another of its processes has failed, or it was told to stop",
             hint="see what was printed; the same command goes on where the run was",
         )
 
     signal.signal(signal.SIGTERM, end)
+
+
+def _is_finalizing(frame: FrameType | None) -> bool:
+    """Whether this runs inside a finalizer, where what is raised is lost."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

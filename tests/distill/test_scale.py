@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +169,28 @@ def said_by(started: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
             process.kill()
 
 
-def test_a_launcher_that_ends_the_run_is_heard() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+class Finalized:
+    """Told to end while it is being freed."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_launcher_that_ends_the_run_is_heard(inside: bool) -> None:
+    """Where an exception would be lost, it comes a moment later."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
     try:
         end_with_launcher()
         with pytest.raises(ResourceError, match="the launcher has ended this run"):
-            signal.raise_signal(signal.SIGTERM)
+            if inside:
+                Finalized()
+                time.sleep(30)
+            else:
+                signal.raise_signal(signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_one_process_in_place_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
