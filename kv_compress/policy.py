@@ -180,6 +180,14 @@ class KVPolicy:
         codecs = ((layer.keys.codec, layer.values.codec) for layer in self.layers)
         return len(set(zip(heads_and_widths, codecs, strict=True))) == 1
 
+    def require_alike(self, heads_and_widths: Iterable[tuple[int, int]]) -> None:
+        """UsageError unless layers may keep unequal numbers of keys."""
+        if not self.is_alike(heads_and_widths):
+            raise UsageError(
+                "layers cannot keep unequal numbers of keys, since theirs differ in heads, channels or codecs",
+                hint="choose a method of eviction with equal numbers, or one codec for all layers",
+            )
+
     @property
     def count_bytes(self) -> int:
         """Bytes beside a token's key and value in each head: of the attention that it got, where that is added up."""
