@@ -18,6 +18,7 @@ from compress.core.model_files import KV_CACHE_KEY
 from compress.kv_report import OWN, kv_report
 from kv_compress._budget import Points
 from kv_compress._evicted import at_once, held, longest
+from kv_compress.policy import KVPolicy
 from kv_compress.stage import KVCache
 from runtime.llm import LLM
 from runtime.params import SamplingParams
@@ -215,3 +216,24 @@ def test_the_report_counts_with_the_scheme_of_other_tools(tiny_model: TinyModel,
     assert {(layer.keys, layer.values, layer.bytes) for layer in found.layers} == {("fp8", "fp8", 64)}
     assert [way.token_bytes for way in found.ways if way.name == f"{OWN}: fp8"] == [192] * 4
     assert LLM(folder, kv_bytes=1 << 20, **MEMORY).engine.scheduler.pool.page.bytes == 192 * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"sinks": 1 << 21},
+            "config.json: kv.sinks: must be a whole number of tokens from 0 to 1,048,576, not 2097152",
+        ),
+        ({"recent": -1}, "config.json: kv.recent: must be a whole number of tokens from 0 to 1,048,576, not -1"),
+        ({"recent": True}, "config.json: kv.recent: must be a whole number"),
+        ({"layers": []}, "config.json: kv.layers: must be a list of 1 to 4,096 layers, not []"),
+        ({"eviction": [1]}, "config.json: kv.eviction: must be a mapping of settings, not [1]"),
+        ({"recnt": 4}, "config.json: kv: 'recnt' is no setting of a policy"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_named(change: dict[str, Any], says: str) -> None:
+    layers = [{"keys": {"codec": "int8"}, "values": {"codec": "int8"}}] * 40  # more than a message has room for
+    with pytest.raises(InputError) as refused:
+        KVPolicy.parse({"layers": layers} | change, "config.json: kv")
+    assert str(refused.value).startswith(says)
