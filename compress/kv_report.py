@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import UsageError
-from compress.core.kv_agreement import require_agreement_in
 from compress.core.model_files import KV_CACHE_KEY
 from compress.core.numerics import dtype_name
 from kv_compress._budget import Points
@@ -20,7 +19,9 @@ from kv_compress._coded_pages import RECENT, SINKS
 from kv_compress._evicted import at_once, held, longest
 from kv_compress._ranges import head_sizes, query_heads
 from kv_compress.eviction import eviction_of
-from kv_compress.policy import CODECS, FULL, Coding, KVPolicy, policy_in
+from kv_compress.policy import CODECS, FULL, Coding, KVPolicy
+from runtime.kv_policy import blaming, policy_of
+from runtime.models.reading import read
 
 if TYPE_CHECKING:
     import torch
@@ -80,15 +81,13 @@ def kv_report(
     shares: Sequence[float] = SHARES,
 ) -> KVReport:
     """Of a model folder. `dtype`: of a number that is kept in full (compress.core.numerics says which one the runtime
-    takes); `context`: tokens of a sequence."""
+    takes); `context`: tokens of a sequence. InputError for a policy of its own that the runtime refuses."""
     if min(context, block_size, memory_bytes) < 1:
         raise UsageError("memory, context and pages must be at least 1")
     checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint.open(folder)
     sizes, queries, itemsize = head_sizes(checkpoint), query_heads(checkpoint), dtype.itemsize
-    require_agreement_in(checkpoint.folder, checkpoint.config)
-    place = str(checkpoint.folder / "config.json")
-    own = policy_in(checkpoint.config, place)
-    eviction = eviction_of(own, f"{place}: {KV_CACHE_KEY}")
+    own = policy_of(checkpoint, sizes)
+    points = None if own is None else _points(checkpoint, own, sizes, itemsize, block_size)
     full = KVPolicy.uniform(FULL, len(sizes))
     policies = {FULL: full} | {name: KVPolicy.uniform(name, len(sizes)) for name in CODECS}
     policies[PER_CHANNEL] = KVPolicy.uniform("int4", len(sizes), keys="channel", sinks=SINKS, recent=RECENT)
@@ -110,10 +109,8 @@ def kv_report(
             continue
         size = policy.token_bytes(sizes, itemsize, block_size)
         pages = memory_bytes // (size * block_size)
-        if policy is own and eviction is not None:
-            points = eviction.points(size, len(sizes), sizes[0][0])
-            points = replace(points, spread=block_size - 1) if eviction.is_unequal else points
-            ways.append(_evicting(f"{name}, {eviction.words}", points, size, pages, context, block_size))
+        if policy is own and points is not None:
+            ways.append(_evicting(name, points, size, pages, context, block_size))
             continue
         for share in shares:
             needed = -(-max(1, int(context * share)) // block_size)
@@ -121,6 +118,28 @@ def kv_report(
             ways.append(Fits(name, share, size, size * block_size, pages * block_size, pages // needed, longest))
     ungrouped = sum(2 * query * width * itemsize for query, (_, width) in zip(queries, sizes, strict=True))
     return KVReport(dtype_name(dtype), layers, sum(layer.full_bytes for layer in layers), ungrouped, tuple(ways))
+
+
+def _points(
+    checkpoint: Checkpoint, own: KVPolicy, sizes: list[tuple[int, int]], itemsize: int, block_size: int
+) -> Points | None:
+    """Where the model's own policy evicts, None where it does not. InputError for one that no pool can obey."""
+    folder = checkpoint.folder
+    if own.is_paged:
+        with blaming(folder, "layers", own=True):
+            own.coding_points(sizes, itemsize, block_size)
+    eviction = eviction_of(own, f"{folder / 'config.json'}: {KV_CACHE_KEY}")
+    if eviction is None:
+        return None
+    if eviction.is_unequal:
+        with blaming(folder, "eviction.method", own=True):
+            own.require_alike(sizes)
+    with blaming(folder, "eviction.recent", own=True):
+        layers = read(checkpoint.config, str(folder / "config.json")).layers
+        eviction.require_windows(layer.window for layer in layers)
+    with blaming(folder, "eviction.budget", own=True):
+        points = eviction.points(own.token_bytes(sizes, itemsize, block_size), len(sizes), sizes[0][0])
+    return replace(points, spread=block_size - 1) if eviction.is_unequal else points
 
 
 def _evicting(name: str, points: Points, size: int, pages: int, context: int, block_size: int) -> Fits:
@@ -131,9 +150,11 @@ def _evicting(name: str, points: Points, size: int, pages: int, context: int, bl
 
 
 def _words(policy: KVPolicy) -> str:
-    """ "int8", "int8 or int4" where layers differ, "int4, keys per channel"."""
+    """ "int8", "int8 or int4" where layers differ, "int4, keys per channel", "int8, snapkv 25%"."""
     per_channel = any(layer.keys.per == "channel" for layer in policy.layers)
-    return " or ".join(policy.codecs) + (", keys per channel" if per_channel else "")
+    eviction = eviction_of(policy)
+    evicting = "" if eviction is None else f", {eviction.words}"
+    return " or ".join(policy.codecs) + (", keys per channel" if per_channel else "") + evicting
 
 
 def _said(coding: Coding) -> str:

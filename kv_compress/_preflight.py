@@ -9,7 +9,7 @@ from compress.core.errors import UsageError
 from compress.core.knapsack import knapsack
 from compress.core.quantities import parse_size
 from kv_compress._coded_pages import BLOCK, HALF_BYTES, RECENT, SINKS, CodingPoints
-from kv_compress._kept import Kept, numbers, points_of, sequence_bytes, token_bytes
+from kv_compress._kept import Kept, numbers, points_of, sequence_bytes, sizes_of, token_bytes, usual_points
 from kv_compress._statistics import Layer, choices
 from kv_compress.policy import FULL
 
@@ -30,6 +30,17 @@ def budget_bytes(text: str, layers: Sequence[Layer]) -> float:
     return bits * numbers(layers) / 8
 
 
+def require_had(budget: float, layers: Sequence[Layer], itemsize: int, context: int, *, paged: bool) -> None:
+    """UsageError for a budget that nothing fits, as far as the sizes of the layers tell. `paged`: whether keys per
+    channel are a choice, too."""
+    least = _least(layers, itemsize)
+    points = usual_points(sizes_of(layers), itemsize) if paged else None
+    for tokens in () if points is None else _page_tokens(points.page_tokens + 1):
+        least = min(least, sequence_bytes(_points(tokens), layers, itemsize, context))
+    if least > budget:
+        raise _nothing_fits(layers, itemsize, context)
+
+
 def propose(layers: Sequence[Layer], budget: float, itemsize: int, context: int) -> list[list[Kept]]:
     """What fits: each token coded by itself, and whole pages, keys per channel, each as precise as can be. The one with
     the least sum of errors comes first. UsageError where neither fits."""
@@ -38,7 +49,7 @@ def propose(layers: Sequence[Layer], budget: float, itemsize: int, context: int)
         found = [choose(layers, budget, itemsize)]
     except UsageError:
         if paged is None:
-            raise
+            raise _nothing_fits(layers, itemsize, context) from None
         found = []
     found += [] if paged is None else [paged]
     return sorted(found, key=lambda kept: total_error(kept, layers))
@@ -54,15 +65,10 @@ def choose(layers: Sequence[Layer], budget: float, itemsize: int) -> list[Kept]:
     even the smallest fits."""
     every = [_options(layer) for layer in layers]
     losses = [[kept.error(layer) for kept in options] for options, layer in zip(every, layers, strict=True)]
-    sizes = [[token_bytes([kept], [layer], itemsize) for kept in of] for of, layer in zip(every, layers, strict=True)]
-    least = sum(min(of) for of in sizes)
-    found = knapsack(losses, sizes, budget) if least <= budget else None
+    sizes = [_token_bytes(of, layer, itemsize) for of, layer in zip(every, layers, strict=True)]
+    found = knapsack(losses, sizes, budget) if _least(layers, itemsize) <= budget else None
     if found is None:
-        bits = 8 * least / numbers(layers)
-        raise UsageError(
-            f"no choice of precisions fits: the smallest takes {least:,} bytes a token, {bits:.3g} bits a number",
-            where="--budget",
-        )
+        raise _nothing_fits(layers, itemsize)
     return [options[number] for options, number in zip(every, found, strict=True)]
 
 
@@ -75,19 +81,63 @@ def choose_paged(layers: Sequence[Layer], budget: float, itemsize: int, context:
     """
     every = [_paged_options(layer) for layer in layers]
     losses = [[kept.error(layer) for kept in options] for options, layer in zip(every, layers, strict=True)]
-    room, sinks = BLOCK * numbers(layers) * itemsize, -(-SINKS // BLOCK) * BLOCK
-    for tokens in (BLOCK * 3 // 2, *range(2 * BLOCK, room, BLOCK)) if all(every) else ():
+    room = BLOCK * numbers(layers) * itemsize
+    for tokens in _page_tokens(room) if all(every) else ():
         sizes = [_page_bytes(options, layer, tokens, itemsize) for options, layer in zip(every, layers, strict=True)]
         if sum(map(min, sizes)) > room:
             break
-        points = CodingPoints(BLOCK, tokens, sinks, RECENT, "", 2 if tokens % BLOCK else 1)
-        fits = sequence_bytes(points, layers, itemsize, context) <= budget
+        fits = sequence_bytes(_points(tokens), layers, itemsize, context) <= budget
         found = knapsack(losses, sizes, room) if fits else None
         if found is not None:
             kept = [options[number] for options, number in zip(every, found, strict=True)]
             if _is_had(kept, layers, budget, itemsize, context):
                 return kept
     return None
+
+
+def _nothing_fits(layers: Sequence[Layer], itemsize: int, context: int | None = None) -> UsageError:
+    """Names the smallest that is coded token by token and, for sequences of `context` tokens, what is in pages."""
+    return UsageError(
+        f"no choice of precisions fits: the smallest takes {_sized(_least(layers, itemsize), layers)}",
+        where="--budget",
+        hint=None if context is None else _in_pages(layers, itemsize, context),
+    )
+
+
+def _in_pages(layers: Sequence[Layer], itemsize: int, context: int) -> str | None:
+    """What int4 takes with keys per channel, which is less in longer sequences; None where no pages can be had."""
+    points = usual_points(sizes_of(layers), itemsize)
+    if points is None:
+        return None
+    now = _sized(sequence_bytes(points, layers, itemsize, context), layers)
+    end = _sized(-(-BLOCK * numbers(layers) * itemsize // points.page_tokens), layers)
+    return (
+        f"int4 with keys per channel takes {now} in sequences of {context:,} tokens, and down to {end} with a longer "
+        "--context"
+    )
+
+
+def _sized(size: int, layers: Sequence[Layer]) -> str:
+    return f"{size:,} bytes a token, {8 * size / numbers(layers):.3g} bits a number"
+
+
+def _least(layers: Sequence[Layer], itemsize: int) -> int:
+    """The fewest bytes of a token that is coded by itself."""
+    return sum(min(_token_bytes(_options(layer), layer, itemsize)) for layer in layers)
+
+
+def _token_bytes(options: Sequence[Kept], layer: Layer, itemsize: int) -> list[int]:
+    return [token_bytes([kept], [layer], itemsize) for kept in options]
+
+
+def _page_tokens(end: int) -> tuple[int, ...]:
+    """How many tokens a coded page may hold, fewer than `end`."""
+    return (BLOCK * 3 // 2, *range(2 * BLOCK, end, BLOCK))
+
+
+def _points(tokens: int) -> CodingPoints:
+    """Where pages of so many tokens are coded."""
+    return CodingPoints(BLOCK, tokens, -(-SINKS // BLOCK) * BLOCK, RECENT, "", 2 if tokens % BLOCK else 1)
 
 
 def _page_bytes(options: Sequence[Kept], layer: Layer, tokens: int, itemsize: int) -> list[int]:

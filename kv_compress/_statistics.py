@@ -9,7 +9,7 @@ Shape suffixes: B rows, G key-value heads, S tokens, D channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,16 @@ class Layer:
         return scale_for(float((self.key_range_GD if keys else self.value_range_GD).max()))
 
 
+def unmeasured(sizes: Sequence[tuple[int, int]]) -> list[Layer]:
+    """Layers of so many heads and channels, before anything is known of them: for sums of bytes."""
+    return [Layer(heads, width, torch.ones(heads, width), torch.ones(heads, width)) for heads, width in sizes]
+
+
+def finds_pages(length: int, points: CodingPoints) -> bool:
+    """Whether a row of so many tokens has queries that find coded pages, and something to tell by them."""
+    return length > points.position(1) + 1
+
+
 def codecs(width: int) -> tuple[str, ...]:
     """Codecs for heads of so many channels, two of which share a byte of int4."""
     return tuple(codec for codec in CODECS if codec != "int4" or width % 2 == 0)
@@ -103,7 +113,7 @@ def measure(model: Any, tokens: Tokens, points: CodingPoints | None = None) -> l
                 (layer.value_errors, seen.attend(weights, values)),
             ):
                 errors[choice] = errors.get(choice, 0.0) + float((result - plain).square().sum())
-        if points is not None and plain.shape[2] > points.position(1) + 1:
+        if points is not None and finds_pages(plain.shape[2], points):
             try_pages(seen, layer, plain, points)
         return plain
 

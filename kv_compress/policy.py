@@ -24,7 +24,7 @@ LARGEST_WINDOW = 1 << 20  # tokens that a file may ask to be kept in full
 ADDING_UP = frozenset({"h2o"})  # methods of eviction that add up the attention which each slot gets
 COUNT_BYTES = 8  # of such a sum
 LARGEST_POLICY = 1 << 12  # layers and heads that a file may speak of
-_BESIDE = {"eviction", "sinks", "recent"}
+_SETTINGS = ("layers", "eviction", "sinks", "recent")
 _PER = ("token", "channel")
 
 
@@ -186,6 +186,14 @@ class KVPolicy:
         codecs = ((layer.keys.codec, layer.values.codec) for layer in self.layers)
         return len(set(zip(heads_and_widths, codecs, strict=True))) == 1
 
+    def require_alike(self, heads_and_widths: Iterable[tuple[int, int]]) -> None:
+        """UsageError unless layers may keep unequal numbers of keys."""
+        if not self.is_alike(heads_and_widths):
+            raise UsageError(
+                "layers cannot keep unequal numbers of keys, since theirs differ in heads, channels or codecs",
+                hint="choose a method of eviction with equal numbers, or one codec for all layers",
+            )
+
     @property
     def count_bytes(self) -> int:
         """Bytes beside a token's key and value in each head: of the attention that it got, where that is added up."""
@@ -200,13 +208,15 @@ class KVPolicy:
     @classmethod
     def parse(cls, data: object, where: str = "") -> KVPolicy:
         """From `to_json`. InputError for anything else."""
-        match data:
-            case {"layers": list(layers), **rest} if rest.keys() <= _BESIDE and 0 < len(layers) <= LARGEST_POLICY:
-                eviction, sinks, recent = rest.get("eviction"), rest.get("sinks", 0), rest.get("recent", 0)
-                sound = all(type(count) is int and 0 <= count <= LARGEST_WINDOW for count in (sinks, recent))
-                if sound and (eviction is None or isinstance(eviction, Mapping)):
-                    return cls(tuple(_layer(layer, where) for layer in layers), eviction, sinks, recent)
-        raise InputError(f"is no policy for keys and values: {data!r:.80}", where=where)
+        if not isinstance(data, Mapping) or "layers" not in data:
+            raise InputError(f"is no policy for keys and values: {data!r:.80}", where=where)
+        for name, value in data.items():
+            if name not in _SETTINGS:
+                raise InputError(f"{name!r:.80} is no setting of a policy for keys and values", where=where)
+            if wrong := _wrong(name, value):
+                raise InputError(f"{wrong}, not {value!r:.80}", where=f"{where}.{name}" if where else name)
+        layers = tuple(_layer(layer, where) for layer in data["layers"])
+        return cls(layers, data.get("eviction"), data.get("sinks", 0), data.get("recent", 0))
 
     def _codings(self) -> Iterable[Coding]:
         for layer in self.layers:
@@ -227,6 +237,17 @@ def _misfit(coding: Coding, heads: int, width: int) -> str:
     if coding.codec == "fp8" and len(coding.scale) not in (1, heads):
         return f"has {len(coding.scale)} scales for {heads} heads"
     return ""
+
+
+def _wrong(name: str, value: object) -> str:
+    """What a setting of a policy must be, if it is not that."""
+    if name == "layers":
+        sound = isinstance(value, list) and 0 < len(value) <= LARGEST_POLICY
+        return "" if sound else f"must be a list of 1 to {LARGEST_POLICY:,} layers"
+    if name == "eviction":
+        return "" if value is None or isinstance(value, Mapping) else "must be a mapping of settings"
+    sound = type(value) is int and 0 <= value <= LARGEST_WINDOW
+    return "" if sound else f"must be a whole number of tokens from 0 to {LARGEST_WINDOW:,}"
 
 
 def _layer(data: object, where: str) -> LayerPolicy:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from compress.core.errors import ResourceError, UsageError
+from compress.core.errors import ResourceError
 from kv_compress._coding import code_dtype
 from kv_compress.policy import CODECS, FULL, Coding, KVPolicy
 from runtime.models.config import LayerConfig, ModelConfig
@@ -174,11 +174,7 @@ def _layers_by_head(
 ) -> list[tuple[Pages, Pages]]:
     """Keys and values of all layers in one allocation each."""
     first, count = config.layers[0], len(config.layers)
-    if not policy.is_alike((layer.kv_heads, layer.head_dim) for layer in config.layers):
-        raise UsageError(
-            "layers cannot keep unequal numbers of keys, since theirs differ in heads, channels or codecs",
-            hint="choose a method of eviction with equal numbers, or one codec for all layers",
-        )
+    policy.require_alike((layer.kv_heads, layer.head_dim) for layer in config.layers)
     both = []
     for codings in ([of.keys for of in policy.layers], [of.values for of in policy.layers]):
         whole = _pages(codings[0], first, count * pages, block_size, dtype, device)

@@ -15,28 +15,30 @@ from compress.core.kv_agreement import require_agreement_in
 from compress.core.kv_scheme import is_scale, scale_names, scheme_in
 from compress.core.model_files import KV_CACHE_KEY
 from kv_compress.policy import FULL, Coding, KVPolicy, LayerPolicy, policy_in
-from runtime.models.config import LayerConfig
 
 if TYPE_CHECKING:
     from kv_compress.eviction import EvictionSettings
 
 
-def policy_of(checkpoint: Checkpoint, layers: Sequence[LayerConfig], asked: KVPolicy | str | None) -> KVPolicy | None:
-    """The policy, None where keys and values are kept as they are. InputError for one that does not fit the layers, or
-    that config.json and the manifest do not agree on; UsageError for a codec that does not exist."""
+def policy_of(
+    checkpoint: Checkpoint, sizes: Sequence[tuple[int, int]], asked: KVPolicy | str | None = None
+) -> KVPolicy | None:
+    """The policy, None where keys and values are kept as they are. `sizes`: heads and width of each layer. InputError
+    for one that does not fit the layers, or that config.json and the manifest do not agree on; UsageError for a codec
+    that does not exist."""
     where = str(checkpoint.folder / "config.json")
     if asked is not None and not isinstance(asked, str | KVPolicy):
         raise UsageError(f"kv_cache is a codec's name or a KVPolicy (kv_compress.policy), not {asked!r:.60}")
     if isinstance(asked, str):
-        policy = KVPolicy.uniform(asked, len(layers))
+        policy = KVPolicy.uniform(asked, len(sizes))
     elif asked is not None:
         policy = asked
     else:
         require_agreement_in(checkpoint.folder, checkpoint.config)
-        policy = policy_in(checkpoint.config, where) or _of_scheme(checkpoint, len(layers))
+        policy = policy_in(checkpoint.config, where) or _of_scheme(checkpoint, len(sizes))
     if policy is not None:
         place = "kv_cache" if asked is not None else f"{where}: {KV_CACHE_KEY}"
-        policy.require_fits(((layer.kv_heads, layer.head_dim) for layer in layers), place)
+        policy.require_fits(sizes, place)
         _require_eviction(policy, place)
     return policy
 
@@ -51,13 +53,13 @@ def _require_eviction(policy: KVPolicy, where: str) -> None:
 
 @contextmanager
 def blaming(folder: Path, field: str, *, own: bool) -> Iterator[None]:
-    """An eviction that cannot be obeyed: InputError with file and field where it is the artifact's own."""
+    """A policy that cannot be obeyed: InputError with file and field where it is the artifact's own."""
     try:
         yield
     except UsageError as error:
         if not own:
             raise
-        where = f"{folder / 'config.json'}: {KV_CACHE_KEY}.eviction.{field}"
+        where = f"{folder / 'config.json'}: {KV_CACHE_KEY}.{field}"
         raise InputError(error.message, where=where, hint=error.hint) from None
 
 

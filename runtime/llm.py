@@ -123,17 +123,19 @@ class LLM:
         self.tokenizer = _tokenizer(folder)
         by_head = eviction is not None and eviction.is_unequal
         sizes = _bytes("memory", memory), _bytes("kv_bytes", kv_bytes)
-        with blaming(folder, "method", own=own and by_head):
+        paged = model.kv_policy is not None and model.kv_policy.is_paged
+        field, whose = ("layers", kv_cache is None) if paged else ("eviction.method", own and by_head)
+        with blaming(folder, field, own=whose):
             cache, pool, ledger = allocate(model, block_size, self.max_length, settings, *sizes, by_head=by_head)
         whole: DecodeGraphs | SmallSteps | None = SmallSteps.of(model, cache)
         if cuda_graphs and model.capturable and cache.frames is None and cache.pages > pool.pages:
             whole = DecodeGraphs.of(model, cache, pool.pages_for(self.max_length), settings.max_sequences)
         self.ledger = replace(ledger, graphs_bytes=0 if whole is None else whole.bytes)
         kind = HeadCompactor if by_head else Compactor
-        with blaming(folder, "recent", own=own):
+        with blaming(folder, "eviction.recent", own=own):
             compactor = None if eviction is None else kind.of(model, cache, eviction)
         runner = Runner(model, cache, device, whole=whole, compactor=compactor)
-        with blaming(folder, "budget", own=own):
+        with blaming(folder, "eviction.budget", own=own):
             token_bytes = pool.page.bytes // block_size
             points = cache.points if eviction is None else _points(eviction, model.config, token_bytes)
         self._recorder = None if record is None else Recorder(Path(record))

@@ -69,7 +69,7 @@ def load(
         numerics=numerics,
         dtype=dtype,
         device=device,
-        kv_policy=policy_of(checkpoint, layers, kv_cache),
+        kv_policy=policy_of(checkpoint, [(layer.kv_heads, layer.head_dim) for layer in layers], kv_cache),
     ).eval()
 
 

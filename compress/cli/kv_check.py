@@ -75,21 +75,27 @@ def check(
     asked = Calibration(dataset=locate(text, "calibration", Path.cwd()), samples=samples, length=fits, prefix=prefix)
     tokens = load_tokens(asked, checkpoint, Path.cwd(), offline=offline)
     place = opt.choose_device(device)
+    held, sizes = runtime_dtype(numerics, place), head_sizes(checkpoint)
+    points = _kept.usual_points(sizes, held.itemsize)
+    longest = tokens.ids.shape[1] if tokens.lengths is None else int(max(tokens.lengths))
+    paged = points is not None and _statistics.finds_pages(longest, points)
+    if points is not None and not paged:
+        say.tell(f"keys per channel: a row must have more than {points.position(1) + 1} tokens to tell", style="yellow")
+    context = context or (limit if isinstance(limit, int) else fits)
+    if budget is not None:
+        shapes = _statistics.unmeasured(sizes)
+        most_bytes = _preflight.budget_bytes(budget, shapes)
+        _preflight.require_had(most_bytes, shapes, held.itemsize, context, paged=paged)
     network = checkpoint.build_model(compute_dtype(checkpoint, dtype, place), place)
-    held = runtime_dtype(numerics, place)
-    points = _kept.usual_points(head_sizes(checkpoint), held.itemsize)
     layers = _statistics.measure(network, tokens, points)
     biases = _statistics.key_bias_norms(checkpoint.tensors, checkpoint.tensor)
-    context = context or (limit if isinstance(limit, int) else fits)
     proposals: list[list[Kept]] = []
     if budget is not None:
         proposals = _preflight.propose(layers, _preflight.budget_bytes(budget, layers), held.itemsize, context)
     trial = Trial(network, tokens, layers, held.itemsize, context)
     rows = [trial(codec, _kept.uniform(codec, layers)) for codec in ("full", *_statistics.codecs(layers[0].width))]
-    if all(layer.paged_key_errors for layer in layers):
+    if paged:
         rows += _per_channel(trial, layers)
-    elif points is not None:
-        say.tell(f"keys per channel: a row must have more than {points.position(1) + 1} tokens to tell", style="yellow")
     tried = [trial(f"not chosen: {_way(each)}", each) for each in proposals]
     best = _best(tried, most)
     kept = None if best is None else proposals[tried.index(best)]

@@ -36,6 +36,8 @@ def test_check_measures_chooses_and_writes_a_stage_that_the_option_takes(
 
     refused = call("kv", "check", model, *few, "--budget", "1")
     assert (refused.code, refused.out) == (2, "")
+    assert "a row must have more than" in refused.err.partition("no choice of precisions fits")[0]
+    assert "int4 with keys per channel takes" in refused.err
     stage.write_text("- kv_cache:\n    precision: int7\n")
     wrong = call("generate", model, "Once", "--kv-cache", stage)
     assert (wrong.code, wrong.out) == (2, "") and "kv.yaml:2:16" in wrong.err and "int8" in wrong.err

@@ -139,7 +139,7 @@ def test_a_policy_travels_and_says_what_cannot_be() -> None:
     assert KVPolicy.parse(data) == policy and policy.is_paged and not KVPolicy.uniform("int4", 2).is_paged
     policy.require_fits([(2, 16)] * 2)
     for broken in (data | {"recent": -1}, data | {"sinks": True}, data | {"recent": 1 << 30}):
-        with pytest.raises(InputError, match="no policy"):
+        with pytest.raises(InputError, match="must be a whole number of tokens"):
             KVPolicy.parse(broken)
     keys = Coding("int4", per="channel")
     for layer, message in (

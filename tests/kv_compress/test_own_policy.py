@@ -13,10 +13,12 @@ import torch
 
 from compress.core.checkpoint import Checkpoint
 from compress.core.errors import ArtifactError, InputError
+from compress.core.kv_scheme import with_scheme
 from compress.core.model_files import KV_CACHE_KEY
 from compress.kv_report import OWN, kv_report
 from kv_compress._budget import Points
 from kv_compress._evicted import at_once, held, longest
+from kv_compress.policy import KVPolicy
 from kv_compress.stage import KVCache
 from runtime.llm import LLM
 from runtime.params import SamplingParams
@@ -142,3 +144,96 @@ def test_a_policy_that_two_files_say_differently_is_not_run(keeping: Keeping) ->
     (folder / "compress.json").write_text(json.dumps({"kv_cache": None}))
     with pytest.raises(ArtifactError, match="it is missing here and {'layers'"):
         LLM(folder, kv_bytes=1 << 20, **MEMORY)
+
+
+def refusals(folder: Path) -> list[str]:
+    """What the runtime and the report say of a model folder."""
+    found = []
+    for look in (
+        lambda: LLM(folder, kv_bytes=1 << 20, **MEMORY),
+        lambda: kv_report(folder, memory_bytes=1 << 20, context=8, dtype=torch.float32),
+    ):
+        with pytest.raises(InputError) as refused:
+            look()
+        found.append(f"{refused.value} {refused.value.hint}")
+    return found
+
+
+PAGED = {"precision": "int4", "keys": "channel"}
+EVICTING = {"precision": "int8", "eviction": {"method": "streaming", "budget": {"tokens": 64}}}
+
+
+def widened(policy: dict[str, Any]) -> None:
+    """All in full but the keys of one layer: pages that are hardly smaller."""
+    policy["layers"][1:] = [{"keys": {"codec": "full"}, "values": {"codec": "full"}}] * 2
+    policy["layers"][0]["values"] = {"codec": "full"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "says"),
+    [
+        (PAGED, lambda policy: policy["layers"].pop(), ": the policy has 2 layers, the model 3"),
+        (PAGED, lambda policy: policy["layers"][0]["values"].update(per="channel"), ": layer 0 of the policy: only"),
+        (PAGED, lambda policy: policy["layers"][0]["keys"].update(rotate=True), ": layer 0 of the policy: codes per"),
+        (PAGED, widened, ".layers: a page of 16 tokens in full"),
+        (EVICTING, lambda policy: policy.update(sinks=4), ": the policy codes whole pages"),
+        (EVICTING, lambda policy: policy["eviction"].update(budget={"bytes": 600}), ".eviction.budget: a budget of"),
+        (
+            EVICTING | {"eviction": EVICTING["eviction"] | {"method": "adakv"}},
+            lambda policy: policy["layers"][0]["keys"].update(codec="int4"),
+            ".eviction.method: layers cannot keep unequal",
+        ),
+    ],
+)
+def test_the_report_refuses_what_the_runtime_refuses_in_the_same_words(
+    keeping: Keeping, settings: dict[str, Any], change: Callable[[dict[str, Any]], object], says: str
+) -> None:
+    folder = keeping(settings)
+    changed(folder, change)
+    by_runtime, by_report = refusals(folder)
+    assert by_report == by_runtime
+    assert by_report.startswith(f"{folder / 'config.json'}: {KV_CACHE_KEY}{says}")
+
+
+def test_a_sliding_window_that_eviction_would_break_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model("mistral"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    layers = [{"keys": {"codec": "int8"}, "values": {"codec": "int8"}}] * config["num_hidden_layers"]
+    eviction = {"method": "streaming", "budget": {"tokens": 16}, "recent": 4}
+    config[KV_CACHE_KEY] = {"layers": layers, "eviction": eviction}
+    (folder / "config.json").write_text(json.dumps(config))
+    by_runtime, by_report = refusals(folder)
+    assert by_report == by_runtime
+    assert f"{KV_CACHE_KEY}.eviction.recent: the model has layers with a sliding window of 8" in by_report
+
+
+def test_the_report_counts_with_the_scheme_of_other_tools(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """fp8 in quantization_config alone: 3 layers of 2 heads of 16 channels, keys and values, a byte each."""
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(with_scheme(config)))
+    found = kv_report(folder, memory_bytes=1 << 20, context=64, dtype=torch.float32)
+    assert {(layer.keys, layer.values, layer.bytes) for layer in found.layers} == {("fp8", "fp8", 64)}
+    assert [way.token_bytes for way in found.ways if way.name == f"{OWN}: fp8"] == [192] * 4
+    assert LLM(folder, kv_bytes=1 << 20, **MEMORY).engine.scheduler.pool.page.bytes == 192 * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"sinks": 1 << 21},
+            "config.json: kv.sinks: must be a whole number of tokens from 0 to 1,048,576, not 2097152",
+        ),
+        ({"recent": -1}, "config.json: kv.recent: must be a whole number of tokens from 0 to 1,048,576, not -1"),
+        ({"recent": True}, "config.json: kv.recent: must be a whole number"),
+        ({"layers": []}, "config.json: kv.layers: must be a list of 1 to 4,096 layers, not []"),
+        ({"eviction": [1]}, "config.json: kv.eviction: must be a mapping of settings, not [1]"),
+        ({"recnt": 4}, "config.json: kv: 'recnt' is no setting of a policy"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_named(change: dict[str, Any], says: str) -> None:
+    layers = [{"keys": {"codec": "int8"}, "values": {"codec": "int8"}}] * 40  # more than a message has room for
+    with pytest.raises(InputError) as refused:
+        KVPolicy.parse({"layers": layers} | change, "config.json: kv")
+    assert str(refused.value).startswith(says)

@@ -18,6 +18,7 @@ from compress.evaluate.scorers import RuntimeScorer
 from kv_compress._kept import (
     Kept,
     fragment,
+    numbers,
     points_of,
     policy_of,
     sequence_bytes,
@@ -26,8 +27,8 @@ from kv_compress._kept import (
     uniform,
     usual_points,
 )
-from kv_compress._preflight import budget_bytes, choose, choose_paged, propose, total_error
-from kv_compress._statistics import Layer, choices, measure, token_losses
+from kv_compress._preflight import budget_bytes, choose, choose_paged, propose, require_had, total_error
+from kv_compress._statistics import Layer, choices, measure, token_losses, unmeasured
 from kv_compress._trial import Trial
 from kv_compress.stage import KVCache
 from runtime.llm import LLM
@@ -152,3 +153,34 @@ def test_a_text_that_is_too_short_proposes_no_pages(planted: Preflight) -> None:
     budget = budget_bytes("6", layers)
     assert propose(layers, budget, 2, LONG) == [choose(layers, budget, 2)]
     assert usual_points([(4, 2)], 2) is usual_points([(4, 3)], 2) is None  # nothing is gained, or not coded at all
+
+
+def test_a_budget_that_nothing_fits_is_refused_by_sizes_alone() -> None:
+    """2 layers of 4 heads of 16 channels, bf16: in 512 tokens 16 frames, the most at 511, of 16 tokens of 512 bytes."""
+    shapes = unmeasured([(4, 16)] * 2)
+    budget = budget_bytes("5.5", shapes)
+    with pytest.raises(UsageError, match="the smallest takes 192 bytes a token, 6 bits a number") as refused:
+        require_had(budget, shapes, 2, 512, paged=True)
+    assert refused.value.where == "--budget"
+    assert "takes 256 bytes a token, 8 bits a number in sequences of 512 tokens" in str(refused.value.hint)
+    assert "down to 171 bytes a token, 5.34 bits a number with a longer --context" in str(refused.value.hint)
+    require_had(budget, shapes, 2, LONG, paged=True)  # 173 bytes
+    with pytest.raises(UsageError):
+        require_had(budget, shapes, 2, LONG, paged=False)
+    require_had(budget_bytes("6", shapes), shapes, 2, 512, paged=False)
+    assert numbers(shapes) == 256
+
+
+def test_what_sizes_refuse_no_choice_fits() -> None:
+    layers = [drawn_layer(seed) for seed in (1, 2)]
+    refused = 0
+    for bits, context in product((5.5, 6.0, 6.5, 7.0), (100, 200, 512, LONG)):
+        budget = budget_bytes(str(bits), layers)
+        try:
+            require_had(budget, layers, 2, context, paged=True)
+        except UsageError:
+            refused += 1
+            assert choose_paged(layers, budget, 2, context) is None
+            with pytest.raises(UsageError, match="no choice of precisions fits"):
+                choose(layers, budget, 2)
+    assert refused

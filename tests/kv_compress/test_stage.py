@@ -251,7 +251,7 @@ ONE_LAYER = {
     ("policy", "message"),
     [
         ({"layers": ["x"]}, "not its keys and values"),
-        ({"layers": [INT8], "sinks": -3}, "is no policy"),
+        ({"layers": [INT8], "sinks": -3}, "sinks: must be a whole number"),
         ({"layers": [INT8], "eviction": {"method": "foo"}}, "eviction.method"),
         ({"layers": [{"keys": {"codec": "int8"}, "values": {"codec": "int8", "per": "channel"}}]}, "only keys"),
         ({"layers": [{"keys": FP8, "values": FP8}], "sinks": 16}, "more than kv_cache_scheme says"),
