@@ -80,9 +80,15 @@ def speed_tables() -> str:
     lines = []
     for path in sorted(RESULTS.glob("speed-*.json")):
         results = json.loads(path.read_text())
-        shapes = " and ".join(results["summary"])
-        lines += [f"**Time and memory of {results['method']}, {shapes} shape.**", "", speed.render(results).strip(), ""]
+        shapes = " and ".join(f"{shape} shape{_part(shape)}" for shape in results["summary"])
+        lines += [f"**Time and memory of {results['method']}, {shapes}.**", "", speed.render(results).strip(), ""]
     return "\n".join(lines).strip() or "**Time and memory.** Not measured in this version."
+
+
+def _part(shape: str) -> str:
+    """Of shapes with few of their blocks (1b-2): a peer that holds the whole model holds little then."""
+    _, dash, blocks = shape.partition("-")
+    return f", {blocks} of its blocks" if dash else ""
 
 
 def memory_lines() -> str:
