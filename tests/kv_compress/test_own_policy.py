@@ -103,7 +103,7 @@ def test_what_fits_is_what_a_walk_finds(every: int, tokens: int | None, ratio: f
             assert at_once(points, prompt, pages, 8) == (0 if needed > pages else 1 + (pages - needed) // stays)
 
 
-def changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     config = json.loads((folder / "config.json").read_text())
     change(config[KV_CACHE_KEY])
     (folder / "config.json").write_text(json.dumps(config))
