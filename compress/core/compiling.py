@@ -39,7 +39,7 @@ def triton_installed() -> bool:
 def load(folder: Path) -> ctypes.CDLL:
     """All C files of a folder as one library, from the cache or compiled now. EnvironmentRefused: what is missing."""
     compiler, openmp = _tools()
-    cache = private_cache()
+    cache = _cache_folder()
     kept = None if cache is None else cache / f"kernels-{digest(folder)}.so"
     if kept is not None and kept.is_file():
         return _opened(kept)
@@ -101,7 +101,7 @@ def _opened(library: Path) -> ctypes.CDLL:
         raise EnvironmentRefused(f"the compiled kernels cannot be loaded: {error}") from None
 
 
-def private_cache() -> Path | None:
+def _cache_folder() -> Path | None:
     """A folder below the user's cache that nobody else can write to, None if it cannot be made."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -310,7 +310,7 @@ def test_without_a_cache_kernels_are_compiled_all_the_same(monkeypatch: pytest.M
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(compiling, "_FLAGS", ("-O0", *compiling._FLAGS[1:]))
-    assert compiling.private_cache() is None
+    assert compiling._cache_folder() is None
     assert compiling.load(KERNELS).low_bit_product
 
 
